@@ -1,0 +1,47 @@
+# Two commands for a newcomer: `make demo` and `make test`. Everything is installed into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check format browser clean
+
+demo: $(VENV)/.demo
+	$(BIN)/intaglio demo
+
+test: $(VENV)/.test browser
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.test
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
+
+# torch first and by exact version: then its CPU build is taken where an index offers one
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) --editable '.[llama,tensorboard,dev]'
+	touch $@ $(VENV)/.demo
+
+# The report is tested in a real browser; on Debian and Ubuntu the package manager has one.
+browser:
+	@command -v chromium chromium-headless-shell google-chrome >/dev/null 2>&1 \
+	  || (apt-get update -qq && apt-get install -y -qq chromium) \
+	  || echo "no Chromium found: install one, the browser tests need it"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,149 @@
+"""QAT of the bundled model under many settings, one after the other, on one device.
+
+    python benchmarks/tiny/sweep.py --jobs benchmarks/tiny/jobs.json --out out --seconds 500
+
+A job is {"name", "recipe", "set": ["schedule.lr=1e-4", ...]}. Reports the KL to the float original
+on held-out text for stock rounding, for each recipe's fit before training, and after training;
+R = 1 - KL / KL(stock). Rows go to `sweep.jsonl` as they come; a job that does not fit the time left
+is named and left out.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from intaglio.packed.checkpoint import load_model
+from intaglio.plan.plan import make_plan
+from intaglio.plan.recipe import Recipe
+from intaglio.tiny import MODEL_DIR
+from intaglio.train.attach import drop_values, prepare
+from intaglio.train.corpus import Corpus
+from intaglio.train.loop import Options, read_losses, train
+
+BOS = 2
+
+
+def sequences(stream: np.ndarray, length: int) -> np.ndarray:
+    """Cut a token stream into rows of `length`, int32 [N, T]."""
+    return stream[: len(stream) // length * length].reshape(-1, length).astype(np.int32)
+
+
+def positions_of(tokens_NT: np.ndarray, documents: bool) -> np.ndarray:
+    """Position ids: restarting at each document if `documents`, else running through a row."""
+    count = np.broadcast_to(np.arange(tokens_NT.shape[1], dtype=np.int32), tokens_NT.shape)
+    if not documents:
+        return count.copy()
+    starts = np.where(tokens_NT == BOS, count, 0)
+    return (count - np.maximum.accumulate(starts, axis=1)).astype(np.int32)
+
+
+@torch.no_grad()
+def evaluate(teacher: nn.Module, student: nn.Module, windows_NT: Tensor, batch: int) -> dict[str, float]:
+    """Mean KL in nats with the 95% interval of window means, same-top share and perplexities."""
+    kls, tops, nlls, teacher_nlls = [], [], [], []
+    for rows in windows_NT.split(batch):
+        log_p = teacher(rows, use_cache=False).logits.float().log_softmax(-1)[:, :-1]
+        log_q = student(rows, use_cache=False).logits.float().log_softmax(-1)[:, :-1]
+        kls.append((log_p.exp() * (log_p - log_q)).sum(-1).mean(-1))
+        tops.append((log_p.argmax(-1) == log_q.argmax(-1)).float().mean(-1))
+        labels = rows[:, 1:, None]
+        nlls.append(-log_q.gather(-1, labels).mean((1, 2)))
+        teacher_nlls.append(-log_p.gather(-1, labels).mean((1, 2)))
+    kl, top, nll, teacher_nll = (torch.cat(x).double() for x in (kls, tops, nlls, teacher_nlls))
+    return {
+        "kl": kl.mean().item(),
+        "kl_ci95": 1.96 * kl.std().item() / math.sqrt(len(kl)),
+        "same_top": top.mean().item(),
+        "perplexity": math.exp(nll.mean().item()),
+        "teacher_perplexity": math.exp(teacher_nll.mean().item()),
+    }
+
+
+def fitted(teacher: nn.Module, recipe: Recipe) -> nn.Module:
+    """The model after the recipe's fit alone."""
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    return prepare(student, make_plan(MODEL_DIR, recipe)).eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--tokens", type=Path, default=Path(".data/tokens.npz"))
+    parser.add_argument("--jobs", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--windows", type=int, default=512)
+    parser.add_argument("--eval-batch", type=int, default=64)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+    began = time.perf_counter()
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.accumulated_recompile_limit = 4096
+
+    with np.load(args.tokens) as arrays:
+        stream = arrays["train"]
+        heldout = np.concatenate([arrays[name] for name in arrays.files if name != "train"])
+    rng = np.random.default_rng(0)
+    windows = sequences(heldout, 512)
+    windows = torch.from_numpy(windows[rng.permutation(len(windows))[: args.windows]]).long().to(device)
+    teacher = load_model(MODEL_DIR).to(device)
+
+    def write(row: dict) -> None:
+        with open(args.out / "sweep.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            f"{time.perf_counter() - began:6.0f} s",
+            json.dumps({k: v for k, v in row.items() if k != "losses"}),
+            flush=True,
+        )
+
+    def measure(student: nn.Module) -> dict[str, float]:
+        return evaluate(teacher, student.eval(), windows, args.eval_batch)
+
+    stock = measure(fitted(teacher, Recipe.load("q4_0-stock")))
+    write({"name": "stock", **stock})
+    for name in ("q4_0", "q4_0-free"):
+        fit = measure(fitted(teacher, Recipe.load(name)))
+        write({"name": f"{name} mse fit", **fit, "recovered": 1 - fit["kl"] / stock["kl"]})
+    rate = 0.0
+    for job in json.loads(args.jobs.read_text("utf-8")):
+        recipe = Recipe.load(job.get("recipe", "q4_0"), job.get("set", []))
+        left = args.seconds - (time.perf_counter() - began)
+        if rate and recipe.schedule.tokens / rate + 6 > left:
+            write({"name": job["name"], "left out": f"{left:.0f} s left"})
+            continue
+        tokens = sequences(stream, recipe.schedule.sequence_length)
+        corpus = Corpus(tokens=tokens, positions=positions_of(tokens, job.get("documents", False)), source="tokens")
+        run_dir = args.out / "runs" / job["name"].replace(" ", "-")
+        start = time.perf_counter()
+        student = train(teacher, make_plan(MODEL_DIR, recipe), corpus, run_dir, options=Options(compiled=args.compile))
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        drop_values(student)
+        losses = read_losses(run_dir)
+        rate = losses[-1]["tokens"] / seconds
+        result = measure(student)
+        write(
+            {
+                "name": job["name"],
+                "recovered": 1 - result["kl"] / stock["kl"],
+                **result,
+                "set": job.get("set", []),
+                "seconds": seconds,
+                "tokens_per_second": rate,
+                "losses": [[r["tokens"], round(r["loss"], 5)] for r in losses[:: max(1, len(losses) // 60)]],
+            }
+        )
+
+
+if __name__ == "__main__":
+    main()

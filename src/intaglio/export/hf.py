@@ -1,0 +1,74 @@
+"""A transformers folder whose weights are the trained codes times their steps.
+
+Any tool that reads a checkpoint can read it. Where the plan is portable, such a tool may even
+quantize it again: llama.cpp's own quantizer then finds the same Q4_0 codes and scales.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intaglio.errors import WeightError
+from intaglio.numerics.grid import Quantized
+from intaglio.numerics.layout import row_chunks
+from intaglio.packed.model import PackedModel, copy_assets
+from intaglio.packed.store import SafetensorsWriter, new_path
+from intaglio.plan.family import ModelSpec, build_meta_model, transformers_config
+
+
+def export_hf(packed: PackedModel, path: str | Path, *, replace: bool = False) -> None:
+    """Write the folder `path`: config.json, model.safetensors, tokenizer and generation files.
+
+    The weights are bfloat16 if the plan is portable, that is, if bfloat16 holds each code times its
+    step exactly; and float32 if it is not, because a product of a 4-bit code and a float16 scale
+    has up to 15 significant bits, and rounding it would move the codes that others find again.
+    Raises WeightError rather than round a weight; OutputError if the folder cannot be written.
+    """
+    plan = packed.plan
+    dtype = torch.bfloat16 if plan.portable else torch.float32
+    specs = {tensor.name: (dtype, tensor.spec.shape) for tensor in plan}
+    with new_path(Path(path), replace=replace) as temporary:
+        temporary.mkdir()
+        copy_assets(packed.path, temporary)
+        config = json.dumps(hf_config(plan.model, dtype), indent=2, sort_keys=True) + "\n"
+        (temporary / "config.json").write_text(config, "utf-8")
+        with SafetensorsWriter(temporary / "model.safetensors", specs, {"format": "pt"}) as writer:
+            for tensor, value in packed:
+                writer.write(tensor.name, _decoded(value, dtype, tensor.name))
+
+
+def hf_config(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
+    """The model's config as others expect it: with its class, its dtype, and both spellings.
+
+    transformers writes what differs between layers as `per_layer_config`; mlx-lm and Ollama read
+    `global_head_dim` and `num_global_key_value_heads`.
+    """
+    architecture = type(build_meta_model(spec.config)).__name__
+    config = spec.config | {"architectures": [architecture], "dtype": str(dtype).removeprefix("torch.")}
+    if spec.family.model_type == "gemma4_text":
+        layers = transformers_config(spec.config)
+        full = layers.per_layer_config[layers.layer_types.index("full_attention")]
+        config["global_head_dim"] = full.head_dim
+        own_heads = full.num_key_value_heads != spec.config["num_key_value_heads"]
+        config["num_global_key_value_heads"] = full.num_key_value_heads if own_heads else None
+    return config
+
+
+def _decoded(value: Quantized | Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if not isinstance(value, Quantized):
+        return value.to(dtype)
+    decoded = torch.empty(value.codes.shape, dtype=dtype)
+    for rows, part in row_chunks(value):
+        exact = part.decode()
+        decoded[rows] = exact.to(dtype)
+        if not torch.equal(decoded[rows].float(), exact):
+            raise WeightError(
+                f"{name}: {dtype} does not hold code x step of grid {value.grid.name} exactly: "
+                "the packed steps have more significant bits than the grid allows"
+            )
+    return decoded

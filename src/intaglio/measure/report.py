@@ -1,0 +1,253 @@
+"""The quality report of a quantized model: one page for people, one for a README, one for programs.
+
+`write_report` makes report.html, report.md and report.json from one `Report`. The page is complete
+in itself: no script, no font, no image, no request. Parts without data are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from intaglio.errors import OutputError
+from intaglio.measure import charts
+from intaglio.measure.metrics import Comparison, recovered_share
+from intaglio.measure.render import percent, render_html, render_markdown
+from intaglio.packed.store import new_path
+from intaglio.plan.plan import Plan
+
+Kind = Literal["original", "stock", "fitted", "trained"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRow:
+    """The tensors of one role on one grid."""
+
+    role: str
+    grid: str
+    tensors: int
+    parameters: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRow:
+    """One model of the comparison.
+
+    kind: "original" (the reference), "stock" (the runtime's own rounding), "fitted" (our best
+        without training) or "trained". Shares are recovered by "trained" from "stock" and "fitted".
+    comparison: None for the reference itself. size_bytes: of its file, None without one.
+    """
+
+    label: str
+    kind: Kind
+    comparison: Comparison | None
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """What training won back: 1 - KL(trained) / KL(baseline), both in the same runtime."""
+
+    share: float
+    trained: ComparisonRow
+    baseline: ComparisonRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """step and tokens: how far training was. value: loss, or KL on held-out text, in nats."""
+
+    step: int
+    tokens: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """Distance of a tensor from the original weights.
+
+    relative_rms: for each variant ("stock", "MSE", "QAT"), RMS of the difference / RMS of the original.
+    """
+
+    tensor: str
+    role: str
+    relative_rms: dict[str, float]
+
+    def snr_db(self, variant: str) -> float:
+        """Signal-to-noise ratio; infinite for an exact tensor."""
+        error = self.relative_rms[variant]
+        return -20 * math.log10(error) if error > 0 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A file that was made. verification: what reading it back said, "0 codes, 0 scale bits differ"."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+    verification: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Greedy continuations of one prompt, by model label."""
+
+    prompt: str
+    continuations: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """How it was made: versions by package, the command, seconds of work and training tokens."""
+
+    versions: dict[str, str]
+    command: str = ""
+    seconds: float | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything a report may show. Only title, model, format and the recipe's name are required.
+
+    format: what the headline calls the rounding, for example "Q4_0".
+    loss_name: what `loss_curve` holds. kl_curve: held-out KL while training.
+    """
+
+    title: str
+    model: str
+    format: str
+    recipe_name: str
+    recipe_toml: str = ""
+    plan: list[PlanRow] = field(default_factory=list)
+    comparisons: list[ComparisonRow] = field(default_factory=list)
+    loss_name: str = "KL to the original, nats a token"
+    loss_curve: list[CurvePoint] = field(default_factory=list)
+    kl_curve: list[CurvePoint] = field(default_factory=list)
+    layers: list[LayerRow] = field(default_factory=list)
+    artifacts: list[Artifact] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    provenance: Provenance | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def recoveries(self) -> list[Recovery]:
+        """Every trained row against every stock and fitted row of the same runtime; artifacts first."""
+        measured = [row for row in self.comparisons if row.comparison is not None]
+        pairs = [
+            Recovery(share=_share(trained, baseline), trained=trained, baseline=baseline)
+            for trained in measured
+            for baseline in measured
+            if trained.kind == "trained" and baseline.kind in ("stock", "fitted") and _comparable(trained, baseline)
+        ]
+        return sorted(pairs, key=lambda pair: (pair.trained.comparison.simulated, pair.baseline.kind == "fitted"))
+
+    def lead(self) -> Recovery | None:
+        """The pair of the headline: against stock, in the artifact's own runtime if it was run there."""
+        return next((pair for pair in self.recoveries() if pair.baseline.kind == "stock"), None)
+
+    def headline(self) -> str:
+        lead = self.lead()
+        if lead is None:
+            return self.title
+        if lead.share < 0:
+            return f"QAT is {percent(-lead.share)} further from the original than {self.format} rounding"
+        return f"QAT recovers {percent(lead.share)} of what {self.format} rounding loses"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: the fields, and what is derived from them. NaN and Inf become None."""
+        recovered = [
+            {"share": pair.share, "trained": pair.trained.label, "baseline": pair.baseline.label}
+            for pair in self.recoveries()
+        ]
+        layers = [asdict(row) | {"snr_db": {v: row.snr_db(v) for v in row.relative_rms}} for row in self.layers]
+        derived = {"headline": self.headline(), "recovered": recovered, "layers": layers}
+        return _finite(asdict(self) | derived)
+
+
+def plan_rows(plan: Plan) -> list[PlanRow]:
+    """A plan summed up by role and grid, in the order of first appearance."""
+    groups = defaultdict(list)
+    for tensor in plan:
+        groups[tensor.spec.role, tensor.grid.name].append(tensor)
+    return [
+        PlanRow(
+            role=role,
+            grid=grid,
+            tensors=len(tensors),
+            parameters=sum(math.prod(t.spec.shape) for t in tensors),
+            size_bytes=sum(t.size_bytes for t in tensors),
+        )
+        for (role, grid), tensors in groups.items()
+    ]
+
+
+def write_report(report: Report, out_dir: Path, *, replace: bool = False) -> dict[str, Path]:
+    """Write report.html, report.md and report.json into `out_dir`; their paths by suffix.
+
+    Each appears whole or not at all. Raises OutputError for files that exist, unless `replace`, and
+    for a folder that cannot be written.
+    """
+    values = _template_values(report)
+    texts = {
+        "html": render_html(values),
+        "md": render_markdown(values),
+        "json": json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n",
+    }
+    paths = {suffix: out_dir / f"report.{suffix}" for suffix in texts}
+    taken = [path for path in paths.values() if path.exists()]
+    if taken and not replace:
+        raise OutputError(f"{taken[0]}: already exists: choose another output or remove it")
+    for suffix, path in paths.items():
+        with new_path(path, replace=replace) as temporary:
+            temporary.write_text(texts[suffix], "utf-8")
+    return paths
+
+
+def _template_values(report: Report) -> dict[str, Any]:
+    stock_lines = [
+        (row.label, row.comparison.kl_mean_nats) for row in report.comparisons if row.kind == "stock" and row.comparison
+    ]
+    curves = [
+        charts.curve("Training loss", report.loss_name, report.loss_curve),
+        charts.curve("Held-out KL", "to the original, nats a token", report.kl_curve, lines=stock_lines[:1]),
+    ]
+    kls = [row.comparison.kl_mean_nats for row in report.comparisons if row.comparison]
+    return {
+        "report": report,
+        "lead": report.lead(),
+        "recoveries": report.recoveries(),
+        "original": next((row for row in report.comparisons if row.kind == "original"), None),
+        "measured": next((row.comparison for row in report.comparisons if row.comparison), None),
+        "kl_full_scale": max(kls, default=0) or 1,
+        "plan_parameters": sum(row.parameters for row in report.plan),
+        "plan_bytes": sum(row.size_bytes for row in report.plan),
+        "curves": [curve for curve in curves if curve],
+        "heat": charts.heat(report.layers),
+        "rosette": charts.rosette(report.artifacts[0].sha256 if report.artifacts else report.title),
+    }
+
+
+def _share(trained: ComparisonRow, baseline: ComparisonRow) -> float:
+    assert trained.comparison and baseline.comparison
+    return recovered_share(trained.comparison.kl_mean_nats, baseline.comparison.kl_mean_nats)
+
+
+def _comparable(trained: ComparisonRow, baseline: ComparisonRow) -> bool:
+    """Same runtime, and a baseline that loses something."""
+    a, b = trained.comparison, baseline.comparison
+    assert a and b
+    return a.runtime == b.runtime and a.simulated == b.simulated and b.kl_mean_nats > 0
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,105 @@
+"""Byte layouts of GGUF blocks: codes and scales in, bytes out, and back. Nothing is re-derived.
+
+R rows, C columns. Source of the layouts: ggml-common.h (block_q4_0, block_q8_0, block_q6_K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from intaglio.numerics.grid import BlockGrid, Quantized
+
+
+CHUNK_ELEMENTS = 1 << 20  # rows are handled in chunks of about this size, for their temporaries
+
+
+def row_chunks(quantized: Quantized) -> Iterator[tuple[slice, Quantized]]:
+    """The tensor a few rows at a time, with the rows' numbers; views, no copies."""
+    rows, columns = quantized.codes.shape
+    step = max(1, CHUNK_ELEMENTS // columns)
+    for start in range(0, rows, step):
+        at = slice(start, start + step)
+        super_scale = None if quantized.super_scale is None else quantized.super_scale[at]
+        yield at, Quantized(quantized.grid, quantized.codes[at], quantized.scale[at], super_scale)
+
+
+def to_blocks(quantized: Quantized) -> np.ndarray:
+    """uint8 [R, bytes of a row], as ggml stores the tensor."""
+    pack = {"Q4_0": _pack_q4_0, "Q8_0": _pack_q8_0, "Q6_K": _pack_q6_k}[quantized.grid.ggml_type]
+    blocks = pack(quantized)
+    return blocks.reshape(quantized.codes.shape[0], -1)
+
+
+def from_blocks(grid: BlockGrid, data: np.ndarray) -> Quantized:
+    """Read uint8 [R, bytes of a row] back into codes and scales."""
+    unpack = {"Q4_0": _unpack_q4_0, "Q8_0": _unpack_q8_0, "Q6_K": _unpack_q6_k}[grid.ggml_type]
+    return unpack(grid, data.reshape(data.shape[0], -1, grid.bytes_per_block))
+
+
+def _blocks_of(codes: Tensor, width: int) -> np.ndarray:
+    return codes.cpu().numpy().reshape(codes.shape[0], -1, width)
+
+
+def _bytes_of(scale: Tensor) -> np.ndarray:
+    """Little-endian bytes of each scale: [R, S, itemsize]."""
+    array = np.ascontiguousarray(scale.cpu().numpy())
+    return array[..., None].view(np.uint8)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _pack_q4_0(q: Quantized) -> np.ndarray:
+    # byte j holds code j in its low and code j + 16 in its high nibble
+    codes = (_blocks_of(q.codes, 32) + 8).astype(np.uint8)
+    return np.concatenate([_bytes_of(q.scale), codes[..., :16] | (codes[..., 16:] << 4)], axis=-1)
+
+
+def _unpack_q4_0(grid: BlockGrid, data: np.ndarray) -> Quantized:
+    scale = data[..., :2].copy().view(np.float16)[..., 0]
+    codes = np.concatenate([data[..., 2:] & 15, data[..., 2:] >> 4], axis=-1).astype(np.int8) - 8
+    return Quantized(grid, _tensor(codes.reshape(len(data), -1)), _tensor(scale))
+
+
+def _pack_q8_0(q: Quantized) -> np.ndarray:
+    return np.concatenate([_bytes_of(q.scale), _blocks_of(q.codes, 32).view(np.uint8)], axis=-1)
+
+
+def _unpack_q8_0(grid: BlockGrid, data: np.ndarray) -> Quantized:
+    scale = data[..., :2].copy().view(np.float16)[..., 0]
+    codes = np.ascontiguousarray(data[..., 2:]).view(np.int8)
+    return Quantized(grid, _tensor(codes.reshape(len(data), -1)), _tensor(scale))
+
+
+def _pack_q6_k(q: Quantized) -> np.ndarray:
+    # 128 bytes of low nibbles, 64 bytes of upper bit pairs, 16 int8 scales, the float16 multiplier.
+    # Each half of 128 columns is four runs of 32: runs 0 and 2 share a low byte, as do 1 and 3.
+    assert q.super_scale is not None
+    codes = (_blocks_of(q.codes, 256) + 32).astype(np.uint8).reshape(q.codes.shape[0], -1, 2, 4, 32)
+    low, high = codes & 15, codes >> 4
+    low = np.concatenate([low[..., 0, :] | (low[..., 2, :] << 4), low[..., 1, :] | (low[..., 3, :] << 4)], axis=-1)
+    high = high[..., 0, :] | (high[..., 1, :] << 2) | (high[..., 2, :] << 4) | (high[..., 3, :] << 6)
+    rows, supers = codes.shape[:2]
+    scale = _blocks_of(q.scale, 16).view(np.uint8)
+    return np.concatenate(
+        [low.reshape(rows, supers, 128), high.reshape(rows, supers, 64), scale, _bytes_of(q.super_scale)], axis=-1
+    )
+
+
+def _unpack_q6_k(grid: BlockGrid, data: np.ndarray) -> Quantized:
+    rows, supers = data.shape[:2]
+    low = data[..., :128].reshape(rows, supers, 2, 2, 32)
+    high = data[..., 128:192].reshape(rows, supers, 2, 1, 32)
+    low = np.concatenate([low & 15, low >> 4], axis=-2)  # runs 0, 1, 2, 3
+    shifts = np.array([0, 2, 4, 6], dtype=np.uint8).reshape(4, 1)
+    codes = (low | (((high >> shifts) & 3) << 4)).astype(np.int8) - 32
+    scale = np.ascontiguousarray(data[..., 192:208]).view(np.int8)
+    super_scale = data[..., 208:].copy().view(np.float16)[..., 0]
+    return Quantized(
+        grid, _tensor(codes.reshape(rows, -1)), _tensor(scale.reshape(rows, -1)), _tensor(super_scale)
+    )

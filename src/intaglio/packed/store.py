@@ -1,0 +1,127 @@
+"""Files that appear whole or not at all, and safetensors written a tensor at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from intaglio.errors import ConfigError, OutputError
+
+SAFETENSORS_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+
+
+@contextmanager
+def new_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it otherwise.
+
+    Works for a file and for a folder (which the caller makes). Raises OutputError if `path` exists
+    and may not be replaced, and for a full disk or a folder that cannot be written.
+    """
+    if path.exists() and not replace:
+        raise OutputError(f"{path}: already exists: choose another output or remove it")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if replace and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_error(path: Path, error: OSError) -> OutputError:
+    reason = "the disk is full: free some space" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+    return OutputError(f"{path}: cannot be written: {reason}")
+
+
+class SafetensorsWriter:
+    """A safetensors file of known names, dtypes and shapes, filled in any order.
+
+    Only the tensor at hand is in memory. `close` raises if a tensor was not written.
+    """
+
+    def __init__(self, path: Path, specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]):
+        header: dict[str, object] = {"__metadata__": metadata}
+        self.offsets: dict[str, tuple[int, int]] = {}
+        self.pending = set(specs)
+        position = 0
+        for name, (dtype, shape) in specs.items():
+            end = position + torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {
+                "dtype": SAFETENSORS_DTYPES[dtype],
+                "shape": list(shape),
+                "data_offsets": [position, end],
+            }
+            self.offsets[name] = (position, end)
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+        self.data_start = 8 + len(text)
+        self.file = open(path, "wb")  # noqa: SIM115 - closed by close() or by the context manager
+        self.file.write(len(text).to_bytes(8, "little") + text)
+        self.file.truncate(self.data_start + position)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        start, end = self.offsets[name]
+        data = bytes_of(tensor)
+        if data.nbytes != end - start:
+            raise ValueError(f"{name}: {data.nbytes} bytes, announced {end - start}")
+        self.file.seek(self.data_start + start)
+        self.file.write(data)
+        self.pending.discard(name)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.pending:
+            raise ValueError(f"tensors never written: {sorted(self.pending)[:3]}")
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.file.close()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor, without a copy when it is contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    array: np.ndarray = flat.numpy()
+    return array.data
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[safe_open]:
+    """safe_open with our errors: ConfigError for a missing, truncated or hostile file."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ConfigError(f"{path}: not a valid safetensors file ({error}): download or export it again") from error

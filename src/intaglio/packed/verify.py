@@ -1,0 +1,202 @@
+"""Does an artifact hold what was packed? Read it back with another reader, and count.
+
+The readers are gguf-py and safetensors; the only thing shared with the exporters is the table of
+names in `plan/family.py`. Everything is compared by its bits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader
+from gguf.gguf_reader import ReaderTensor
+from torch import Tensor
+
+from intaglio.errors import ConfigError
+from intaglio.numerics.grid import BlockGrid, Quantized
+from intaglio.numerics.layout import from_blocks, row_chunks
+from intaglio.packed.checkpoint import shards
+from intaglio.packed.model import PackedModel
+from intaglio.packed.store import open_safetensors
+from intaglio.plan.family import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors
+from intaglio.plan.plan import PlannedTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was compared and what differs.
+
+    codes, scales, values: how many were compared; values are floats outside of blocks, or all
+        weights of an artifact that stores floats. differing_*: how many of them have other bits.
+    missing, extra: names of tensors, as the artifact spells them. unlike: tensors of another type
+        or shape than planned, whose content was not compared.
+    """
+
+    artifact: Path
+    tensors: int
+    codes: int
+    scales: int
+    values: int
+    differing_codes: int
+    differing_scales: int
+    differing_values: int
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    unlike: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        differing = self.differing_codes + self.differing_scales + self.differing_values
+        return not (differing or self.missing or self.extra or self.unlike)
+
+    def summary(self) -> str:
+        """One line for a person."""
+        kinds = ("codes", "scales", "values")
+        if self.exact:
+            counts = ", ".join(f"{getattr(self, kind):,} {kind}" for kind in kinds if getattr(self, kind))
+            return f"{self.artifact.name}: exact: {self.tensors} tensors, {counts}, 0 bits differ"
+        wrong = [
+            f"{getattr(self, f'differing_{kind}'):,} of {getattr(self, kind):,} {kind} differ"
+            for kind in kinds
+            if getattr(self, f"differing_{kind}")
+        ]
+        for kind in ("missing", "extra", "unlike"):
+            names: tuple[str, ...] = getattr(self, kind)
+            if names:
+                label = "of another type or shape" if kind == "unlike" else kind
+                wrong.append(f"{len(names)} tensors {label}, the first is {names[0]}")
+        return f"{self.artifact.name}: NOT exact: {'; '.join(wrong)}"
+
+
+def verify(packed: PackedModel, artifact: str | Path) -> Verification:
+    """Compare a .gguf file or a transformers folder with the packed model it was made from.
+
+    A difference is counted, not raised. Raises ConfigError for an artifact that cannot be read.
+    """
+    artifact = Path(artifact)
+    tally = _Tally()
+    if artifact.is_dir():
+        _compare_folder(packed, artifact, tally)
+    else:
+        _compare_gguf(packed, artifact, tally)
+    return Verification(
+        artifact=artifact,
+        tensors=tally.counts["tensors"],
+        **{kind: tally.counts[kind] for kind in ("codes", "scales", "values")},
+        **{f"differing_{kind}": tally.differing[kind] for kind in ("codes", "scales", "values")},
+        missing=tuple(tally.missing),
+        extra=tuple(tally.extra),
+        unlike=tuple(tally.unlike),
+    )
+
+
+class _Tally:
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.differing: Counter[str] = Counter()
+        self.missing: list[str] = []
+        self.extra: list[str] = []
+        self.unlike: list[str] = []
+
+    def compare(self, kind: str, expected: Tensor, found: Tensor) -> None:
+        """Count the elements of two tensors of one dtype and shape whose bits differ."""
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[expected.element_size()]
+        self.counts[kind] += expected.numel()
+        self.differing[kind] += int((expected.contiguous().view(bits) != found.contiguous().view(bits)).sum())
+
+
+def _compare_gguf(packed: PackedModel, path: Path, tally: _Tally) -> None:
+    found = {tensor.name: tensor for tensor in read_gguf(path).tensors}
+    factors = gguf_rope_factors(packed.plan.model)
+    expected = {gguf_name(tensor.name) for tensor in packed.plan} | ({GGUF_ROPE_FACTORS} if factors else set())
+    tally.missing += sorted(expected - set(found))
+    tally.extra += sorted(set(found) - expected)
+    if factors and GGUF_ROPE_FACTORS in found:
+        _compare_floats(torch.tensor(factors), found[GGUF_ROPE_FACTORS], tally)
+    for tensor, value in packed:
+        stored = found.get(gguf_name(tensor.name))
+        if stored is None:
+            continue
+        if isinstance(value, Quantized):
+            _compare_blocks(tensor, value, stored, tally)
+        else:
+            offset = packed.plan.model.family.norm_offset if tensor.spec.role == "norm" else 0.0
+            _compare_floats(value.float() + offset, stored, tally)
+
+
+def _compare_blocks(tensor: PlannedTensor, value: Quantized, stored: ReaderTensor, tally: _Tally) -> None:
+    tally.counts["tensors"] += 1
+    shape = tuple(int(size) for size in reversed(stored.shape))
+    if stored.tensor_type.name != value.grid.ggml_type or shape != tensor.spec.shape:
+        tally.unlike.append(stored.name)
+        return
+    for rows, part in row_chunks(value):
+        found = from_blocks(value.grid, np.asarray(stored.data[rows]))
+        tally.compare("codes", part.codes, found.codes)
+        tally.compare("scales", part.scale, found.scale)
+        if part.super_scale is not None and found.super_scale is not None:
+            tally.compare("scales", part.super_scale, found.super_scale)
+
+
+def _compare_floats(expected: Tensor, stored: ReaderTensor, tally: _Tally) -> None:
+    tally.counts["tensors"] += 1
+    data = np.asarray(stored.data)
+    if stored.tensor_type.name not in ("F16", "F32") or data.shape != tuple(expected.shape):
+        tally.unlike.append(stored.name)
+        return
+    tally.compare("values", expected, torch.from_numpy(data.astype(np.float32)))
+
+
+def _compare_folder(packed: PackedModel, folder: Path, tally: _Tally) -> None:
+    planned = {tensor.name: tensor for tensor in packed.plan}
+    seen: set[str] = set()
+    for shard in shards(folder):
+        with open_safetensors(shard) as file:
+            for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
+                seen.add(name)
+                if name not in planned:
+                    tally.extra.append(name)
+                    continue
+                tally.counts["tensors"] += 1
+                if tuple(file.get_slice(name).get_shape()) != planned[name].spec.shape:
+                    tally.unlike.append(name)
+                    continue
+                for rows, values in _decoded(packed, planned[name]):
+                    tally.compare("values", values, file.get_slice(name)[rows].float())
+    tally.missing += sorted(set(planned) - seen)
+
+
+def _decoded(packed: PackedModel, tensor: PlannedTensor) -> Iterator[tuple[Any, Tensor]]:
+    """float32 values of a planned tensor with their rows, a few rows at a time."""
+    if not isinstance(tensor.grid, BlockGrid):
+        yield slice(None), packed.decode(tensor.name)
+        return
+    value = packed.read(tensor.name)
+    assert isinstance(value, Quantized)
+    for rows, part in row_chunks(value):
+        yield rows, part.decode()
+
+
+class _Reader(GGUFReader):
+    """gguf-py's reader, with an end: its own reads past the end give nothing, forever if the file says so."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError(f"the file ends at byte {len(self.data)}, before what it announces")
+        return super()._get(offset, dtype, count, override_order)
+
+
+def read_gguf(path: Path) -> GGUFReader:
+    """gguf-py's reader of this file. ConfigError if it is missing, truncated or malformed."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file: expected a .gguf file or a transformers folder")
+    try:
+        return _Reader(path)
+    except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{path}: not a valid GGUF file ({error}): download or export it again") from error

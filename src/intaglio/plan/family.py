@@ -1,0 +1,201 @@
+"""Which model families there are, what their tensors are for, and what each file calls them.
+
+A new family is a new row in `FAMILIES` and, where its modules have new names, new rows in `ROLES`.
+Everything else in intaglio speaks of roles.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intaglio.errors import ConfigError
+
+# First match wins. Names are those of the text model's state dict.
+ROLES: tuple[tuple[str, str], ...] = (
+    (r"\.layer_scalar$", "layer_scalar"),
+    (r"norm\w*\.weight$", "norm"),
+    (r"embed_tokens_per_layer\.weight$", "ple_embedding"),
+    (r"embed_tokens\.weight$", "token_embedding"),
+    (r"^lm_head\.weight$", "head"),
+    (r"per_layer_model_projection\.weight$", "ple_model_projection"),
+    (r"\.per_layer_(input_gate|projection)\.weight$", "ple_linear"),
+    (r"\.self_attn\.[qkvo]_proj\.weight$", "attention"),
+    (r"\.mlp\.(gate|up|down)_proj\.weight$", "mlp"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A text architecture that intaglio trains and exports.
+
+    model_type: as in config.json. gguf_architecture: `general.architecture` of its GGUF.
+    norm_offset: what llama.cpp adds to stored norm gains (Gemma 3 computes with 1 + w).
+    """
+
+    model_type: str
+    gguf_architecture: str
+    norm_offset: float
+
+
+FAMILIES: dict[str, Family] = {
+    f.model_type: f
+    for f in (
+        Family(model_type="gemma4_text", gguf_architecture="gemma4", norm_offset=0.0),
+        Family(model_type="gemma3_text", gguf_architecture="gemma3", norm_offset=1.0),
+    )
+}
+
+# What llama.cpp calls the tensors of these families (gguf-py: TENSOR_NAMES).
+GGUF_MODEL_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+    "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
+    "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+GGUF_LAYER_NAMES = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+    "per_layer_input_gate.weight": "inp_gate.weight",
+    "per_layer_projection.weight": "proj.weight",
+    "post_per_layer_input_norm.weight": "post_norm.weight",
+    "layer_scalar": "layer_output_scale.weight",
+}
+GGUF_ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name in the state dict, shape, and role of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model as its config alone describes it.
+
+    config: the text model's config, as JSON holds it. tensors: every stored tensor, in state-dict
+    order; a head tied to the embedding is not listed.
+    """
+
+    family: Family
+    config: dict[str, Any]
+    tensors: tuple[TensorSpec, ...]
+
+    def tensor(self, name: str) -> TensorSpec:
+        return next(t for t in self.tensors if t.name == name)
+
+
+def load_config(model_dir: str | Path) -> dict[str, Any]:
+    """Read config.json of a model folder (or the file itself); ConfigError says what is wrong."""
+    path = Path(model_dir)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file: expected a model folder with config.json")
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ConfigError(f"{path}: no model_type: expected the config.json of a transformers model")
+    return config
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The text part of a multimodal config; a text config as it is."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
+def describe(config: dict[str, Any]) -> ModelSpec:
+    """List every tensor of the text model of a config, without weights.
+
+    The model is built by transformers on the meta device, so its names and shapes are the
+    library's own. Raises ConfigError for a model_type that no family covers.
+    """
+    config = text_config(config)
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ConfigError(f"unknown model_type {model_type!r}: expected one of {', '.join(sorted(FAMILIES))}")
+    model = build_meta_model(config)
+    stored = dict(model.named_parameters())
+    stored.update({n: b for n, b in model.named_buffers() if n.endswith("layer_scalar")})
+    order = [name for name in model.state_dict() if name in stored]
+    tensors = tuple(TensorSpec(name, tuple(stored[name].shape), role_of(name)) for name in order)
+    return ModelSpec(FAMILIES[model_type], config, tensors)
+
+
+def build_meta_model(config: dict[str, Any]) -> torch.nn.Module:
+    """The transformers model of a config, with no memory behind its weights."""
+    from transformers import AutoModelForCausalLM
+
+    hf_config = transformers_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(hf_config)
+    except Exception as error:  # transformers raises many types for a config that contradicts itself
+        raise ConfigError(f"transformers cannot build this config: {type(error).__name__}: {error}") from error
+
+
+def transformers_config(config: dict[str, Any]) -> Any:
+    """transformers' own config object, in which every spelling of a field reads the same."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**config)
+    except Exception as error:
+        raise ConfigError(f"transformers cannot read this config: {type(error).__name__}: {error}") from error
+
+
+def role_of(tensor_name: str) -> str:
+    """The role of a tensor. ConfigError for a name that no row of ROLES knows."""
+    for pattern, role in ROLES:
+        if re.search(pattern, tensor_name):
+            return role
+    raise ConfigError(f"{tensor_name}: a tensor of unknown role; intaglio does not know this architecture")
+
+
+def gguf_name(tensor_name: str) -> str:
+    """What llama.cpp calls a tensor of the state dict. ConfigError where it has no name for it."""
+    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", tensor_name)
+    name = GGUF_LAYER_NAMES.get(layer[2]) if layer else GGUF_MODEL_NAMES.get(tensor_name)
+    if name is None:
+        raise ConfigError(f"{tensor_name}: llama.cpp has no tensor of this kind")
+    return f"blk.{layer[1]}.{name}" if layer else name
+
+
+def gguf_rope_factors(spec: ModelSpec) -> list[float] | None:
+    """Values of the tensor `GGUF_ROPE_FACTORS`; None for a family whose GGUF has no such tensor.
+
+    Gemma 4 rotates only the first share of a full-attention head. llama.cpp divides each angle by
+    its factor, so 1e30 makes it zero. Half as many values as the head has channels.
+    """
+    if spec.family.gguf_architecture != "gemma4":
+        return None
+    config = transformers_config(spec.config)
+    width = config.per_layer_config[config.layer_types.index("full_attention")].head_dim
+    share = config.rope_parameters["full_attention"].get("partial_rotary_factor", 1.0)
+    rotated = int(share * width // 2)
+    return [1.0] * rotated + [1e30] * (width // 2 - rotated)

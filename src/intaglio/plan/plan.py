@@ -1,0 +1,134 @@
+"""Plans: a recipe resolved against one model. Every tensor, its grid, its bytes, and why.
+
+A plan is computed from the config alone. Training, packing, exporters and the report all read the
+same plan, so they cannot disagree on what a tensor is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from intaglio.errors import RecipeError
+from intaglio.numerics.grid import BlockGrid, Grid
+from intaglio.plan.family import ModelSpec, TensorSpec, describe, load_config
+from intaglio.plan.recipe import Recipe, WeightRule
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor, the grid it lives on and the rule that put it there."""
+
+    spec: TensorSpec
+    rule: WeightRule
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def grid(self) -> Grid:
+        return self.rule.grid
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor's data in GGUF, without padding."""
+        return self.grid.size_bytes(self.spec.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe makes of a model. Frozen; iterate for its tensors in state-dict order."""
+
+    recipe: Recipe
+    model: ModelSpec
+    tensors: tuple[PlannedTensor, ...]
+
+    def __iter__(self) -> Iterator[PlannedTensor]:
+        return iter(self.tensors)
+
+    def __getitem__(self, name: str) -> PlannedTensor:
+        return next(t for t in self.tensors if t.name == name)
+
+    @property
+    def portable(self) -> bool:
+        """Whether a bfloat16 checkpoint can hold every value exactly."""
+        return all(t.grid.portable for t in self.tensors)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(t.size_bytes for t in self.tensors)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over model config, recipe and assignment: equal plans have equal digests."""
+        text = json.dumps([self.model.config, self.recipe.to_dict(), self.rows()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One JSON-ready row a tensor."""
+        return [
+            {
+                "tensor": t.name,
+                "role": t.spec.role,
+                "shape": list(t.spec.shape),
+                "grid": t.grid.name,
+                "bytes": t.size_bytes,
+                "rule": t.rule.name,
+            }
+            for t in self.tensors
+        ]
+
+
+def make_plan(model: str | Path | dict[str, Any] | ModelSpec, recipe: Recipe | str) -> Plan:
+    """Resolve `recipe` against a model folder, its config, or a ModelSpec.
+
+    Raises RecipeError for a tensor that no rule covers or whose columns its grid cannot hold, and
+    for a rule that fits no tensor and is not optional.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    if not isinstance(model, ModelSpec):
+        config = model if isinstance(model, dict) else load_config(model)
+        model = describe(config)
+    tensors = tuple(PlannedTensor(spec, _rule_for(recipe, spec)) for spec in model.tensors)
+    _check_unused_rules(recipe, tensors)
+    for tensor in tensors:
+        _check_columns(tensor)
+    return Plan(recipe, model, tensors)
+
+
+def _rule_for(recipe: Recipe, spec: TensorSpec) -> WeightRule:
+    rule = recipe.rule_for(spec.name, spec.role)
+    if rule is None:
+        raise RecipeError(
+            f"recipe {recipe.name}: no rule covers {spec.name} {list(spec.shape)}: "
+            f'add one, for example [weights.more] with roles = ["{spec.role}"] and a grid'
+        )
+    return rule
+
+
+def _check_unused_rules(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> None:
+    used = {tensor.rule.name for tensor in tensors}
+    for rule in recipe.rules:
+        if rule.name not in used and not rule.optional:
+            raise RecipeError(
+                f"recipe {recipe.name}: [weights.{rule.name}] matches no tensor of this model: "
+                "correct roles or match, or say optional = true"
+            )
+
+
+def _check_columns(tensor: PlannedTensor) -> None:
+    grid, shape = tensor.grid, tensor.spec.shape
+    if not isinstance(grid, BlockGrid):
+        return
+    if len(shape) != 2 or shape[1] % grid.column_multiple:
+        raise RecipeError(
+            f"{tensor.name}: shape {list(shape)} does not fit grid {grid.name}, which needs a matrix whose columns "
+            f"are a multiple of {grid.column_multiple}: give it another grid before [weights.{tensor.rule.name}], "
+            f'for example [weights.odd] with match = "{tensor.name}" and grid = "f16"'
+        )

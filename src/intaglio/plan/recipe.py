@@ -1,0 +1,278 @@
+"""Recipes: which grid each tensor gets, and how to train it. TOML in, TOML out.
+
+A recipe has ordered weight rules. Each names roles (see `family`) or a regular expression over
+tensor names, or both; the first rule that fits a tensor wins. A rule that fits no tensor of the
+model is an error unless it says `optional = true`, and so is any key that is not known here.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from intaglio.errors import RecipeError
+from intaglio.numerics.grid import BlockGrid, Grid, grid_named
+
+FITS = ("mse", "stock")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightRule:
+    """Tensors of these roles whose name matches get this grid.
+
+    name: the rule's table in the TOML file; `--set weights.NAME.grid=...` addresses it.
+    roles: roles of the family table; empty for any.
+    match: regular expression, searched in the tensor's name; empty for any.
+    trainable: whether training moves the tensor's latents.
+    optional: whether a model without such a tensor is fine.
+    """
+
+    name: str
+    grid: Grid
+    roles: tuple[str, ...] = ()
+    match: str = ""
+    trainable: bool = True
+    optional: bool = False
+
+    def fits(self, tensor_name: str, role: str) -> bool:
+        return (not self.roles or role in self.roles) and re.search(self.match, tensor_name) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a model is trained to its grids.
+
+    tokens: training tokens in all. batch_size: sequences per optimizer step.
+    sequence_length: tokens of a sequence. micro_batch: sequences per forward; 0 for the whole batch.
+    lr: learning rate of latents and norm gains; scale_lr: of the scales, which are learned as logarithms.
+    embedding_lr: multiple of `lr` for embedding tables.
+    warmup: share of the steps. betas, weight_decay, clip: AdamW and gradient norm, as usual.
+    frozen_tail: last share of the steps, in which codes stand still and only scales and float
+        leftovers move; tail_lr: multiple of the learning rates in it.
+    averaging: share of the steps before the tail whose latents are averaged (0: off).
+    seed: of the data order.
+    """
+
+    tokens: int = 10_000_000
+    batch_size: int = 32
+    micro_batch: int = 0
+    sequence_length: int = 512
+    lr: float = 3e-5
+    scale_lr: float = 1e-3
+    embedding_lr: float = 1.0
+    warmup: float = 0.03
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    frozen_tail: float = 0.1
+    tail_lr: float = 0.3
+    averaging: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A name, a line of prose, the rules, how to fit first scales, and the schedule."""
+
+    name: str
+    summary: str = ""
+    fit: str = "mse"
+    rules: tuple[WeightRule, ...] = ()
+    schedule: Schedule = field(default_factory=Schedule)
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+        """A preset by name or a TOML file by path, with `key=value` overrides applied."""
+        text = _read(name_or_path)
+        return cls.from_toml(text, source=str(name_or_path), overrides=overrides)
+
+    @classmethod
+    def from_toml(cls, text: str, *, source: str = "recipe", overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{source}: not valid TOML: {error}") from None
+        for override in overrides:
+            _apply_override(table, override, source)
+        return _parse(table, source)
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        schedule = asdict(self.schedule)
+        schedule["betas"] = list(self.schedule.betas)
+        weights = {rule.name: _rule_table(rule) for rule in self.rules}
+        return {
+            "name": self.name,
+            "summary": self.summary,
+            "fit": self.fit,
+            "weights": weights,
+            "schedule": schedule,
+        }
+
+    def with_schedule(self, **changes: Any) -> Recipe:
+        return replace(self, schedule=replace(self.schedule, **changes))
+
+    def rule_for(self, tensor_name: str, role: str) -> WeightRule | None:
+        return next((rule for rule in self.rules if rule.fits(tensor_name, role)), None)
+
+
+def preset_names() -> list[str]:
+    return sorted(p.name.removesuffix(".toml") for p in _presets().iterdir() if p.name.endswith(".toml"))
+
+
+def _presets():  # type: ignore[no-untyped-def]
+    return resources.files("intaglio.plan") / "presets"
+
+
+def _read(name_or_path: str | Path) -> str:
+    if str(name_or_path) in preset_names():
+        return (_presets() / f"{name_or_path}.toml").read_text("utf-8")
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise RecipeError(
+            f"no recipe {str(name_or_path)!r}: expected a TOML file or one of {', '.join(preset_names())}"
+        )
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+
+
+def _apply_override(table: dict[str, Any], override: str, source: str) -> None:
+    """Set `a.b.c=value`; the value is TOML, or a bare string where it is not."""
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise RecipeError(f"--set {override!r}: expected key=value, for example schedule.lr=1e-4")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"--set {override!r}: {parent!r} of {source} is a value, not a table")
+    try:
+        table[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[last] = text.strip()
+
+
+def _parse(table: dict[str, Any], source: str) -> Recipe:
+    known = {"name", "summary", "fit", "weights", "schedule"}
+    _check_keys(table, known, source)
+    rules = table.get("weights")
+    if not isinstance(rules, dict) or not rules:
+        raise RecipeError(f"{source}: no [weights.NAME] rules: expected at least one")
+    recipe = Recipe(
+        name=_typed(table, "name", str, source),
+        summary=table.get("summary", ""),
+        fit=_one_of(table, "fit", FITS, "mse", source),
+        rules=tuple(_parse_rule(name, body, source) for name, body in rules.items()),
+        schedule=_parse_schedule(table.get("schedule", {}), source),
+    )
+    _check_fit(recipe, source)
+    return recipe
+
+
+def _check_fit(recipe: Recipe, source: str) -> None:
+    """llama.cpp's own scales are any float16, which a portable grid does not hold."""
+    portable = [rule for rule in recipe.rules if isinstance(rule.grid, BlockGrid) and rule.grid.portable]
+    if recipe.fit == "stock" and portable:
+        raise RecipeError(
+            f"{source}: fit = 'stock' writes scales that grid {portable[0].grid.name} of "
+            f"[weights.{portable[0].name}] does not hold: use the -free grids, as recipe q4_0-stock does"
+        )
+
+
+def _parse_rule(name: str, body: Any, source: str) -> WeightRule:
+    where = f"{source}: [weights.{name}]"
+    if not isinstance(body, dict):
+        raise RecipeError(f"{where}: expected a table, got {body!r}")
+    _check_keys(body, {"grid", "roles", "match", "trainable", "optional"}, where)
+    match = body.get("match", "")
+    try:
+        re.compile(match)
+    except (re.error, TypeError) as error:
+        raise RecipeError(f"{where}: match {match!r} is not a regular expression: {error}") from None
+    roles = tuple(body.get("roles", ()))
+    if not roles and not match:
+        raise RecipeError(f"{where}: neither roles nor match: expected one of them, or both")
+    grid = grid_named(_typed(body, "grid", str, where))
+    trainable = body.get("trainable", True)
+    return WeightRule(
+        name=name, grid=grid, roles=roles, match=match, trainable=trainable, optional=body.get("optional", False)
+    )
+
+
+def _parse_schedule(body: Any, source: str) -> Schedule:
+    where = f"{source}: [schedule]"
+    if not isinstance(body, dict):
+        raise RecipeError(f"{where}: expected a table, got {body!r}")
+    _check_keys(body, {f.name for f in fields(Schedule)}, where)
+    defaults = Schedule()
+    values: dict[str, Any] = {}
+    for key, value in body.items():
+        kind = type(getattr(defaults, key))
+        if kind is tuple:
+            value = tuple(value) if isinstance(value, list) else value
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise RecipeError(f"{where}: {key} = {value!r}: expected {kind.__name__}")
+        values[key] = value
+    schedule = replace(defaults, **values)
+    _check_schedule(schedule, where)
+    return schedule
+
+
+def _check_schedule(schedule: Schedule, where: str) -> None:
+    for key in ("tokens", "batch_size", "sequence_length"):
+        if getattr(schedule, key) < 1:
+            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected 1 or more")
+    for key in ("lr", "scale_lr", "embedding_lr", "weight_decay", "clip", "tail_lr", "micro_batch", "seed"):
+        if getattr(schedule, key) < 0:
+            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected 0 or more")
+    for key in ("warmup", "frozen_tail", "averaging"):
+        if not 0 <= getattr(schedule, key) < 1:
+            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected a share in [0, 1)")
+
+
+def _rule_table(rule: WeightRule) -> dict[str, Any]:
+    table: dict[str, Any] = {"grid": rule.grid.name}
+    if rule.roles:
+        table["roles"] = list(rule.roles)
+    if rule.match:
+        table["match"] = rule.match
+    if not rule.trainable:
+        table["trainable"] = False
+    if rule.optional:
+        table["optional"] = True
+    return table
+
+
+def _check_keys(table: dict[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(set(table) - known)
+    if unknown:
+        raise RecipeError(f"{where}: unknown key {unknown[0]!r}: expected one of {', '.join(sorted(known))}")
+
+
+def _typed(table: dict[str, Any], key: str, kind: type, where: str) -> Any:
+    if not isinstance(table.get(key), kind):
+        raise RecipeError(f"{where}: {key} = {table.get(key)!r}: expected {kind.__name__}")
+    return table[key]
+
+
+def _one_of(table: dict[str, Any], key: str, allowed: tuple[str, ...], default: str, where: str) -> str:
+    value = table.get(key, default)
+    if value not in allowed:
+        raise RecipeError(f"{where}: {key} = {value!r}: expected one of {', '.join(allowed)}")
+    return value
+
+

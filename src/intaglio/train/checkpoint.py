@@ -1,0 +1,92 @@
+"""Training checkpoints: safetensors and JSON, nothing pickled, each complete or absent.
+
+Data order and learning rates are functions of the step, and training draws no other random
+numbers, so parameters, buffers and optimizer moments are the whole state: a resumed run repeats the
+uninterrupted one bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from intaglio.errors import ConfigError
+from intaglio.packed.store import new_path, open_safetensors
+
+KEEP = 2  # the newest, and one before it in case the newest turns out to hold a diverged state
+
+
+def step_dir(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def latest(run_dir: Path) -> Path | None:
+    found = sorted((run_dir / "checkpoints").glob("step-*"))
+    return found[-1] if found else None
+
+
+def save(
+    run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor]
+) -> Path:
+    """Write the state after `step` optimizer steps; older checkpoints but one are removed."""
+    tensors = {f"model.{n}": t for n, t in _state(model).items()}
+    tensors |= {f"extra.{n}": t for n, t in extra.items()}
+    names = {id(p): n for n, p in model.named_parameters()}
+    for parameter, state in optimizer.state.items():
+        tensors |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in state.items()}
+    path = step_dir(run_dir, step)
+    with new_path(path, replace=True) as temporary:
+        temporary.mkdir()
+        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, temporary / "state.safetensors")
+        (temporary / "meta.json").write_text(json.dumps({"step": step, "torch": torch.__version__}), "utf-8")
+    for old in sorted(path.parent.glob("step-*"))[:-KEEP]:
+        shutil.rmtree(old)
+    return path
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters once each (tied ones are one) and persistent buffers."""
+    buffers = {n: b for n, b in model.state_dict().items() if n not in dict(model.named_parameters(remove_duplicate=False))}
+    return dict(model.named_parameters()) | buffers
+
+
+def read_step(path: Path) -> int:
+    try:
+        meta: dict[str, Any] = json.loads((path / "meta.json").read_text("utf-8"))
+        return int(meta["step"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: damaged checkpoint: {error}: remove it to resume from the one before") from error
+
+
+@torch.no_grad()
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Restore model and optimizer in place; return the extra tensors.
+
+    The model must be in the phase of the checkpoint (codes frozen or not) and the optimizer made
+    for it.
+    """
+    state = _state(model)
+    extra: dict[str, Tensor] = {}
+    parameters = dict(model.named_parameters())
+    with open_safetensors(path / "state.safetensors") as file:
+        for name in file.keys():
+            kind, _, rest = name.partition(".")
+            value = file.get_tensor(name)
+            if kind == "model":
+                state.pop(rest).copy_(value)
+            elif kind == "extra":
+                extra[rest] = value
+            else:
+                owner, _, key = rest.rpartition(".")
+                parameter = parameters[owner]
+                on_device = value if key == "step" and not parameter.is_cuda else value.to(parameter.device)
+                optimizer.state[parameter][key] = on_device.clone()
+    if state:
+        raise ConfigError(f"{path}: damaged checkpoint: {sorted(state)[0]} is missing")
+    return extra

@@ -1,0 +1,316 @@
+"""The training loop: a quantized student learns the distribution of its own float original.
+
+One plain file on accelerate, read from top to bottom: build the student, step, freeze, finish. What
+it lacks beside a general trainer: evaluation and early stopping (see `measure`), and any loss but
+the KL to the teacher.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from intaglio.errors import OutputError, TrainingError
+from intaglio.plan.plan import Plan
+from intaglio.train import checkpoint
+from intaglio.train.attach import (
+    QuantLinear,
+    cache_values,
+    decoded_in_graph,
+    drop_values,
+    freeze_codes,
+    prepare,
+    quantized_linears,
+)
+from intaglio.train.corpus import Corpus, batch_indices
+from intaglio.train.distill import chunked_kl
+from intaglio.train.optimizer import Phases, make_optimizer, set_lr
+
+LOSSES_FILE = "losses.jsonl"
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What does not change the result's recipe, only how it is computed.
+
+    precision: "bf16" for bfloat16 autocast, "no" for float32; None picks bf16 on a GPU.
+    compiled: compile quantizer, loss and decoder layers with torch.compile; None does so on a GPU.
+    checkpoint_every: optimizer steps between checkpoints; 0 for none.
+    tensorboard: log the loss through accelerate's tracker into the run folder.
+    gradient_checkpointing: recompute decoder layers in the backward.
+    """
+
+    precision: str | None = None
+    compiled: bool | None = None
+    checkpoint_every: int = 0
+    tensorboard: bool = False
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Progress after an optimizer step: index, total, mean loss in nats, tokens seen, seconds."""
+
+    step: int
+    total_steps: int
+    loss: float
+    tokens: int
+    seconds: float
+    phase: str
+
+
+class Distiller(nn.Module):
+    """Student plus loss as one module, so that accelerate can wrap the whole."""
+
+    def __init__(self, student: nn.Module, softcap: float | None, compiled: bool):
+        super().__init__()
+        self.student = student
+        self.softcap = softcap
+        self.compiled = compiled
+
+    def forward(self, input_ids: Tensor, positions: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+        hidden = final_hidden(self.student, input_ids, positions).to(teacher_head.dtype)
+        head = head_weight(self.student, teacher_head.dtype)
+        return chunked_kl(
+            hidden.flatten(0, 1), head, teacher_hidden, teacher_head, softcap=self.softcap, compiled=self.compiled
+        )
+
+
+def final_hidden(model: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
+    """Output of the final norm, [B, T, D]. Positions that restart keep documents apart."""
+    return model.model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+
+
+def head_weight(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Output embedding [V, D] as the forward decodes it."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, QuantLinear):
+        return head.weight.to(dtype)
+    decoded = head.quantizer.decoded
+    return decoded if decoded is not None else head.quantizer(head.weight, dtype)
+
+
+def train(
+    teacher: nn.Module,
+    plan: Plan,
+    corpus: Corpus,
+    run_dir: str | Path,
+    *,
+    options: Options | None = None,
+    resume: bool = False,
+    on_step: Callable[[StepInfo], None] = lambda info: None,
+) -> nn.Module:
+    """Train a copy of `teacher` to the plan's grids and return it, prepared and on the grid.
+
+    teacher: float32 text model; it stays as it is. corpus: packed sequences. run_dir: receives
+    losses, checkpoints and TensorBoard files; an existing run is continued only with `resume`.
+    Raises TrainingError when the loss becomes NaN or Inf; the last checkpoint stays.
+    """
+    options = options or Options()
+    run_dir = Path(run_dir)
+    start = _open_run(run_dir, plan, corpus, resume)
+    accelerator = _accelerator(options, run_dir)
+    compiled = accelerator.device.type == "cuda" if options.compiled is None else options.compiled
+    teacher = teacher.to(accelerator.device).requires_grad_(False)
+    student = build_student(teacher, plan, compiled=compiled)
+    if options.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compiled:
+        for layer in (*teacher.model.layers, *student.model.layers):
+            layer.compile(dynamic=False)
+    session = Session(teacher, student, plan, corpus, run_dir, accelerator, compiled, options)
+    session.run(start, on_step)
+    accelerator.end_training()
+    return student
+
+
+def build_student(teacher: nn.Module, plan: Plan, *, compiled: bool = False) -> nn.Module:
+    """A copy of the teacher with every planned tensor on its grid, ready to train."""
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    student.train()
+    return prepare(student, plan, compiled=compiled)
+
+
+def _accelerator(options: Options, run_dir: Path) -> Accelerator:
+    precision = options.precision or ("bf16" if torch.cuda.is_available() else "no")
+    log_with = "tensorboard" if options.tensorboard else None
+    accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=run_dir)
+    if options.tensorboard:
+        accelerator.init_trackers("tensorboard")
+    return accelerator
+
+
+def _open_run(run_dir: Path, plan: Plan, corpus: Corpus, resume: bool) -> Path | None:
+    """Claim the run folder; return the checkpoint to start from, if any."""
+    identity = {"plan": plan.digest, "corpus": corpus.digest}
+    record = run_dir / RUN_FILE
+    if not record.is_file():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(identity), "utf-8")
+        return None
+    if not resume:
+        raise OutputError(f"{run_dir}: holds another run: choose another folder, or continue it with --resume")
+    found = json.loads(record.read_text("utf-8"))
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise OutputError(f"{run_dir}: cannot resume: the run there has another {key} ({found.get(key)})")
+    return checkpoint.latest(run_dir)
+
+
+class Session:
+    """The state of one training run between its steps."""
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        plan: Plan,
+        corpus: Corpus,
+        run_dir: Path,
+        accelerator: Accelerator,
+        compiled: bool,
+        options: Options,
+    ):
+        self.schedule = plan.recipe.schedule
+        self.phases = Phases.of(self.schedule)
+        self.teacher, self.student, self.corpus = teacher, student, corpus
+        self.run_dir, self.accelerator, self.options = run_dir, accelerator, options
+        self.compiled = compiled
+        softcap = getattr(student.config, "final_logit_softcapping", None)
+        self.dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        self.teacher_head = teacher.get_output_embeddings().weight.to(self.dtype)
+        self.distiller = accelerator.prepare(Distiller(student, softcap, compiled))
+        self.optimizer = make_optimizer(student, self.schedule)
+        self.average: dict[str, Tensor] = {}
+        self.seconds_before = 0.0
+
+    def run(self, start: Path | None, on_step: Callable[[StepInfo], None]) -> None:
+        first = self.restore(start) if start else 0
+        losses = _open_losses(self.run_dir / LOSSES_FILE, first)
+        began = time.perf_counter()
+        with losses:
+            for step in range(first, self.phases.total):
+                if step == self.phases.tail:
+                    self.enter_tail()
+                loss = self.step(step)
+                seconds = self.seconds_before + time.perf_counter() - began
+                info = self.record(step, loss, seconds)
+                losses.write(json.dumps({"step": info.step, "tokens": info.tokens, "loss": loss}) + "\n")
+                on_step(info)
+                every = self.options.checkpoint_every
+                if every and info.step % every == 0 and info.step < self.phases.total:
+                    losses.flush()
+                    checkpoint.save(self.run_dir, info.step, self.student, self.optimizer, self.average)
+
+    def step(self, step: int) -> float:
+        """One optimizer step; returns the mean loss over its micro-batches."""
+        schedule = self.schedule
+        set_lr(self.optimizer, self.phases.lr_factor(step, schedule.tail_lr))
+        indices = batch_indices(len(self.corpus.tokens), schedule.batch_size, schedule.seed, step)
+        micro_batches = self.micro_batches(indices)
+        cache_values(self.student, self.dtype)
+        total = torch.zeros((), device=self.accelerator.device)
+        for input_ids, positions in micro_batches:
+            total += self.backward(input_ids, positions, 1 / len(micro_batches))
+        loss = self.accelerator.reduce(total, reduction="mean").item()
+        if not math.isfinite(loss):
+            last = checkpoint.latest(self.run_dir)
+            kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+            raise TrainingError(f"loss is {loss} at step {step + 1}: {kept}: lower schedule.lr or check the data")
+        if schedule.clip:
+            self.accelerator.clip_grad_norm_(self.student.parameters(), schedule.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        drop_values(self.student)
+        self.update_average(step)
+        return loss
+
+    def micro_batches(self, indices) -> list[tuple[Tensor, Tensor]]:
+        """This process's share of a batch, cut into micro-batches on the device."""
+        accelerator = self.accelerator
+        indices = indices[accelerator.process_index :: accelerator.num_processes]
+        size = self.schedule.micro_batch or len(indices)
+        parts = [indices[i : i + size] for i in range(0, len(indices), size)]
+
+        def on_device(array) -> Tensor:
+            return torch.from_numpy(array).long().to(accelerator.device)
+
+        return [(on_device(self.corpus.tokens[p]), on_device(self.corpus.positions[p])) for p in parts]
+
+    def backward(self, input_ids: Tensor, positions: Tensor, weight: float) -> Tensor:
+        with self.accelerator.autocast():
+            with torch.no_grad():
+                teacher_hidden = final_hidden(self.teacher, input_ids, positions).to(self.dtype).flatten(0, 1)
+            arguments = (input_ids, positions, teacher_hidden, self.teacher_head)
+            if not self.compiled:
+                loss = self.distiller(*arguments) * weight
+                self.accelerator.backward(loss)
+                return loss.detach()
+            with decoded_in_graph(self.student, self.dtype):
+                loss = self.distiller(*arguments) * weight
+                self.accelerator.backward(loss)
+            return loss.detach()
+
+    def update_average(self, step: int) -> None:
+        """Running mean of the latents over the steps before the tail."""
+        count = step - self.phases.average
+        if not 0 <= count or step >= self.phases.tail or self.phases.average == self.phases.tail:
+            return
+        for name, parameter in self.student.named_parameters():
+            if parameter.requires_grad:
+                mean = self.average.setdefault(name, torch.zeros_like(parameter))
+                mean.lerp_(parameter.detach(), 1 / (count + 1))
+
+    def enter_tail(self) -> None:
+        """Freeze the codes; from here on only scales and float leftovers move."""
+        with torch.no_grad():
+            for name, parameter in self.student.named_parameters():
+                if name in self.average:
+                    parameter.copy_(self.average[name])
+        self.average = {}
+        self.freeze()
+        self.optimizer = make_optimizer(self.student, self.schedule)
+
+    def freeze(self) -> None:
+        freeze_codes(self.student)
+        for module in quantized_linears(self.student).values():
+            module._parameters["weight"].requires_grad_(False)  # type: ignore[union-attr]
+
+    def restore(self, path: Path) -> int:
+        step = checkpoint.read_step(path)
+        if step > self.phases.tail:
+            self.freeze()
+            self.optimizer = make_optimizer(self.student, self.schedule)
+        extra = checkpoint.load(path, self.student, self.optimizer)
+        self.average = {name: value.to(self.accelerator.device) for name, value in extra.items()}
+        return step
+
+    def record(self, step: int, loss: float, seconds: float) -> StepInfo:
+        tokens = (step + 1) * self.schedule.batch_size * self.schedule.sequence_length
+        phase = "tail" if step >= self.phases.tail else "train"
+        if self.options.tensorboard:
+            self.accelerator.log({"loss": loss, "tokens": tokens}, step=step + 1)
+        return StepInfo(step + 1, self.phases.total, loss, tokens, seconds, phase)
+
+
+def _open_losses(path: Path, keep_steps: int):  # type: ignore[no-untyped-def]
+    """The loss log, opened for appending after its first `keep_steps` lines."""
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
+    path.write_text("".join(lines[:keep_steps]), "utf-8")
+    return open(path, "a", encoding="utf-8")
+
+
+def read_losses(run_dir: Path) -> list[dict[str, float]]:
+    """Rows {step, tokens, loss} of a run."""
+    path = Path(run_dir) / LOSSES_FILE
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []

@@ -1,0 +1,72 @@
+"""Parameter groups and learning rates: AdamW on float32 latents, cosine, a frozen-codes tail."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from intaglio.plan.recipe import Schedule
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Which optimizer steps are what. total: all steps; tail: the first step with frozen codes."""
+
+    total: int
+    tail: int
+    warmup: int
+    average: int
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> Phases:
+        tokens_per_step = schedule.batch_size * schedule.sequence_length
+        total = max(1, round(schedule.tokens / tokens_per_step))
+        tail = total - int(total * schedule.frozen_tail)
+        average = tail - int(total * schedule.averaging)
+        return cls(total, tail, max(1, int(total * schedule.warmup)), average)
+
+    def lr_factor(self, step: int, tail_lr: float) -> float:
+        """Warm-up and cosine to zero before the tail, and once more, lower, in it."""
+        if step < self.tail:
+            return min(1.0, (step + 1) / self.warmup) * _cosine(step / self.tail)
+        length = self.total - self.tail
+        warmup = max(1, min(self.warmup, length // 4))
+        position = step - self.tail
+        return tail_lr * min(1.0, (position + 1) / warmup) * _cosine(position / length)
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
+    """AdamW with one group for each kind of parameter; `base_lr` of a group is its peak rate.
+
+    Scale latents are logarithms and take `scale_lr`; weight decay would pull scales to 1, so they
+    have none. Parameters that do not require gradients are left out: in the tail, all latents.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"scale": [], "embedding": [], "weight": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "scale" if name.endswith("scale_latent") else "embedding" if "embed_tokens" in name else "weight"
+            groups[kind].append(parameter)
+    peaks = {"scale": schedule.scale_lr, "embedding": schedule.lr * schedule.embedding_lr, "weight": schedule.lr}
+    decay = {"scale": 0.0, "embedding": 0.0, "weight": schedule.weight_decay}
+    on_cuda = any(p.is_cuda for p in model.parameters())
+    return torch.optim.AdamW(
+        [
+            {"params": params, "lr": peaks[kind], "base_lr": peaks[kind], "weight_decay": decay[kind]}
+            for kind, params in groups.items()
+            if params
+        ],
+        betas=schedule.betas,
+        fused=on_cuda,
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor

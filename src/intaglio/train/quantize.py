@@ -1,0 +1,47 @@
+"""Quantization without training: fit, pack, done. Streams the checkpoint a tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from intaglio.numerics.fit import check_finite, fit_mse, fit_stock
+from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
+from intaglio.packed.checkpoint import stream_tensors
+from intaglio.packed.model import PackedModel, write_packed
+from intaglio.plan.plan import Plan
+
+FITS: dict[str, Callable[[Tensor, BlockGrid], Quantized]] = {"mse": fit_mse, "stock": fit_stock}
+
+
+def fit_tensor(values: Tensor, plan: Plan, name: str) -> Quantized | Tensor:
+    """One tensor on its planned grid: the recipe's fit, or rounding for a float leftover."""
+    check_finite(values, name)
+    grid = plan[name].grid
+    return grid.round(values) if isinstance(grid, FloatGrid) else FITS[plan.recipe.fit](values, grid)
+
+
+def quantize(
+    model_dir: str | Path,
+    plan: Plan,
+    out: str | Path,
+    *,
+    replace: bool = False,
+    provenance: dict[str, Any] | None = None,
+    on_tensor: Callable[[str], None] = lambda name: None,
+) -> PackedModel:
+    """Write a PackedModel of `model_dir` by the recipe's fit alone.
+
+    on_tensor is called with each tensor's name when it is done. Raises ConfigError for a damaged
+    checkpoint and WeightError for NaN, Inf or weights beyond a grid's reach; nothing is left behind.
+    """
+    source, target = Path(model_dir), Path(out)
+    record = {"method": f"fit {plan.recipe.fit}", **(provenance or {})}
+    with write_packed(target, plan, assets=source, provenance=record, replace=replace) as writer:
+        for name, values in stream_tensors(source, plan.model):
+            writer.add(name, fit_tensor(values, plan, name))
+            on_tensor(name)
+    return PackedModel.open(target)

@@ -1,0 +1,122 @@
+"""Tiny random Gemma models: small enough to make anew in every test session.
+
+Their shapes keep what is odd about the real ones: two head sizes, KV-shared layers with a double-wide
+MLP, per-layer embeddings, a tied head.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from intaglio.packed.model import PackedModel
+from intaglio.plan.family import build_meta_model
+from intaglio.plan.plan import make_plan
+from intaglio.plan.recipe import Recipe
+from intaglio.train.quantize import quantize
+
+TOKENIZER = Path(__file__).parents[2] / "src/intaglio/tiny/model"
+VOCABULARY = 4096  # of the bundled tokenizer
+
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "vocab_size": VOCABULARY,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "global_head_dim": 128,
+    "hidden_size_per_layer_input": 64,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    # llama.cpp takes the KV of shared layers from the last two unshared ones: sliding, then full
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 32,
+    "max_position_embeddings": 2048,
+    "final_logit_softcapping": 30.0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+# Keys equal to values, no per-layer embeddings and no KV sharing, as in the larger models.
+GEMMA4_DENSE = GEMMA4 | {
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
+
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 32,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def make_checkpoint(folder: Path, config: dict[str, Any] = GEMMA4, *, seed: int = 0) -> Path:
+    """Save a random bfloat16 model of this config, with the bundled tokenizer; return the folder."""
+    model = build_meta_model(config)
+    model = type(model)(model.config).to(torch.bfloat16)
+    fill(model, seed)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(TOKENIZER / name, folder / name)
+    if config["model_type"] == "gemma3_text":
+        complete_merges(folder / "tokenizer.json")
+    return folder
+
+
+@torch.no_grad()
+def fill(model: nn.Module, seed: int) -> None:
+    """Random weights in a range where the model is not chaotic: small norms after each block."""
+    generator = torch.Generator().manual_seed(seed)
+    offset = 1.0 if model.config.model_type == "gemma3_text" else 0.0  # Gemma 3 computes with 1 + gain
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        noise = torch.randn(tensor.shape, generator=generator)
+        if name.endswith("layer_scalar"):
+            tensor.copy_(1 + 0.1 * noise)
+        elif "norm" in name:
+            tensor.copy_((1 + 0.1 * noise) * (0.15 if "post_" in name else 1.0) - offset)
+        elif tensor.ndim == 2:
+            tensor.copy_(noise * 0.06)
+
+
+def complete_merges(tokenizer_json: Path) -> None:
+    """List every split of every merged token, as tokenizers that come from SentencePiece do."""
+    tokenizer = json.loads(tokenizer_json.read_text("utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    merged = dict.fromkeys(left + right for left, right in tokenizer["model"]["merges"])
+    tokenizer["model"]["merges"] = [
+        [token[:i], token[i:]]
+        for token in merged
+        for i in range(1, len(token))
+        if token[:i] in vocabulary and token[i:] in vocabulary
+    ]
+    tokenizer_json.write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+
+
+def pack(checkpoint: Path, target: Path, recipe: Recipe | str = "q4_0") -> PackedModel:
+    """Quantize a checkpoint by its recipe's fit, without training."""
+    return quantize(checkpoint, make_plan(checkpoint, recipe), target)

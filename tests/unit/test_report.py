@@ -1,0 +1,367 @@
+"""The report: its arithmetic, its escaping, and how a real browser lays it out."""
+
+import dataclasses
+import html
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+from matplotlib.image import imread
+
+from intaglio.errors import OutputError
+from intaglio.measure.metrics import Comparison
+from intaglio.measure.render import count, duration, percent, size, snippet, with_ci
+from intaglio.measure.report import (
+    Artifact,
+    ComparisonRow,
+    CurvePoint,
+    Kind,
+    LayerRow,
+    PlanRow,
+    Provenance,
+    Report,
+    Sample,
+    plan_rows,
+    write_report,
+)
+from intaglio.plan.plan import make_plan
+
+LLAMA, TRANSFORMERS = "llama.cpp (llama-cpp-python 0.3.36)", "transformers 5.23.0"
+MINIMAL = Report(title="A model on Q4_0", model="a-model", format="Q4_0", recipe_name="q4_0")
+HOSTILE = (
+    "<script>alert(1)</script><img src=x onerror=alert(1)> \" ' ` </style></title></pre> {{ 7 * 7 }} {% raw %}"
+    "\x00\x07\x1b[31m\x85\ud800\u202e | a \\| b ||\r\n# heading\n- item\n\n```\n| x |\n|---|\n[link](javascript:alert(1))"
+    "**bold** __bold__ ~~gone~~ $math$ &amp; <!-- " + "w" * 300
+)
+
+
+def comparison(kl: float, runtime: str = LLAMA, simulated: bool = False) -> Comparison:
+    return Comparison(
+        runtime=runtime,
+        simulated=simulated,
+        tokens=261_632,
+        windows=512,
+        kl_mean_nats=kl,
+        kl_mean_ci_nats=kl / 50,
+        kl_median_nats=kl / 3,
+        kl_99_nats=kl * 6,
+        kl_999_nats=kl * 14,
+        kl_max_nats=kl * 40,
+        same_top_share=0.9,
+        same_top_ci=0.002,
+        rms_delta_p=0.03,
+        perplexity_reference=13.8,
+        perplexity_reference_ci=0.2,
+        perplexity_candidate=14.1,
+        perplexity_candidate_ci=0.2,
+        perplexity_ratio=1.02,
+        perplexity_ratio_ci=0.003,
+    )
+
+
+def row(kind: Kind, kl: float | None, runtime: str = LLAMA, simulated: bool = False) -> ComparisonRow:
+    label = {"original": "Original", "stock": "stock Q4_0", "fitted": "MSE-fitted", "trained": "QAT"}[kind]
+    measured = None if kl is None else comparison(kl, runtime, simulated)
+    return ComparisonRow(label=label, kind=kind, comparison=measured, size_bytes=None if simulated else 5_450_000)
+
+
+def full_report() -> Report:
+    modules = {"self_attn.q_proj": "attention", "mlp.down_proj": "mlp", "input_layernorm": "norm"}
+    layers = [
+        LayerRow(
+            tensor=f"model.layers.{layer}.{module}.weight",
+            role=role,
+            relative_rms={"stock": 0.0, "QAT": 0.0} if role == "norm" else {"stock": 0.08 + layer / 999, "QAT": 0.09},
+        )
+        for layer in range(8)
+        for module, role in modules.items()
+    ]
+    return dataclasses.replace(
+        MINIMAL,
+        recipe_toml='name = "q4_0"\n\n[weights.linear]\nroles = ["attention", "mlp"]\ngrid = "q4_0"\n',
+        plan=[
+            PlanRow(role="token_embedding", grid="q6_k", tensors=1, parameters=1_048_576, size_bytes=860_160),
+            PlanRow(role="attention", grid="q4_0", tensors=24, parameters=1_900_544, size_bytes=1_069_056),
+        ],
+        comparisons=[
+            row("original", None),
+            row("stock", 0.0652),
+            row("fitted", 0.0572),
+            row("trained", 0.0238),
+            row("trained", 0.0237, TRANSFORMERS, simulated=True),
+        ],
+        loss_curve=[CurvePoint(step=i, tokens=i * 8192, value=0.02 + 0.04 / (1 + i)) for i in range(1000)],
+        kl_curve=[CurvePoint(step=i, tokens=i * 81920, value=0.02 + 0.04 / (1 + i)) for i in range(10)],
+        layers=layers,
+        artifacts=[Artifact(name="a.gguf", size_bytes=5_450_000, sha256="9f86" * 16, verification="0 codes differ")],
+        samples=[Sample(prompt="The river", continuations={"Original": " runs.", "QAT": "\n\n    runs on."})],
+        provenance=Provenance(versions={"torch": "2.13.0"}, command="intaglio train", seconds=15123.0, tokens=9_830_400),
+        notes=["The row marked simulated is no exported file.", "One seed."],
+    )
+
+
+def map_strings(value: Any, change: Callable[[str], str], field_name: str = "") -> Any:
+    """The same dataclasses with every string changed, but for the two that are not text."""
+    if isinstance(value, str):
+        return value if field_name == "kind" else change(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = (f.name for f in dataclasses.fields(value))
+        return dataclasses.replace(value, **{n: map_strings(getattr(value, n), change, n) for n in names})
+    if isinstance(value, list):
+        return [map_strings(item, change) for item in value]
+    if isinstance(value, dict):
+        return {map_strings(key, change): map_strings(item, change) for key, item in value.items()}
+    return value
+
+
+def hostile_report() -> Report:
+    """Hostile text in front of every string; at its end, names that make the same charts."""
+    return map_strings(full_report(), lambda text: f"{HOSTILE} {text}")
+
+
+def written(report: Report, folder: Path) -> dict[str, str]:
+    return {suffix: path.read_text("utf-8") for suffix, path in write_report(report, folder).items()}
+
+
+# Headline and shares
+
+
+def test_headline_takes_the_artifact_before_the_simulation():
+    report = full_report()
+    assert [round(pair.share, 3) for pair in report.recoveries()] == [0.635, 0.584]
+    assert report.headline() == "QAT recovers 63% of what Q4_0 rounding loses"
+
+
+def test_headline_of_a_simulation_when_nothing_else_was_measured():
+    rows = [row("stock", 0.04, TRANSFORMERS, simulated=True), row("trained", 0.01, TRANSFORMERS, simulated=True)]
+    report = dataclasses.replace(MINIMAL, comparisons=rows)
+    assert report.headline() == "QAT recovers 75% of what Q4_0 rounding loses"
+
+
+def test_headline_says_when_training_made_it_worse():
+    report = dataclasses.replace(MINIMAL, comparisons=[row("stock", 0.04), row("trained", 0.05)])
+    assert report.headline() == "QAT is 25% further from the original than Q4_0 rounding"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [row("stock", 0.04)],
+        [row("stock", 0.04), row("trained", 0.01, TRANSFORMERS, simulated=True)],
+        [row("stock", 0.0), row("trained", 0.0)],
+    ],
+    ids=["nothing", "no training", "another runtime", "no loss"],
+)
+def test_no_share_without_a_comparable_baseline(rows: list[ComparisonRow]):
+    report = dataclasses.replace(MINIMAL, comparisons=rows)
+    assert report.recoveries() == []
+    assert report.headline() == "A model on Q4_0"
+
+
+def test_plan_rows_add_up_to_the_plan():
+    config = {"model_type": "gemma3_text", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128, "vocab_size": 512}
+    plan = make_plan(config, "q4_0")
+    rows = plan_rows(plan)
+    assert sum(r.size_bytes for r in rows) == plan.size_bytes
+    assert sum(r.tensors for r in rows) == len(plan.tensors)
+    assert {("attention", "q4_0"), ("token_embedding", "q6_k")} <= {(r.role, r.grid) for r in rows}
+
+
+# Files
+
+
+def test_json_holds_the_numbers_and_what_follows_from_them(tmp_path: Path):
+    data = json.loads(written(full_report(), tmp_path)["json"])
+    assert data["headline"] == "QAT recovers 63% of what Q4_0 rounding loses"
+    assert data["comparisons"][3]["comparison"]["kl_mean_nats"] == 0.0238
+    assert data["layers"][0]["snr_db"]["stock"] == pytest.approx(21.938, abs=1e-3)
+    assert data["layers"][2]["snr_db"]["stock"] is None  # an exact tensor: infinite, which JSON cannot say
+
+
+def test_markdown_has_the_table(tmp_path: Path):
+    text = written(full_report(), tmp_path)["md"]
+    assert "| QAT | llama.cpp (llama-cpp-python 0.3.36) | 0.0238 ± 0.0005 | 0.0079 | 0.1428 | 90.0% | 14.10 |" in text
+    assert "| QAT | transformers 5.23.0, simulated |" in text
+
+
+def test_parts_without_data_are_left_out(tmp_path: Path):
+    texts = written(MINIMAL, tmp_path)
+    assert "<section" not in texts["html"]
+    assert "\n##" not in texts["md"]
+    assert "A model on Q4_0" in texts["html"] and "A model on Q4_0" in texts["md"]
+
+
+def test_existing_files_are_kept_unless_replaced(tmp_path: Path):
+    paths = write_report(MINIMAL, tmp_path)
+    before = paths["html"].read_bytes()
+    with pytest.raises(OutputError, match="already exists"):
+        write_report(full_report(), tmp_path)
+    assert paths["html"].read_bytes() == before
+    write_report(full_report(), tmp_path, replace=True)
+    assert paths["html"].read_bytes() != before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
+
+
+def test_page_asks_nobody_for_anything(tmp_path: Path):
+    page = written(full_report(), tmp_path)["html"]
+    assert "default-src 'none'" in page
+    assert not re.search(r"https?:|//|<script|<link|<img|@import|url\(|src=", page.replace("://", "//"))
+
+
+def test_equal_artifacts_have_equal_rosettes(tmp_path: Path):
+    pages = [
+        written(dataclasses.replace(full_report(), artifacts=[artifact]), tmp_path / str(i))["html"]
+        for i, artifact in enumerate(Artifact(name=n, size_bytes=1, sha256=s) for n, s in ("aa", "ba", "ab"))
+    ]
+    first, same, other = (re.search(r'id="ring1" d="([^"]+)"', page).group(1) for page in pages)  # type: ignore[union-attr]
+    assert first == same != other
+
+
+# Escaping
+
+
+class Structure(HTMLParser):
+    """Tags with the names of their attributes, and the text between them."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[tuple[str, tuple[str, ...]]] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        # class and width depend on numbers and kinds only, which are the same in both reports
+        self.tags.append((tag, tuple(name for name, _ in attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_hostile_text_changes_no_tag_of_the_page(tmp_path: Path):
+    benign = Structure(written(full_report(), tmp_path / "benign")["html"])
+    page = written(hostile_report(), tmp_path / "hostile")["html"]
+    hostile = Structure(page)
+    assert hostile.tags == benign.tags
+    assert hostile.text.count("<script>alert(1)</script>") > 40
+    assert "{{ 7 * 7 }}" in hostile.text
+    assert "␀␇␛[31m\ufffd\ufffd\ufffd" in hostile.text
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", page)
+
+
+def test_hostile_text_changes_no_element_of_the_markdown(tmp_path: Path):
+    def elements(text: str) -> list[str]:
+        tokens = MarkdownIt("commonmark").enable("table").enable("strikethrough").parse(text)
+        return [t.type for token in tokens for t in [token, *(token.children or [])] if t.type != "text"]
+
+    benign = written(full_report(), tmp_path / "benign")["md"]
+    hostile = written(hostile_report(), tmp_path / "hostile")["md"]
+    assert elements(hostile) == elements(benign)
+
+
+@pytest.mark.parametrize("start", ["# a", "- a", "+ a", "1. a", "1) a", "---", "===", "> a", "* a", "```", "| a |"])
+def test_a_note_stays_one_item_of_a_list(start: str, tmp_path: Path):
+    text = written(dataclasses.replace(MINIMAL, notes=[start]), tmp_path)["md"]
+    types = [token.type for token in MarkdownIt("commonmark").parse(text.partition("## Notes")[2])]
+    assert types == [
+        "bullet_list_open",
+        "list_item_open",
+        "paragraph_open",
+        "inline",
+        "paragraph_close",
+        "list_item_close",
+        "bullet_list_close",
+    ]
+
+
+def test_hostile_text_is_whole_in_the_json(tmp_path: Path):
+    data = json.loads(written(hostile_report(), tmp_path)["json"])
+    assert data["model"] == f"{HOSTILE} a-model"
+
+
+# Number formats
+
+
+def test_number_formats():
+    assert [with_ci(0.02384, 0.00041), with_ci(0.02384, None), with_ci(0, 0)] == ["0.0238 ± 0.0004", "0.0238", "0"]
+    assert with_ci(1.52e-5, 2.4e-6) == "(1.5 ± 0.2) × 10⁻⁵"
+    assert [percent(0.634), percent(0.9962), percent(1), percent(0.9996)] == ["63%", "99.6%", "100%", "99.9%"]
+    assert [size(999), size(1000), size(999_600), size(2_634_000_000)] == ["999 B", "1 kB", "1 MB", "2.63 GB"]
+    assert [count(950), count(12_345), count(1_881_000_000)] == ["950", "12.3 k", "1.88 B"]
+    assert [duration(9), duration(61), duration(15123)] == ["9 s", "1 min 1 s", "4 h 12 min"]
+    assert [snippet(" runs"), snippet("\n\n    runs\n"), snippet("")] == ["runs", "    runs", ""]
+
+
+# Browser
+
+
+def run_browser(url: str, folder: Path, *flags: str) -> str:
+    names = ("chromium", "chromium-headless-shell", "google-chrome")
+    browser = next((path for path in map(shutil.which, names) if path), None)
+    if browser is None:
+        pytest.fail(f"no browser: expected one of {', '.join(names)} on PATH: apt-get install chromium")
+    settings = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder / 'user'}"]
+    return subprocess.run(
+        [browser, *settings, *flags, url], check=True, capture_output=True, text=True, timeout=180
+    ).stdout
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("make", [full_report, hostile_report], ids=["full", "hostile"])
+def test_page_fits_every_width(make: Callable[[], Report], tmp_path: Path):
+    page = written(make(), tmp_path)["html"]
+    widths = (320, 380, 600, 761, 900, 981, 1280)
+    frames = "".join(f'<iframe width="{w}" height="800" srcdoc="{html.escape(page)}"></iframe>' for w in widths)
+    measure = (
+        "onload = () => document.title = [...document.querySelectorAll('iframe')].map(f => {"
+        "const page = f.contentDocument.documentElement;"
+        "const plate = f.contentDocument.querySelector('h1').getBoundingClientRect();"
+        "return Math.max(page.scrollWidth, Math.ceil(plate.right)) }).join(' ')"
+    )
+    wrapper = tmp_path / "wrapper.html"
+    wrapper.write_text(f"<!doctype html>{frames}<script>{measure}</script>", "utf-8")
+    dom = run_browser(wrapper.as_uri(), tmp_path, "--dump-dom")
+    found = re.search(r"<title>([\d ]+)</title>", dom)
+    assert found, "the wrapper page did not measure its frames"
+    assert [int(width) for width in found[1].split()] == list(widths)
+
+
+@pytest.mark.browser
+def test_page_renders_in_light_and_dark(tmp_path: Path):
+    page = write_report(full_report(), tmp_path)["html"]
+    brightness = []
+    for scheme, flags in (("light", ()), ("dark", ("--blink-settings=preferredColorScheme=0",))):
+        picture = tmp_path / f"{scheme}.png"
+        run_browser(page.as_uri(), tmp_path, "--window-size=1100,1600", f"--screenshot={picture}", *flags)
+        pixels = imread(picture)[..., :3]
+        assert pixels.shape == (1600, 1100, 3)
+        thirds = [pixels[: 1600 // 3], pixels[1600 // 3 : -1600 // 3], pixels[-1600 // 3 :]]
+        assert all(part.std() > 0.02 for part in thirds), f"a third of the {scheme} page is blank"
+        brightness.append(float(pixels.mean()))
+    assert brightness[0] > 0.8 and brightness[1] < 0.25
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_colours_have_contrast(scheme: int):
+    css = (resources.files("intaglio.measure") / "templates" / "report.css").read_text("utf-8")
+    root = re.findall(r":root \{(.*?)\}", css, re.S)[scheme]
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", root))
+
+    def luminance(colour: str) -> float:  # WCAG 2.2, relative luminance
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for name, least in (("ink", 12), ("soft", 4.5), ("accent", 4.5)):
+        bright, dark = sorted((luminance(colours[name]), luminance(colours["paper"])), reverse=True)
+        assert (bright + 0.05) / (dark + 0.05) >= least, name
