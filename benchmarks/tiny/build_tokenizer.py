@@ -137,7 +137,7 @@ def tokenize(path: Path, tokenizer: GemmaTokenizer) -> dict[str, np.ndarray]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--corpus", type=Path, default=Path(".data/corpus"))
-    parser.add_argument("--out", type=Path, default=Path("src/intaglio/tiny/model"))
+    parser.add_argument("--out", type=Path, default=Path(".data/tokenizer"))
     parser.add_argument("--tokens", type=Path, default=Path(".data/tokens.npz"))
     args = parser.parse_args()
 

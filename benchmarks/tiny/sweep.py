@@ -66,15 +66,16 @@ def evaluate(teacher: nn.Module, student: nn.Module, windows_NT: Tensor, batch: 
     }
 
 
-def fitted(teacher: nn.Module, recipe: Recipe) -> nn.Module:
+def fitted(teacher: nn.Module, model_dir: Path, recipe: Recipe) -> nn.Module:
     """The model after the recipe's fit alone."""
     student = copy.deepcopy(teacher).requires_grad_(True)
-    return prepare(student, make_plan(MODEL_DIR, recipe)).eval()
+    return prepare(student, make_plan(model_dir, recipe)).eval()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tokens", type=Path, default=Path(".data/tokens.npz"))
+    parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--jobs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=500)
@@ -94,7 +95,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     windows = sequences(heldout, 512)
     windows = torch.from_numpy(windows[rng.permutation(len(windows))[: args.windows]]).long().to(device)
-    teacher = load_model(MODEL_DIR).to(device)
+    teacher = load_model(args.model).to(device)
 
     def write(row: dict) -> None:
         with open(args.out / "sweep.jsonl", "a", encoding="utf-8") as file:
@@ -108,10 +109,10 @@ def main() -> None:
     def measure(student: nn.Module) -> dict[str, float]:
         return evaluate(teacher, student.eval(), windows, args.eval_batch)
 
-    stock = measure(fitted(teacher, Recipe.load("q4_0-stock")))
+    stock = measure(fitted(teacher, args.model, Recipe.load("q4_0-stock")))
     write({"name": "stock", **stock})
     for name in ("q4_0", "q4_0-free"):
-        fit = measure(fitted(teacher, Recipe.load(name)))
+        fit = measure(fitted(teacher, args.model, Recipe.load(name)))
         write({"name": f"{name} mse fit", **fit, "recovered": 1 - fit["kl"] / stock["kl"]})
     rate = 0.0
     for job in json.loads(args.jobs.read_text("utf-8")):
@@ -124,7 +125,7 @@ def main() -> None:
         corpus = Corpus(tokens=tokens, positions=positions_of(tokens, job.get("documents", False)), source="tokens")
         run_dir = args.out / "runs" / job["name"].replace(" ", "-")
         start = time.perf_counter()
-        student = train(teacher, make_plan(MODEL_DIR, recipe), corpus, run_dir, options=Options(compiled=args.compile))
+        student = train(teacher, make_plan(args.model, recipe), corpus, run_dir, options=Options(compiled=args.compile))
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

@@ -5,7 +5,7 @@ share the KV of earlier ones and have a double-wide MLP, sliding and full attent
 head sizes, soft-capped logits. Weights are float32 in training and bfloat16 in the saved folder,
 and everything reported is measured on the saved folder.
 
-    python benchmarks/tiny/train_tiny.py --out out --minutes 5
+    python benchmarks/tiny/train_tiny.py --minutes 5
 
 One H200 trains it in a few minutes. The schedule follows the clock: ``--minutes`` of training
 after compilation, or ``--steps``.
@@ -52,7 +52,7 @@ class Recipe:
     micro_batches: int = 1
     length: int = 512
     lr: float = 3e-3
-    weight_decay: float = 0.05
+    weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     seed: int = 0
@@ -238,8 +238,8 @@ def continuations(model: Gemma4ForCausalLM, tokenizer: transformers.PreTrainedTo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tokens", type=Path, default=Path(".data/tokens.npz"))
-    parser.add_argument("--tokenizer", type=Path, default=Path("src/intaglio/tiny/model"))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, default=Path(".data/tokenizer"))
+    parser.add_argument("--out", type=Path, default=Path(".data/model"))
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--steps", type=int, help="train this many steps, whatever the clock says")
     parser.add_argument("--batch", type=int, default=Recipe.batch)

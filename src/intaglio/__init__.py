@@ -1,0 +1,50 @@
+"""intaglio: quantization-aware training for Gemma 4, exact in every file it writes.
+
+    from intaglio import Recipe, make_plan, prepare, quantize, train, PackedModel, export_gguf, verify
+
+`make_plan` resolves a recipe against a model; `prepare` puts a model on the plan's grids for anyone's
+trainer; `train` is ours; `pack_model` and `quantize` make a PackedModel; exporters take only that.
+Names are imported when first used: planning needs no exporter, and exporting no trainer.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "intaglio.errors": (
+        "ConfigError",
+        "CorpusError",
+        "InputError",
+        "IntaglioError",
+        "MismatchError",
+        "OutputError",
+        "QualityError",
+        "RecipeError",
+        "TrainingError",
+        "WeightError",
+    ),
+    "intaglio.plan.recipe": ("Recipe",),
+    "intaglio.plan.plan": ("Plan", "make_plan"),
+    "intaglio.packed.checkpoint": ("load_model", "load_tokenizer"),
+    "intaglio.packed.model": ("PackedModel",),
+    "intaglio.packed.verify": ("verify",),
+    "intaglio.train.attach": ("pack_model", "prepare"),
+    "intaglio.train.corpus": ("load_corpus", "sample_corpus"),
+    "intaglio.train.loop": ("Options", "train"),
+    "intaglio.train.quantize": ("quantize",),
+    "intaglio.export.gguf": ("export_gguf",),
+    "intaglio.export.hf": ("export_hf",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'intaglio' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -454,7 +454,7 @@ def test_sampled_documents_go_from_bos_to_eos(teacher: Gemma4ForCausalLM) -> Non
 
 
 def test_sampling_is_from_the_full_distribution(teacher: Gemma4ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"top_k": 1, "top_p": 0.1, "temperature": 0.01, "repetition_penalty": 9.0}.items():
+    for name, value in {"top_k": 1, "top_p": 0.1, "temperature": 0.01, "repetition_penalty": 1e-6}.items():
         monkeypatch.setattr(teacher.generation_config, name, value)
     corpus = sample(teacher, tokens=8000, sequence_length=2, batch_size=4000)
     assert (corpus.tokens[:, 0] == BOS).all()

@@ -1,0 +1,9 @@
+"""Exporters: a PackedModel in, a runtime's files out. None of them can fit or round."""
+
+from collections.abc import Callable
+from typing import Any
+
+from intaglio.export.gguf import export_gguf
+from intaglio.export.hf import export_hf
+
+EXPORTERS: dict[str, Callable[..., Any]] = {"gguf": export_gguf, "hf": export_hf}

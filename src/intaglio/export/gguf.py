@@ -223,7 +223,7 @@ def _stored(tensor: PlannedTensor, value: Quantized | Tensor, norm_offset: float
         for rows, part in row_chunks(value):
             blocks[rows] = to_blocks(part)
         return blocks
-    if tensor.spec.role == "norm":
+    if tensor.spec.role == "norm" and norm_offset:  # adding zero would turn -0.0 into 0.0
         return (value.float() + norm_offset).numpy()  # in float32, as the model's own forward adds it
     return value.to(torch.float16 if _ggml_type(tensor) is GGMLQuantizationType.F16 else torch.float32).numpy()
 

@@ -38,9 +38,7 @@ class Curve:
     lines: list[tuple[float, str]]
 
 
-def curve(
-    title: str, unit: str, points: Sequence[CurvePoint], lines: Sequence[tuple[str, float]] = ()
-) -> Curve | None:
+def curve(title: str, unit: str, points: Sequence[CurvePoint], lines: Sequence[tuple[str, float]] = ()) -> Curve | None:
     """Values over tokens, with named horizontal lines for comparison; None for fewer than two points."""
     finite = [(float(p.tokens), p.value) for p in points if math.isfinite(p.value)]
     if len(finite) < 2:

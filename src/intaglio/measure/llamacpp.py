@@ -124,7 +124,7 @@ class LlamaCpp:
         """Forget the window before, and check the new one."""
         if self._context is None:
             raise ValueError("this LlamaCpp is closed")
-        tokens = [int(token) for token in tokens_T]
+        tokens = torch.as_tensor(tokens_T).tolist()
         if not tokens or len(tokens) + room > self.context_tokens:
             raise InputError(
                 f"{len(tokens)} tokens and {room} to come: expected 1 to {self.context_tokens} in all: "

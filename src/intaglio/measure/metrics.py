@@ -106,9 +106,7 @@ class Accumulator:
         if not len(labels_T):
             raise InputError("a window without a label: expected at least two tokens in each window")
         rows = max(1, CHUNK_VALUES // reference_logits_TV.shape[1])
-        parts = zip(
-            reference_logits_TV.split(rows), candidate_logits_TV.split(rows), labels_T.split(rows), strict=True
-        )
+        parts = zip(reference_logits_TV.split(rows), candidate_logits_TV.split(rows), labels_T.split(rows), strict=True)
         chunks = [_score(*part) for part in parts]
         stats = TokenStats(*(torch.cat(column).cpu().numpy() for column in zip(*chunks, strict=True)))
         self._check_finite(stats)
@@ -215,7 +213,8 @@ def _mean_and_ci(windows: Sequence[np.ndarray]) -> tuple[float, float | None]:
 def _exp_mean_and_ci(windows: Sequence[np.ndarray]) -> tuple[float, float | None]:
     """The same for exp(mean); half width to first order, as llama.cpp has it."""
     mean, ci = _mean_and_ci(windows)
-    value = float(np.exp(mean))
+    with np.errstate(over="ignore"):  # a candidate that is broken beyond 10^308 has perplexity inf
+        value = float(np.exp(mean))
     return value, None if ci is None else value * ci
 
 

@@ -8,6 +8,7 @@ passes untouched.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -34,6 +35,15 @@ def render_html(values: Mapping[str, Any]) -> str:
 def render_markdown(values: Mapping[str, Any]) -> str:
     text = _environment("md").get_template("report.md.j2").render(values)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no Inf: None in their place, at any depth."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @cache
@@ -115,10 +125,10 @@ def with_ci(value: float, ci: float | None, places: int = 4) -> str:
 
 
 def percent(share: float, places: int | None = None) -> str:
-    """A share in percent; from 99% on with a decimal, so that nothing short of it reads 100%."""
-    if places is None:
-        places = 1 if 0.99 <= share < 1 else 0
-    return f"{100 * share:.{places}f}%"
+    """A share in percent; between 99% and 100% rounded down to a decimal, so that less never reads 100%."""
+    if places is None and 0.99 <= share < 1:
+        return f"{math.floor(1000 * share) / 10:.1f}%"
+    return f"{100 * share:.{places or 0}f}%"
 
 
 def size(size_bytes: int) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from intaglio.errors import OutputError
 from intaglio.measure import charts
 from intaglio.measure.metrics import Comparison, recovered_share
-from intaglio.measure.render import percent, render_html, render_markdown
+from intaglio.measure.render import finite, percent, render_html, render_markdown
 from intaglio.packed.store import new_path
 from intaglio.plan.plan import Plan
 
@@ -51,11 +51,15 @@ class ComparisonRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """What training won back: 1 - KL(trained) / KL(baseline), both in the same runtime."""
+    """What training won back: 1 - KL(trained) / KL(baseline), both in the same runtime.
+
+    measured: the trained row's comparison.
+    """
 
     share: float
     trained: ComparisonRow
     baseline: ComparisonRow
+    measured: Comparison
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +142,16 @@ class Report:
 
     def recoveries(self) -> list[Recovery]:
         """Every trained row against every stock and fitted row of the same runtime; artifacts first."""
-        measured = [row for row in self.comparisons if row.comparison is not None]
+        measured = [(row, row.comparison) for row in self.comparisons if row.comparison is not None]
         pairs = [
-            Recovery(share=_share(trained, baseline), trained=trained, baseline=baseline)
-            for trained in measured
-            for baseline in measured
-            if trained.kind == "trained" and baseline.kind in ("stock", "fitted") and _comparable(trained, baseline)
+            Recovery(
+                share=recovered_share(a.kl_mean_nats, b.kl_mean_nats), trained=trained, baseline=baseline, measured=a
+            )
+            for trained, a in measured
+            for baseline, b in measured
+            if trained.kind == "trained" and baseline.kind in ("stock", "fitted") and _comparable(a, b)
         ]
-        return sorted(pairs, key=lambda pair: (pair.trained.comparison.simulated, pair.baseline.kind == "fitted"))
+        return sorted(pairs, key=lambda pair: (pair.measured.simulated, pair.baseline.kind == "fitted"))
 
     def lead(self) -> Recovery | None:
         """The pair of the headline: against stock, in the artifact's own runtime if it was run there."""
@@ -167,7 +173,7 @@ class Report:
         ]
         layers = [asdict(row) | {"snr_db": {v: row.snr_db(v) for v in row.relative_rms}} for row in self.layers]
         derived = {"headline": self.headline(), "recovered": recovered, "layers": layers}
-        return _finite(asdict(self) | derived)
+        return finite(asdict(self) | derived)
 
 
 def plan_rows(plan: Plan) -> list[PlanRow]:
@@ -200,9 +206,9 @@ def write_report(report: Report, out_dir: Path, *, replace: bool = False) -> dic
         "json": json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n",
     }
     paths = {suffix: out_dir / f"report.{suffix}" for suffix in texts}
-    taken = [path for path in paths.values() if path.exists()]
-    if taken and not replace:
-        raise OutputError(f"{taken[0]}: already exists: choose another output or remove it")
+    taken = next((path for path in paths.values() if path.exists()), None)
+    if taken and not replace:  # checked for all of them before any is written
+        raise OutputError(f"{taken}: already exists: choose another output or remove it")
     for suffix, path in paths.items():
         with new_path(path, replace=replace) as temporary:
             temporary.write_text(texts[suffix], "utf-8")
@@ -210,12 +216,12 @@ def write_report(report: Report, out_dir: Path, *, replace: bool = False) -> dic
 
 
 def _template_values(report: Report) -> dict[str, Any]:
-    stock_lines = [
+    stock = [
         (row.label, row.comparison.kl_mean_nats) for row in report.comparisons if row.kind == "stock" and row.comparison
     ]
     curves = [
         charts.curve("Training loss", report.loss_name, report.loss_curve),
-        charts.curve("Held-out KL", "to the original, nats a token", report.kl_curve, lines=stock_lines[:1]),
+        charts.curve("Held-out KL", "to the original, nats a token", report.kl_curve, lines=stock[:1]),
     ]
     kls = [row.comparison.kl_mean_nats for row in report.comparisons if row.comparison]
     return {
@@ -233,21 +239,7 @@ def _template_values(report: Report) -> dict[str, Any]:
     }
 
 
-def _share(trained: ComparisonRow, baseline: ComparisonRow) -> float:
-    assert trained.comparison and baseline.comparison
-    return recovered_share(trained.comparison.kl_mean_nats, baseline.comparison.kl_mean_nats)
-
-
-def _comparable(trained: ComparisonRow, baseline: ComparisonRow) -> bool:
-    """Same runtime, and a baseline that loses something."""
-    a, b = trained.comparison, baseline.comparison
-    assert a and b
-    return a.runtime == b.runtime and a.simulated == b.simulated and b.kl_mean_nats > 0
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _comparable(trained: Comparison, baseline: Comparison) -> bool:
+    """Measured alike, and against a baseline that loses something."""
+    alike = (trained.runtime, trained.simulated) == (baseline.runtime, baseline.simulated)
+    return alike and baseline.kl_mean_nats > 0

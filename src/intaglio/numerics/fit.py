@@ -143,8 +143,9 @@ def _join_super_blocks(step_RS: Tensor, grid: BlockGrid) -> Tensor:
 
 def _stock_q4_0(values_RC: Tensor, grid: BlockGrid) -> Quantized:
     blocks = grid.blocks(values_RC)
-    step = extremum(blocks) / -8
-    inverse = torch.where(step == 0, step, 1.0 / step)
+    peak = extremum(blocks)
+    step = torch.where(peak == 0, 0.0, peak) / -8  # the scale of an empty block is -0.0, whatever its zeros' signs
+    inverse = _inverse(step)
     # trunc(x / step + 8.5) with the float32 inverse, before the scale is rounded to float16
     codes = (blocks * inverse.unsqueeze(-1) + 8.5).trunc().clamp(max=15) - 8
     return Quantized(grid, codes.flatten(-2).to(torch.int8), _to_half(step, grid))
@@ -153,11 +154,17 @@ def _stock_q4_0(values_RC: Tensor, grid: BlockGrid) -> Quantized:
 def _stock_q8_0(values_RC: Tensor, grid: BlockGrid) -> Quantized:
     blocks = grid.blocks(values_RC)
     step = blocks.abs().amax(-1) / 127
-    inverse = torch.where(step == 0, step, 1.0 / step)
+    inverse = _inverse(step)
     scaled = blocks * inverse.unsqueeze(-1)
     # C's roundf: halves away from zero. Adding 0.5 in float32 would round 0.49999997 up.
     codes = scaled.trunc() + ((scaled - scaled.trunc()).abs() >= 0.5) * scaled.sign()
     return Quantized(grid, codes.flatten(-2).to(torch.int8), _to_half(step, grid))
+
+
+def _inverse(step: Tensor) -> Tensor:
+    """1 / step in float32; 0 where that is infinite, for steps that are zero in float16 all the same."""
+    inverse = 1.0 / step
+    return torch.where(torch.isfinite(inverse), inverse, 0.0)
 
 
 def _to_half(step: Tensor, grid: BlockGrid) -> Tensor:

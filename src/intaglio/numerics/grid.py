@@ -25,7 +25,7 @@ from intaglio.errors import RecipeError, WeightError
 
 BFLOAT16_SIGNIFICANT_BITS = 8
 HALF_SIGNIFICANT_BITS = 11
-HALF_SMALLEST_NORMAL = 2.0**-14
+HALF_SMALLEST = 2.0**-24  # the smallest subnormal, and the distance between subnormals
 HALF_LARGEST = 65504.0
 # Adding and subtracting this float32 rounds a value below 2^-14 to a multiple of 2^-24, which is
 # the spacing of float16 subnormals: float32 numbers in [0.5, 1) lie 2^-24 apart.
@@ -48,7 +48,8 @@ def round_half(x: Tensor, bits: int = HALF_SIGNIFICANT_BITS) -> Tensor:
     """Round float32 `x` to a float16 value with at most `bits` significant bits, as float32."""
     normal = round_significant(x, bits)
     subnormal = (x + HALF_SUBNORMAL_MAGIC) - HALF_SUBNORMAL_MAGIC
-    return torch.where(x.abs() < HALF_SMALLEST_NORMAL, subnormal, normal)
+    # below this, the spacing of subnormals is wider than that of `bits` significant bits
+    return torch.where(x.abs() < HALF_SMALLEST * 2.0 ** (bits - 1), subnormal, normal)
 
 
 @dataclass(frozen=True, kw_only=True)

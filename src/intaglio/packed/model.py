@@ -27,7 +27,7 @@ from torch import Tensor
 
 from intaglio.errors import ConfigError, InputError
 from intaglio.numerics.grid import BlockGrid, Quantized
-from intaglio.packed.store import SafetensorsWriter, new_path, open_safetensors
+from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsWriter, new_path, open_safetensors
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
 
@@ -153,19 +153,23 @@ class PackedModel:
             raise ConfigError(f"{path}: no {FILE_NAME}: expected the folder that train or quantize wrote")
         with open_safetensors(file_path) as file:
             metadata = file.metadata() or {}
-            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            stored = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
         if metadata.get("format") != FORMAT:
             raise ConfigError(f"{file_path}: format {metadata.get('format')!r}: expected {FORMAT!r}")
         try:
             config, provenance = json.loads(metadata["config"]), json.loads(metadata["provenance"])
             recipe = Recipe.from_toml(metadata["recipe"], source=f"{file_path} recipe")
-        except (KeyError, json.JSONDecodeError) as error:
+            if not isinstance(config, dict) or not isinstance(provenance, dict):
+                raise ValueError("config and provenance are expected to be JSON objects")
+        except (KeyError, ValueError) as error:
             raise ConfigError(f"{file_path}: damaged metadata: {error}") from error
         plan = make_plan(config, recipe)
-        expected = {part: spec[1] for tensor in plan for part, spec in _parts(tensor).items()}
+        parts = {part: spec for tensor in plan for part, spec in _parts(tensor).items()}
+        expected = {part: (SAFETENSORS_DTYPES[dtype], shape) for part, (dtype, shape) in parts.items()}
         if stored != expected:
             odd = sorted(set(stored.items()) ^ set(expected.items()))[0][0]
-            raise ConfigError(f"{file_path}: tensor {odd} is missing, unexpected or of another shape than planned")
+            raise ConfigError(f"{file_path}: tensor {odd} is missing, unexpected or not as planned")
         return cls(path, plan, provenance)
 
     def read(self, name: str) -> Quantized | Tensor:

@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,8 @@ def new_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if path.exists() and path.is_dir() != temporary.is_dir():
+            raise OutputError(f"{path}: is a {'folder' if path.is_dir() else 'file'}, the output is not: choose another")
         if replace and path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -49,7 +51,8 @@ def new_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # an error in the block matters more than one here
+                temporary.unlink()
 
 
 def write_error(path: Path, error: OSError) -> OutputError:

@@ -126,8 +126,9 @@ def _compare_gguf(packed: PackedModel, path: Path, tally: _Tally) -> None:
         if isinstance(value, Quantized):
             _compare_blocks(tensor, value, stored, tally)
         else:
-            offset = packed.plan.model.family.norm_offset if tensor.spec.role == "norm" else 0.0
-            _compare_floats(value.float() + offset, stored, tally)
+            offset = packed.plan.model.family.norm_offset
+            shifted = tensor.spec.role == "norm" and offset != 0  # adding zero would turn -0.0 into 0.0
+            _compare_floats(value.float() + offset if shifted else value.float(), stored, tally)
 
 
 def _compare_blocks(tensor: PlannedTensor, value: Quantized, stored: ReaderTensor, tally: _Tally) -> None:

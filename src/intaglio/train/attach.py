@@ -223,7 +223,13 @@ def packed_value(model_owner: tuple[nn.Module, str], tensor: PlannedTensor, merg
 
 
 def pack_model(
-    model: nn.Module, plan: Plan, path: str | Path, *, assets: str | Path, provenance: dict[str, Any] | None = None
+    model: nn.Module,
+    plan: Plan,
+    path: str | Path,
+    *,
+    assets: str | Path,
+    provenance: dict[str, Any] | None = None,
+    replace: bool = False,
 ) -> None:
     """Write the prepared model as a PackedModel folder.
 
@@ -232,7 +238,7 @@ def pack_model(
     """
     owners = _owners(model)
     merged = _merged_latents(model)
-    with write_packed(Path(path), plan, assets=Path(assets), provenance=provenance or {}) as writer:
+    with write_packed(Path(path), plan, assets=Path(assets), provenance=provenance or {}, replace=replace) as writer:
         for tensor in plan:
             writer.add(tensor.name, packed_value(owners[tensor.name], tensor, merged.get(tensor.name)))
 

@@ -1,0 +1,251 @@
+"""The command line: verbs and their options. What they do is elsewhere, and imported when needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from intaglio.errors import IntaglioError
+
+if TYPE_CHECKING:
+    from intaglio.workflow import Evaluation
+
+app = typer.Typer(
+    help="Quantization-aware training for Gemma 4: what was trained is, bit for bit, what ships.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelDir = Annotated[Path, typer.Argument(help="Folder of a transformers checkpoint.", show_default=False)]
+PackedDir = Annotated[Path, typer.Argument(help="Folder that train or quantize wrote.", show_default=False)]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A preset, or the path of a TOML file.")]
+Overrides = Annotated[list[str], typer.Option("--set", help="Change a recipe key: schedule.lr=1e-4.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Replace an existing output.")]
+Text = Annotated[Path | None, typer.Option("--text", help="Held-out text (.txt, .jsonl, .parquet).")]
+EvalTokens = Annotated[int, typer.Option("--eval-tokens", help="Held-out tokens to measure on.")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one message and an exit code, never a traceback."""
+    try:
+        app(standalone_mode=False)
+    except IntaglioError as error:
+        _fail(str(error), error.exit_code)
+    except typer.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("stopped; a training run continues from its last checkpoint with --resume", 130)
+    except Exception as error:
+        import click
+
+        if not isinstance(error, click.ClickException):
+            raise
+        error.show()
+        sys.exit(error.exit_code)
+
+
+def _fail(message: str, code: int) -> None:
+    from rich.console import Console
+    from rich.text import Text as RichText
+
+    Console(stderr=True).print(RichText("error: ", style="bold red") + RichText(message), soft_wrap=True)
+    sys.exit(code)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.")] = Path("intaglio-demo"),
+    replace: Replace = False,
+) -> None:
+    """Train the bundled tiny Gemma 4 to Q4_0, export it, run it, and show the proof. A few minutes."""
+    from intaglio.demo import run_demo
+    from intaglio.terminal import Bars, print_report
+
+    with Bars() as bars:
+        report = run_demo(out, replace=replace, progress=bars.progress)
+    print_report(report, out)
+
+
+@app.command()
+def plan(
+    model: ModelDir, recipe: RecipeName = "q4_0", overrides: Overrides = [], as_json: Json = False  # noqa: B006
+) -> None:
+    """Show every tensor's grid and bytes, from the config alone."""
+    from intaglio.plan.plan import make_plan
+    from intaglio.plan.recipe import Recipe
+
+    made = make_plan(model, Recipe.load(recipe, overrides))
+    if as_json:
+        _print_json({"digest": made.digest, "bytes": made.size_bytes, "tensors": made.rows()})
+        return
+    from intaglio.terminal import print_plan
+
+    print_plan(made)
+
+
+@app.command()
+def quantize(
+    model: ModelDir,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the packed model.", show_default=False)],
+    recipe: RecipeName = "q4_0",
+    overrides: Overrides = [],  # noqa: B006
+    replace: Replace = False,
+) -> None:
+    """Fit scales without training and write a packed model; then `export` it."""
+    from intaglio.plan.plan import make_plan
+    from intaglio.plan.recipe import Recipe
+    from intaglio.terminal import Bars
+    from intaglio.train.quantize import quantize as run_quantize
+
+    made = make_plan(model, Recipe.load(recipe, overrides))
+    with Bars() as bars:
+        bars.progress.stage(f"Fitting {len(made.tensors)} tensors")
+        run_quantize(model, made, out, replace=replace, on_tensor=bars.counter(len(made.tensors)))
+    typer.echo(f"{out}: {made.size_bytes:,} bytes of tensors on recipe {made.recipe.name}")
+
+
+@app.command()
+def train(
+    model: ModelDir,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.", show_default=False)],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text: .txt, .jsonl, .parquet, a folder of them, or a dataset's name. None: its own."),
+    ] = None,
+    recipe: RecipeName = "q4_0",
+    overrides: Overrides = [],  # noqa: B006
+    text: Text = None,
+    eval_tokens: EvalTokens = 65536,
+    prompt: Annotated[list[str], typer.Option(help="Show continuations of this in the report.")] = [],  # noqa: B006
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
+    checkpoint_every: Annotated[int, typer.Option(help="Optimizer steps between checkpoints; 0: none.")] = 100,
+    precision: Annotated[str | None, typer.Option(help="bf16 or no; by default bf16 on a GPU.")] = None,
+    compiled: Annotated[bool | None, typer.Option("--compile/--no-compile", help="By default on a GPU.")] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log into the run folder.")] = False,
+) -> None:
+    """Train a checkpoint to its grids; leaves GGUF, bfloat16 checkpoint, packed model and report."""
+    from intaglio.plan.recipe import Recipe
+    from intaglio.terminal import Bars, print_report
+    from intaglio.train.loop import Options
+    from intaglio.workflow import run
+
+    options = Options(
+        precision=precision,
+        compiled=compiled,
+        checkpoint_every=checkpoint_every,
+        tensorboard=tensorboard,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    evaluation = _evaluation(text, eval_tokens, prompt)
+    loaded = Recipe.load(recipe, overrides)
+    with Bars() as bars:
+        report = run(
+            model,
+            loaded,
+            out,
+            data=data,
+            evaluation=evaluation,
+            options=options,
+            resume=resume,
+            progress=bars.progress,
+        )
+    print_report(report, out)
+
+
+@app.command()
+def export(
+    packed: PackedDir,
+    target: Annotated[str, typer.Argument(help="gguf, or hf for a transformers checkpoint.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File or folder to write.", show_default=False)],
+    replace: Replace = False,
+) -> None:
+    """Write a packed model in a runtime's format and read it back. Nothing is re-quantized."""
+    from intaglio.export import EXPORTERS
+    from intaglio.packed.model import PackedModel
+
+    if target not in EXPORTERS:
+        raise typer.BadParameter(f"{target!r}: expected one of {', '.join(EXPORTERS)}")
+    EXPORTERS[target](PackedModel.open(packed), out, replace=replace)
+    _verify(packed, out, as_json=False)
+
+
+@app.command()
+def verify(
+    packed: PackedDir,
+    artifact: Annotated[Path, typer.Argument(help="A .gguf file or a transformers folder.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Compare an artifact with the packed model bit for bit. Exit code 3 if anything differs."""
+    _verify(packed, artifact, as_json)
+
+
+def _verify(packed: Path, artifact: Path, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from intaglio.errors import MismatchError
+    from intaglio.packed.model import PackedModel
+    from intaglio.packed.verify import verify as run_verify
+
+    result = run_verify(PackedModel.open(packed), artifact)
+    if as_json:
+        _print_json({**asdict(result), "artifact": str(artifact), "exact": result.exact})
+    elif result.exact:
+        typer.echo(result.summary())
+    if not result.exact:
+        raise MismatchError(f"{result.summary()}: export it again from the packed model")
+
+
+@app.command("eval")
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(help="Packed model, .gguf or transformers folder.", show_default=False)],
+    original: Annotated[Path, typer.Option(help="The float checkpoint to compare with.", show_default=False)],
+    text: Annotated[Path, typer.Option("--text", help="Held-out text.", show_default=False)],
+    eval_tokens: EvalTokens = 65536,
+    as_json: Json = False,
+) -> None:
+    """Measure an artifact's KL to the original: a .gguf in llama.cpp, the others in transformers."""
+    from intaglio.terminal import Bars, print_comparison
+    from intaglio.workflow import compare
+
+    with Bars() as bars:
+        result = compare(artifact, original, _evaluation(text, eval_tokens, []), bars.progress)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        print_comparison(artifact.name, result)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    original: Annotated[Path, typer.Option(help="The float checkpoint.", show_default=False)],
+    text: Text = None,
+    eval_tokens: EvalTokens = 65536,
+    prompt: Annotated[list[str], typer.Option(help="Show continuations of this.")] = [],  # noqa: B006
+) -> None:
+    """Measure a finished run again and rewrite report.html, report.md and report.json."""
+    from intaglio.terminal import Bars, print_report
+    from intaglio.workflow import report as run_report
+
+    with Bars() as bars:
+        made = run_report(
+            original, run_dir, evaluation=_evaluation(text, eval_tokens, prompt), progress=bars.progress
+        )
+    print_report(made, run_dir)
+
+
+def _evaluation(text: Path | None, tokens: int, prompts: list[str]) -> Evaluation:
+    from intaglio.workflow import Evaluation
+
+    return Evaluation(text=text, tokens=tokens, prompts=tuple(prompts))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))

@@ -1,0 +1,45 @@
+"""The demo: the bundled tiny Gemma 4 goes the whole way on two CPU cores."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from intaglio.errors import OutputError
+from intaglio.measure.report import Report
+from intaglio.plan.recipe import Recipe
+from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
+from intaglio.train.loop import RUN_FILE, Options
+from intaglio.workflow import Evaluation, Progress, run
+
+# A short run for a small machine: few tokens, so small batches and a high learning rate.
+SCHEDULE = {
+    "tokens": 16_384,
+    "batch_size": 4,
+    "sequence_length": 256,
+    "lr": 3e-4,
+    "scale_lr": 3e-3,
+    "frozen_tail": 0.15,
+}
+PROMPTS = (
+    "It was a bright morning, and the whole family",
+    "The captain looked out over the sea and",
+    "And the king said to the people,",
+)
+
+
+def run_demo(out: Path, *, replace: bool = False, progress: Progress | None = None) -> Report:
+    """Train, export, verify and measure the bundled model in `out`."""
+    if out.exists():
+        if not (replace and (out / RUN_FILE).is_file()):
+            raise OutputError(f"{out}: already exists: remove it, name another with --out, or give --replace")
+        shutil.rmtree(out)
+    return run(
+        MODEL_DIR,
+        Recipe.load("q4_0").with_schedule(**SCHEDULE),
+        out,
+        data=TRAIN_TEXT,
+        evaluation=Evaluation(text=HELDOUT_TEXT, tokens=16384, window=256, prompts=PROMPTS),
+        options=Options(precision="no", compiled=False),
+        progress=progress,
+    )

@@ -1,0 +1,129 @@
+"""What a person sees in the terminal: progress bars and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from intaglio.measure.metrics import Comparison
+from intaglio.measure.render import percent, size, with_ci
+from intaglio.measure.report import Report
+from intaglio.plan.plan import Plan
+from intaglio.train.loop import StepInfo
+from intaglio.workflow import Progress as Callbacks
+
+console = Console()
+
+
+class Bars:
+    """One bar a stage, with its figures and the time left; `progress` feeds it."""
+
+    def __init__(self) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.task: TaskID | None = None
+        self.first: StepInfo | None = None
+        self.progress = Callbacks(stage=self.stage, step=self.step, part=self.part)
+
+    def __enter__(self) -> Bars:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is None:
+            self.finish()
+        self.bars.stop()
+
+    def stage(self, name: str) -> None:
+        self.finish()
+        self.task = self.bars.add_task(name, total=None, figures="")
+
+    def finish(self) -> None:
+        """Fill the present bar: a stage without parts is done when the next begins."""
+        if self.task is not None:
+            total = self.bars.tasks[self.task].total or 1
+            self.bars.update(self.task, total=total, completed=total)
+
+    def step(self, info: StepInfo) -> None:
+        self.first = self.first or info  # after a resume, speed counts from here
+        done_tokens, seconds = info.tokens - self.first.tokens, info.seconds - self.first.seconds
+        rate = f"{done_tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""
+        self.part(info.step, info.total_steps, f"loss {info.loss:.4f}  {rate}")
+
+    def part(self, done: int, total: int, figures: str) -> None:
+        if self.task is None:
+            self.stage("Working")
+        assert self.task is not None
+        self.bars.update(self.task, completed=done, total=total, figures=figures)
+
+    def counter(self, total: int) -> Callable[[str], None]:
+        """A callback that counts the names it is given."""
+        done: list[str] = []
+
+        def count(name: str) -> None:
+            done.append(name)
+            self.part(len(done), total, name)
+
+        return count
+
+
+def print_plan(plan: Plan) -> None:
+    table = Table(title=f"{plan.recipe.name}: {plan.recipe.summary}", title_justify="left")
+    table.add_column("tensor", overflow="fold")
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("grid", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("rule", overflow="fold")
+    for tensor in plan:
+        shape = " x ".join(map(str, tensor.spec.shape))
+        table.add_row(tensor.name, shape, tensor.grid.name, f"{tensor.size_bytes:,}", tensor.rule.name)
+    console.print(table)
+    total = f"{plan.size_bytes:,} bytes ({size(plan.size_bytes)})"
+    console.print(f"{len(plan.tensors)} tensors, {total}, plan {plan.digest[:12]}", highlight=False)
+
+
+def print_report(report: Report, out: Path) -> None:
+    """The comparison table, the headline, and where the files are."""
+    table = Table(title=report.headline(), title_justify="left")
+    for header in ("model", "KL, nats", "median", "99%", "same top", "perplexity", "size"):
+        table.add_column(header, justify="left" if header == "model" else "right")
+    for row in report.comparisons:
+        bytes_ = "" if row.size_bytes is None else size(row.size_bytes)
+        if row.comparison is None:
+            measured = next((r.comparison for r in report.comparisons if r.comparison), None)
+            perplexity = f"{measured.perplexity_reference:.3f}" if measured else ""
+            table.add_row(row.label, "0", "", "", "", perplexity, bytes_)
+        else:
+            table.add_row(row.label, *_figures(row.comparison), bytes_)
+    console.print(table)
+    for artifact in report.artifacts:
+        console.print(artifact.verification, highlight=False)
+    console.print(f"report: {out / 'report.html'}", highlight=False)
+
+
+def print_comparison(name: str, comparison: Comparison) -> None:
+    table = Table(title=f"{name} in {comparison.runtime}, {comparison.tokens:,} tokens", title_justify="left")
+    for header in ("KL, nats", "median", "99%", "same top", "perplexity"):
+        table.add_column(header, justify="right")
+    table.add_row(*_figures(comparison))
+    console.print(table)
+
+
+def _figures(c: Comparison) -> tuple[str, ...]:
+    return (
+        with_ci(c.kl_mean_nats, c.kl_mean_ci_nats),
+        f"{c.kl_median_nats:.4f}",
+        f"{c.kl_99_nats:.3f}",
+        percent(c.same_top_share, 1),
+        f"{c.perplexity_candidate:.3f}",
+    )

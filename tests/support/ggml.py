@@ -1,0 +1,54 @@
+"""ggml's own C code, by ctypes: the oracle for codes, scales and bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import libggml
+import numpy as np
+
+# ggml.h: enum ggml_type; ggml-common.h: columns and bytes of a block
+TYPES = {"Q4_0": (2, 32, 18), "Q8_0": (8, 32, 34), "Q6_K": (14, 256, 210)}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    found = sorted(Path(libggml.__file__).parent.glob("lib*/libggml-base.*"))
+    loaded = ctypes.CDLL(str(found[0]))
+    loaded.ggml_quantize_chunk.restype = ctypes.c_size_t
+    loaded.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
+    for name in TYPES:
+        getattr(loaded, dequantizer(name)).argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    return loaded
+
+
+def dequantizer(ggml_type: str) -> str:
+    return "dequantize_row_" + ggml_type.replace("Q", "q")
+
+
+def quantize(values: np.ndarray, ggml_type: str) -> np.ndarray:
+    """float32 [R, C] to uint8 [R, bytes of a row], as `llama-quantize` does it."""
+    number, columns, size = TYPES[ggml_type]
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    rows, width = values.shape
+    out = np.zeros((rows, width // columns * size), dtype=np.uint8)
+    written = library().ggml_quantize_chunk(number, values.ctypes.data, out.ctypes.data, 0, rows, width, None)
+    assert written == out.nbytes
+    return out
+
+
+def dequantize(blocks: np.ndarray, ggml_type: str) -> np.ndarray:
+    """uint8 [R, bytes of a row] to float32 [R, C], as every CPU kernel of ggml reads it."""
+    _, columns, size = TYPES[ggml_type]
+    blocks = np.ascontiguousarray(blocks)
+    out = np.empty((blocks.shape[0], blocks.shape[1] // size * columns), dtype=np.float32)
+    getattr(library(), dequantizer(ggml_type))(blocks.ctypes.data, out.ctypes.data, out.size)
+    return out

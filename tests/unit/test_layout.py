@@ -1,0 +1,103 @@
+"""Block layouts against golden bytes that ggml's C code made, and against that code itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from intaglio.numerics.fit import fit_stock
+from intaglio.numerics.grid import Q4_0_FREE, Q6_K_FREE, Q8_0_FREE, BlockGrid, Quantized
+from intaglio.numerics.layout import CHUNK_ELEMENTS, from_blocks, row_chunks, to_blocks
+from intaglio.packed.model import pack_nibbles, unpack_nibbles
+from tests.support import ggml
+
+GRIDS = (Q4_0_FREE, Q8_0_FREE, Q6_K_FREE)
+GOLDEN = np.load(Path(__file__).parents[1] / "golden/ggml.npz")
+KINDS = sorted({key.split("/")[0] for key in GOLDEN})
+
+each_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.ggml_type)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def bits(x: torch.Tensor | np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x).view(np.int32)
+
+
+@each_grid
+@each_kind
+def test_stock_fit_gives_the_golden_bytes(grid: BlockGrid, kind: str) -> None:
+    fitted = fit_stock(torch.from_numpy(GOLDEN[f"{kind}/values"]), grid)
+    assert np.array_equal(to_blocks(fitted), GOLDEN[f"{kind}/{grid.ggml_type}/blocks"])
+
+
+@each_grid
+@each_kind
+def test_golden_bytes_decode_to_the_golden_values(grid: BlockGrid, kind: str) -> None:
+    decoded = from_blocks(grid, GOLDEN[f"{kind}/{grid.ggml_type}/blocks"]).decode()
+    assert np.array_equal(bits(decoded), bits(GOLDEN[f"{kind}/{grid.ggml_type}/values"]))
+
+
+@each_kind
+def test_the_golden_bytes_are_still_what_ggml_makes(kind: str) -> None:
+    values = GOLDEN[f"{kind}/values"]
+    for name in ggml.TYPES:
+        blocks = ggml.quantize(values, name)
+        assert np.array_equal(blocks, GOLDEN[f"{kind}/{name}/blocks"])
+        assert np.array_equal(bits(ggml.dequantize(blocks, name)), bits(GOLDEN[f"{kind}/{name}/values"]))
+
+
+@st.composite
+def any_blocks(draw: st.DrawFn, grid: BlockGrid) -> np.ndarray:
+    """Two rows of three blocks of any bytes, except for scales that are NaN or Inf."""
+    blocks = draw(hnp.arrays(np.uint8, (2, 3, grid.bytes_per_block)))
+    at = 208 if grid.super_block else 0
+    exponent_is_full = (blocks[..., at + 1] & 0x7C) == 0x7C
+    blocks[..., at + 1][exponent_is_full] &= 0x83
+    return blocks.reshape(2, -1)
+
+
+@each_grid
+@given(data=st.data())
+def test_any_bytes_come_back(grid: BlockGrid, data: st.DataObject) -> None:
+    blocks = data.draw(any_blocks(grid))
+    assert np.array_equal(to_blocks(from_blocks(grid, blocks)), blocks)
+
+
+@each_grid
+@given(data=st.data())
+def test_any_bytes_are_read_as_ggml_reads_them(grid: BlockGrid, data: st.DataObject) -> None:
+    blocks = data.draw(any_blocks(grid))
+    assert np.array_equal(bits(from_blocks(grid, blocks).decode()), bits(ggml.dequantize(blocks, grid.ggml_type)))
+
+
+def test_q4_0_by_hand() -> None:
+    codes = (torch.arange(32) % 16 - 8).to(torch.int8).unsqueeze(0)
+    block = to_blocks(Quantized(Q4_0_FREE, codes, torch.tensor([[-0.5]], dtype=torch.float16)))
+    # -0.5 is 0xB800; code j and code j + 16 share byte j, each raised by 8
+    assert block.tolist() == [[0x00, 0xB8, *[j | j << 4 for j in range(16)]]]
+
+
+@given(codes=hnp.arrays(np.int8, (3, 8), elements=st.integers(-8, 7)))
+def test_nibbles_come_back(codes: np.ndarray) -> None:
+    packed = pack_nibbles(torch.from_numpy(codes), -8)
+    assert packed.shape == (3, 4)
+    assert torch.equal(unpack_nibbles(packed, -8), torch.from_numpy(codes))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 9])
+@each_grid
+def test_row_chunks_cover_every_row_once(grid: BlockGrid, rows: int) -> None:
+    columns = CHUNK_ELEMENTS // 4
+    codes = torch.arange(rows, dtype=torch.int8).unsqueeze(-1).expand(rows, columns)
+    super_scale = torch.ones(rows, columns // 256, dtype=torch.float16) if grid.super_block else None
+    whole = Quantized(grid, codes, torch.ones(rows, columns // grid.block_size, dtype=torch.float16), super_scale)
+    parts = list(row_chunks(whole))
+    assert torch.equal(torch.cat([part.codes for _, part in parts]), codes)
+    assert all(torch.equal(part.codes, codes[at]) and len(part.scale) == len(part.codes) for at, part in parts)
+    assert len(parts) == -(-rows // 4)
