@@ -1,6 +1,38 @@
-"""What every test shares: hypothesis without a clock and without chance, so that a failure repeats."""
+"""What every test shares: hypothesis without a clock and without chance, and exported tiny models."""
 
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
+
+from intaglio.packed.model import PackedModel
+from tests.support.cases import CONFIGS, Case, make_case
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    return {name: make_case(name, tmp_path_factory.mktemp(name)) for name in CONFIGS}
+
+
+@pytest.fixture(params=list(CONFIGS))
+def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Case:
+    """Each tiny model in turn. Shared: not to be changed."""
+    return cases[request.param]
+
+
+@pytest.fixture
+def gemma4(cases: dict[str, Case]) -> Case:
+    """The one with KV sharing and per-layer embeddings. Shared: not to be changed."""
+    return cases["gemma4"]
+
+
+@pytest.fixture
+def packed_copy(gemma4: Case, tmp_path: Path) -> PackedModel:
+    """A packed model that a test may change."""
+    return PackedModel.open(shutil.copytree(gemma4.packed.path, tmp_path / "packed"))

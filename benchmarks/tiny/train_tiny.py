@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, default=Path(".data/tokens.npz"))
     parser.add_argument("--tokenizer", type=Path, default=Path(".data/tokenizer"))
     parser.add_argument("--out", type=Path, default=Path(".data/model"))
-    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--minutes", type=float, default=2.5)
     parser.add_argument("--steps", type=int, help="train this many steps, whatever the clock says")
     parser.add_argument("--batch", type=int, default=Recipe.batch)
     parser.add_argument("--micro-batches", type=int, default=Recipe.micro_batches)

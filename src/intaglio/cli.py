@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -34,23 +34,24 @@ EvalTokens = Annotated[int, typer.Option("--eval-tokens", help="Held-out tokens 
 def main() -> None:
     """Run the command line; a user's mistake is one message and an exit code, never a traceback."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer.Exit comes back as its code, and Ctrl-C as 130
     except IntaglioError as error:
         _fail(str(error), error.exit_code)
-    except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped; a training run continues from its last checkpoint with --resume", 130)
+        code = 130
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: cannot be read or written: {error.strerror or error}", 2)
     except Exception as error:
-        import click
-
-        if not isinstance(error, click.ClickException):
+        if not hasattr(error, "show"):  # wrong options: typer has had click's exceptions and its own
             raise
         error.show()
-        sys.exit(error.exit_code)
+        code = error.exit_code  # type: ignore[attr-defined]
+    if code == 130:
+        _fail("stopped; a training run continues from its last checkpoint with --resume", 130)
+    sys.exit(code)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     from rich.console import Console
     from rich.text import Text as RichText
 

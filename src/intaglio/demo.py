@@ -14,7 +14,7 @@ from intaglio.workflow import Evaluation, Progress, run
 
 # A short run for a small machine: few tokens, so small batches and a high learning rate.
 SCHEDULE = {
-    "tokens": 16_384,
+    "tokens": 163_840,
     "batch_size": 4,
     "sequence_length": 256,
     "lr": 3e-4,
@@ -40,6 +40,6 @@ def run_demo(out: Path, *, replace: bool = False, progress: Progress | None = No
         out,
         data=TRAIN_TEXT,
         evaluation=Evaluation(text=HELDOUT_TEXT, tokens=16384, window=256, prompts=PROMPTS),
-        options=Options(precision="no", compiled=False),
+        options=Options(precision="bf16", compiled=False),
         progress=progress,
     )

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from intaglio.errors import CorpusError, MismatchError
-from intaglio.export.gguf import export_gguf
+from intaglio.export.gguf import check_exportable, export_gguf
 from intaglio.export.hf import export_hf
 from intaglio.measure.evaluate import Candidate, evaluate_many, greedy, transformers_runtime, transformers_source
 from intaglio.measure.llamacpp import LlamaCpp
@@ -49,12 +49,13 @@ from intaglio.numerics.grid import BlockGrid
 from intaglio.packed.checkpoint import load_model, load_tokenizer, stream_tensors
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel, file_sha256
+from intaglio.packed.store import new_path
 from intaglio.packed.verify import Verification, verify
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.attach import pack_model
 from intaglio.train.corpus import Corpus, held_out_windows, load_corpus, sample_corpus
-from intaglio.train.loop import Options, StepInfo, read_losses, train
+from intaglio.train.loop import Options, StepInfo, check_run_dir, read_losses, train
 from intaglio.train.quantize import quantize
 
 SHARE_HELD_OUT = 0.02  # of the training sequences, when no held-out text is given
@@ -126,6 +127,8 @@ def run(
     began = time.perf_counter()
     progress.stage("Loading the original")
     plan = make_plan(model_dir, recipe)
+    check_run_dir(out, {"plan": plan.digest}, resume)
+    check_exportable(plan.model, model_dir)
     tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir)
     progress.stage("Reading text")
     corpus = _corpus(plan, data, tokenizer, teacher, progress)
@@ -134,7 +137,8 @@ def run(
     student = train(teacher, plan, corpus, out, options=options, resume=resume, on_step=progress.step)
     progress.stage("Packing and exporting")
     pack_model(student, plan, out / "packed", assets=model_dir, provenance=_provenance(data), replace=resume)
-    np.save(out / HELD_OUT_FILE, windows_NT)
+    with new_path(out / HELD_OUT_FILE, replace=True) as temporary, open(temporary, "wb") as file:
+        np.save(file, windows_NT)
     del student
     _references(Path(model_dir), plan, out, replace=resume)
     bench = _open_bench(model_dir, out, tokenizer, teacher.to("cpu"))
@@ -153,8 +157,21 @@ def report(
     if evaluation.text is not None:
         windows_NT = read_windows(evaluation, bench.teacher.config.vocab_size, bench.tokenizer)
     else:
-        windows_NT = np.load(out / HELD_OUT_FILE)
+        windows_NT = _saved_windows(out / HELD_OUT_FILE, bench.plan.model.config["vocab_size"])
     return _measure(bench, windows_NT, evaluation, progress, began, replace=True)
+
+
+def _saved_windows(path: Path, vocab_size: int) -> NDArray[np.int32]:
+    advice = "give held-out text with --text"
+    try:
+        windows_NT = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CorpusError(f"{path}: cannot be read: {error}: {advice}") from None
+    if windows_NT.ndim != 2 or windows_NT.dtype.kind != "i" or not windows_NT.size:
+        raise CorpusError(f"{path}: {windows_NT.dtype} of shape {windows_NT.shape}: expected int32 [N, T]: {advice}")
+    if windows_NT.min() < 0 or windows_NT.max() >= vocab_size:
+        raise CorpusError(f"{path}: has tokens that the vocabulary of {vocab_size} has not: {advice}")
+    return windows_NT
 
 
 def _open_bench(model_dir: str | Path, out: Path, tokenizer: Any, teacher: nn.Module) -> Bench:

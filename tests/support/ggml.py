@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import tempfile
 from pathlib import Path
 
 import libggml
@@ -15,8 +16,13 @@ TYPES = {"Q4_0": (2, 32, 18), "Q8_0": (8, 32, 34), "Q6_K": (14, 256, 210)}
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    found = sorted(Path(libggml.__file__).parent.glob("lib*/libggml-base.*"))
-    loaded = ctypes.CDLL(str(found[0]))
+    found = sorted(Path(libggml.__file__).parent.glob("lib*/libggml-base.*"))[0]
+    # llama-cpp-python brings another version under the same name, and a process loads a name once
+    renamed = found.read_bytes().replace(b"libggml-base.so.0\0", b"libggml-test.so.0\0")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / f"libggml-test{found.suffix}"
+        copy.write_bytes(renamed)
+        loaded = ctypes.CDLL(str(copy))
     loaded.ggml_quantize_chunk.restype = ctypes.c_size_t
     loaded.ggml_quantize_chunk.argtypes = [
         ctypes.c_int,

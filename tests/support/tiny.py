@@ -92,13 +92,17 @@ def make_checkpoint(folder: Path, config: dict[str, Any] = GEMMA4, *, seed: int 
 def fill(model: nn.Module, seed: int) -> None:
     """Random weights in a range where the model is not chaotic: small norms after each block."""
     generator = torch.Generator().manual_seed(seed)
-    offset = 1.0 if model.config.model_type == "gemma3_text" else 0.0  # Gemma 3 computes with 1 + gain
+    gemma3 = model.config.model_type == "gemma3_text"
+    # Gemma 3 divides attention scores by the root of the head size; so that heads attend to something:
+    query_gain = 4.0 if gemma3 else 1.0
+    offset = 1.0 if gemma3 else 0.0  # Gemma 3 computes with 1 + gain
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         noise = torch.randn(tensor.shape, generator=generator)
         if name.endswith("layer_scalar"):
             tensor.copy_(1 + 0.1 * noise)
         elif "norm" in name:
-            tensor.copy_((1 + 0.1 * noise) * (0.15 if "post_" in name else 1.0) - offset)
+            gain = 0.15 if "post_" in name else query_gain if "q_norm" in name else 1.0
+            tensor.copy_((1 + 0.1 * noise) * gain - offset)
         elif tensor.ndim == 2:
             tensor.copy_(noise * 0.06)
 

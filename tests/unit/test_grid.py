@@ -32,7 +32,6 @@ FLOAT_GRIDS = [grid for grid in GRIDS.values() if isinstance(grid, FloatGrid)]
 PORTABLE = [grid for grid in BLOCK_GRIDS if grid.portable]
 SAMPLES = samples()
 
-finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 any_grid = pytest.mark.parametrize("grid", BLOCK_GRIDS, ids=lambda grid: grid.name)
 portable_grid = pytest.mark.parametrize("grid", PORTABLE, ids=lambda grid: grid.name)
 each_sample = pytest.mark.parametrize("kind", SAMPLES)
@@ -90,9 +89,8 @@ def test_which_grids_are_portable() -> None:
 @any_grid
 @given(data=st.data())
 def test_nearest_code_and_ties_to_even(grid: BlockGrid, data: st.DataObject) -> None:
-    quarters = data.draw(
-        hnp.arrays(np.int16, (1, grid.column_multiple), elements=st.integers(4 * grid.code_min - 9, 4 * grid.code_max + 9))
-    )
+    elements = st.integers(4 * grid.code_min - 9, 4 * grid.code_max + 9)
+    quarters = data.draw(hnp.arrays(np.int16, (1, grid.column_multiple), elements=elements))
     step = torch.full((1, grid.column_multiple // grid.block_size), -0.25)
     values = torch.from_numpy(quarters.astype(np.float32) / 4) * -0.25
     expected = np.clip(np.rint(quarters / 4), grid.code_min, grid.code_max)  # numpy, too, rounds ties to even
@@ -167,7 +165,10 @@ def test_fit_stock_is_ggmls_quantizer(name: str, kind: str) -> None:
 
 
 # 1 / step must be finite: below that, C's conversion of an infinite float to an integer is undefined
-@given(x=hnp.arrays(np.float32, (1, 256), elements=st.floats(-1e4, 1e4, width=32).filter(lambda v: v == 0 or abs(v) > 1e-35)))
+defined = st.floats(-1e4, 1e4, width=32).filter(lambda value: value == 0 or abs(value) > 1e-35)
+
+
+@given(x=hnp.arrays(np.float32, (1, 256), elements=defined))
 def test_fit_stock_is_ggmls_quantizer_for_any_values(x: np.ndarray) -> None:
     for name in ("q4_0-free", "q8_0-free", "q6_k-free"):
         grid = grid_named(name)

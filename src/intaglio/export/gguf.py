@@ -76,6 +76,16 @@ def export_gguf(
             writer.close()
 
 
+def check_exportable(spec: ModelSpec, folder: str | Path) -> None:
+    """Raise ConfigError where `export_gguf` would for this model, to know before it is trained.
+
+    folder: the source model's, with its tokenizer.
+    """
+    check_supported(spec)
+    architecture = spec.family.gguf_architecture
+    add_tokenizer(GGUFWriter(None, architecture), Path(folder), architecture, spec.config["vocab_size"])
+
+
 def check_supported(spec: ModelSpec) -> None:
     """Raise ConfigError where llama.cpp's code for this architecture does something else."""
     config = transformers_config(spec.config)

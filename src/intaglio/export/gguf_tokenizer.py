@@ -2,7 +2,9 @@
 
 Gemma 4 is a byte-fallback BPE, and llama.cpp's `gemma4` tokenizer takes its merges. Gemma 3 came
 from SentencePiece, and llama.cpp's `llama` tokenizer takes a score for each token: it joins the
-pair whose joint token scores highest. Both are what llama.cpp's own converter writes.
+pair whose joint token scores highest. Both are what llama.cpp's own converter writes, with one
+exception: it makes Gemma 4's added tokens normal ones where they are not special, and llama.cpp
+then spells `<table>` in letters where transformers finds a token. Here they are user-defined.
 """
 
 from __future__ import annotations

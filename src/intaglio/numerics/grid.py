@@ -52,6 +52,13 @@ def round_half(x: Tensor, bits: int = HALF_SIGNIFICANT_BITS) -> Tensor:
     return torch.where(x.abs() < HALF_SMALLEST * 2.0 ** (bits - 1), subnormal, normal)
 
 
+def _cheaply_known_at_least(smallest: float, x: Tensor) -> bool:
+    """Whether all magnitudes are known to be `smallest` or more: asked on a CPU only, where an answer costs little."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
+        return False
+    return float(x.abs().amin()) >= smallest
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockGrid:
     """`value = code x step`, one step for `block_size` neighbouring columns of a row.
@@ -102,6 +109,9 @@ class BlockGrid:
         A canonical step below 2^-20 becomes zero: with fewer than five bits left above float16's
         smallest subnormal, the extremum could miss `code_min`.
         """
+        subnormal_below = HALF_SMALLEST * 2.0 ** (self.step_bits - 1)
+        if _cheaply_known_at_least(subnormal_below, step):
+            return round_significant(step, self.step_bits)
         rounded = round_half(step, self.step_bits)
         if self.canonical:
             rounded = torch.where(rounded.abs() < 2.0**-20, torch.zeros_like(rounded), rounded)

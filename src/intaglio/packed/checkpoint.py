@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from intaglio.errors import ConfigError
 from intaglio.packed.store import open_safetensors
-from intaglio.plan.family import ModelSpec, describe, load_config, text_config
+from intaglio.plan.family import ModelSpec, one_line, read_spec
 
 # A multimodal checkpoint nests its text model; the text model alone does not.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
@@ -27,23 +27,20 @@ def load_model(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> nn.
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = Path(model_dir)
-    config = text_config(load_config(path))
-    shards(path)
-    spec = describe(config)
+    spec = read_spec(path)
+    for _ in _entries(path, spec):  # transformers would only say that something does not fit
+        pass
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             path,
-            config=AutoConfig.for_model(**config),
+            config=AutoConfig.for_model(**spec.config),
             dtype=dtype,
             local_files_only=True,
+            trust_remote_code=False,
             key_mapping={"^" + prefix.replace(".", r"\."): "model." for prefix in TEXT_PREFIXES},
-            output_loading_info=True,
         )
     except Exception as error:  # safetensors, JSON and shape errors come in many types
-        raise ConfigError(f"{path}: transformers cannot load this checkpoint: {_first_line(error)}") from error
-    missing = sorted({t.name for t in spec.tensors} & set(info["missing_keys"]))
-    if missing:
-        raise ConfigError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        raise ConfigError(f"{path}: transformers cannot load this checkpoint: {one_line(error)}") from error
     return model.eval()
 
 
@@ -53,13 +50,9 @@ def load_tokenizer(model_dir: str | Path) -> Any:
 
     path = Path(model_dir)
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ConfigError(f"{path}: no usable tokenizer: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+        raise ConfigError(f"{path}: no usable tokenizer: {one_line(error)}") from error
 
 
 def shards(model_dir: Path) -> list[Path]:
@@ -73,9 +66,9 @@ def shards(model_dir: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{index}: not a shard index: {_first_line(error)}") from None
+        raise ConfigError(f"{index}: not a shard index: {one_line(error)}") from None
     for name in names:
-        if Path(name).name != name or not (model_dir / name).is_file():
+        if not isinstance(name, str) or Path(name).name != name or not (model_dir / name).is_file():
             raise ConfigError(f"{index}: lists {name!r}, which is not a file of this folder")
     return [model_dir / name for name in names]
 
@@ -86,20 +79,27 @@ def stream_tensors(model_dir: Path, spec: ModelSpec) -> Iterator[tuple[str, Tens
     Tensors that the model does not use (towers, unused k/v of KV-shared layers) are passed over.
     Raises ConfigError for a tensor that is missing or has another shape than the config says.
     """
+    for name, file, stored_name in _entries(model_dir, spec):
+        yield name, file.get_tensor(stored_name)
+
+
+def _entries(model_dir: Path, spec: ModelSpec) -> Iterator[tuple[str, Any, str]]:
+    """Name of each tensor, the open file that holds it and its name there; the headers alone are read."""
     wanted = {t.name: t.shape for t in spec.tensors}
     for shard in shards(model_dir):
         with open_safetensors(shard) as file:
-            for stored_name in file.keys():
+            for stored_name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
                 name = _text_name(stored_name)
                 if name not in wanted:
                     continue
-                tensor = file.get_tensor(stored_name)
-                if tuple(tensor.shape) != wanted[name]:
+                shape = file.get_slice(stored_name).get_shape()
+                if tuple(shape) != wanted[name]:
                     raise ConfigError(
-                        f"{shard}: {stored_name} has shape {list(tensor.shape)}, the config says {list(wanted[name])}"
+                        f"{shard}: {stored_name} has shape {shape}, the config says {list(wanted[name])}: "
+                        "config and weights are of different models"
                     )
                 del wanted[name]
-                yield name, tensor
+                yield name, file, stored_name
     if wanted:
         raise ConfigError(f"{model_dir}: {len(wanted)} tensors are missing, the first is {sorted(wanted)[0]}")
 

@@ -41,7 +41,8 @@ def new_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if path.exists() and path.is_dir() != temporary.is_dir():
-            raise OutputError(f"{path}: is a {'folder' if path.is_dir() else 'file'}, the output is not: choose another")
+            kind = "folder" if path.is_dir() else "file"
+            raise OutputError(f"{path}: is a {kind}, and the output is not: choose another path")
         if replace and path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)

@@ -116,7 +116,7 @@ def load_config(model_dir: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file: expected a model folder with config.json")
     try:
         config = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise ConfigError(f"{path}: no model_type: expected the config.json of a transformers model")
@@ -129,6 +129,15 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return nested if isinstance(nested, dict) else config
 
 
+def read_spec(model_dir: str | Path) -> ModelSpec:
+    """`describe` for a model folder (or its config.json); every ConfigError names it."""
+    config = load_config(model_dir)
+    try:
+        return describe(config)
+    except ConfigError as error:
+        raise ConfigError(f"{model_dir}: {error}") from error
+
+
 def describe(config: dict[str, Any]) -> ModelSpec:
     """List every tensor of the text model of a config, without weights.
 
@@ -137,7 +146,7 @@ def describe(config: dict[str, Any]) -> ModelSpec:
     """
     config = text_config(config)
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"unknown model_type {model_type!r}: expected one of {', '.join(sorted(FAMILIES))}")
     model = build_meta_model(config)
     stored = dict(model.named_parameters())
@@ -156,7 +165,7 @@ def build_meta_model(config: dict[str, Any]) -> torch.nn.Module:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(hf_config)
     except Exception as error:  # transformers raises many types for a config that contradicts itself
-        raise ConfigError(f"transformers cannot build this config: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"transformers cannot build this config: {one_line(error)}") from error
 
 
 def transformers_config(config: dict[str, Any]) -> Any:
@@ -166,7 +175,12 @@ def transformers_config(config: dict[str, Any]) -> Any:
     try:
         return AutoConfig.for_model(**config)
     except Exception as error:
-        raise ConfigError(f"transformers cannot read this config: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"transformers cannot read this config: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """Type and message of someone else's error, as part of a message of ours."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
 
 
 def role_of(tensor_name: str) -> str:

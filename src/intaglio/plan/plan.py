@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from intaglio.errors import RecipeError
-from intaglio.numerics.grid import BlockGrid, Grid
-from intaglio.plan.family import ModelSpec, TensorSpec, describe, load_config
+from intaglio.numerics.grid import F32, BlockGrid, Grid
+from intaglio.plan.family import ModelSpec, TensorSpec, describe, read_spec
 from intaglio.plan.recipe import Recipe, WeightRule
 
 
@@ -36,8 +37,9 @@ class PlannedTensor:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the tensor's data in GGUF, without padding."""
-        return self.grid.size_bytes(self.spec.shape)
+        """Bytes of the tensor's data in GGUF, without padding; vectors are float32 there on any grid."""
+        grid = F32 if len(self.spec.shape) < 2 else self.grid
+        return grid.size_bytes(self.spec.shape)
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,11 @@ def make_plan(model: str | Path | dict[str, Any] | ModelSpec, recipe: Recipe | s
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
     if not isinstance(model, ModelSpec):
-        config = model if isinstance(model, dict) else load_config(model)
-        model = describe(config)
+        model = describe(model) if isinstance(model, dict) else read_spec(model)
     tensors = tuple(PlannedTensor(spec, _rule_for(recipe, spec)) for spec in model.tensors)
     _check_unused_rules(recipe, tensors)
-    for tensor in tensors:
-        _check_columns(tensor)
+    for rule in recipe.rules:
+        _check_shapes([tensor for tensor in tensors if tensor.rule is rule])
     return Plan(recipe, model, tensors)
 
 
@@ -122,13 +123,35 @@ def _check_unused_rules(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> N
             )
 
 
-def _check_columns(tensor: PlannedTensor) -> None:
+def _fits(tensor: PlannedTensor) -> bool:
     grid, shape = tensor.grid, tensor.spec.shape
-    if not isinstance(grid, BlockGrid):
+    return not isinstance(grid, BlockGrid) or (len(shape) == 2 and shape[1] % grid.column_multiple == 0)
+
+
+def _check_shapes(tensors: list[PlannedTensor]) -> None:
+    """Raise RecipeError for tensors of one rule that its grid cannot hold, with a recipe that can."""
+    odd = [tensor for tensor in tensors if not _fits(tensor)]
+    if not odd:
         return
-    if len(shape) != 2 or shape[1] % grid.column_multiple:
-        raise RecipeError(
-            f"{tensor.name}: shape {list(shape)} does not fit grid {grid.name}, which needs a matrix whose columns "
-            f"are a multiple of {grid.column_multiple}: give it another grid before [weights.{tensor.rule.name}], "
-            f'for example [weights.odd] with match = "{tensor.name}" and grid = "f16"'
-        )
+    grid, rule, shape = odd[0].grid, odd[0].rule.name, odd[0].spec.shape
+    need = f"columns that are a multiple of {grid.column_multiple}" if len(shape) == 2 else "a matrix"
+    other = "f16" if len(shape) == 2 else "f32"
+    if len(odd) == len(tensors):
+        advice = f"give the rule another one, for example with --set weights.{rule}.grid={other}"
+    else:
+        body = f"match = '{_expression(odd)}' and grid = '{other}'"
+        advice = f"put a rule before [weights.{rule}], for example [weights.odd] with {body}"
+    more = f", nor do {len(odd) - 1} more of the rule's {len(tensors)} tensors" if len(odd) > 1 else ""
+    raise RecipeError(
+        f"{odd[0].name}: shape {list(shape)} does not fit grid {grid.name} of [weights.{rule}], "
+        f"which needs {need}{more}: {advice}"
+    )
+
+
+def _expression(tensors: list[PlannedTensor]) -> str:
+    """A regular expression that matches these tensors and no other."""
+    layers: dict[str, list[str]] = {}
+    for tensor in tensors:
+        kind = re.sub(r"\.\d+\.", ".#.", tensor.name)
+        layers.setdefault(kind, []).extend(re.findall(r"\.(\d+)\.", tensor.name))
+    return "|".join("^" + kind.replace("#", f"({'|'.join(numbers)})") + "$" for kind, numbers in layers.items())

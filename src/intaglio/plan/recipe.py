@@ -7,6 +7,7 @@ model is an error unless it says `optional = true`, and so is any key that is no
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,6 +19,7 @@ import tomli_w
 
 from intaglio.errors import RecipeError
 from intaglio.numerics.grid import BlockGrid, Grid, grid_named
+from intaglio.plan.family import ROLES
 
 FITS = ("mse", "stock")
 
@@ -96,7 +98,7 @@ class Recipe:
     def from_toml(cls, text: str, *, source: str = "recipe", overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
         try:
             table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise RecipeError(f"{source}: not valid TOML: {error}") from None
         for override in overrides:
             _apply_override(table, override, source)
@@ -158,7 +160,7 @@ def _apply_override(table: dict[str, Any], override: str, source: str) -> None:
             raise RecipeError(f"--set {override!r}: {parent!r} of {source} is a value, not a table")
     try:
         table[last] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         table[last] = text.strip()
 
 
@@ -170,7 +172,7 @@ def _parse(table: dict[str, Any], source: str) -> Recipe:
         raise RecipeError(f"{source}: no [weights.NAME] rules: expected at least one")
     recipe = Recipe(
         name=_typed(table, "name", str, source),
-        summary=table.get("summary", ""),
+        summary=_typed({"summary": ""} | table, "summary", str, source),
         fit=_one_of(table, "fit", FITS, "mse", source),
         rules=tuple(_parse_rule(name, body, source) for name, body in rules.items()),
         schedule=_parse_schedule(table.get("schedule", {}), source),
@@ -199,14 +201,33 @@ def _parse_rule(name: str, body: Any, source: str) -> WeightRule:
         re.compile(match)
     except (re.error, TypeError) as error:
         raise RecipeError(f"{where}: match {match!r} is not a regular expression: {error}") from None
-    roles = tuple(body.get("roles", ()))
+    roles = _parse_roles(body.get("roles", []), where)
     if not roles and not match:
         raise RecipeError(f"{where}: neither roles nor match: expected one of them, or both")
-    grid = grid_named(_typed(body, "grid", str, where))
-    trainable = body.get("trainable", True)
+    flags = {"trainable": True, "optional": False} | body
     return WeightRule(
-        name=name, grid=grid, roles=roles, match=match, trainable=trainable, optional=body.get("optional", False)
+        name=name,
+        grid=_parse_grid(body, where),
+        roles=roles,
+        match=match,
+        trainable=_typed(flags, "trainable", bool, where),
+        optional=_typed(flags, "optional", bool, where),
     )
+
+
+def _parse_roles(roles: Any, where: str) -> tuple[str, ...]:
+    known = sorted({role for _, role in ROLES})
+    if not isinstance(roles, list) or not all(role in known for role in roles):
+        raise RecipeError(f"{where}: roles = {roles!r}: expected a list of {', '.join(known)}")
+    return tuple(roles)
+
+
+def _parse_grid(body: dict[str, Any], where: str) -> Grid:
+    name = _typed(body, "grid", str, where)
+    try:
+        return grid_named(name)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def _parse_schedule(body: Any, source: str) -> Schedule:
@@ -219,7 +240,7 @@ def _parse_schedule(body: Any, source: str) -> Schedule:
     for key, value in body.items():
         kind = type(getattr(defaults, key))
         if kind is tuple:
-            value = tuple(value) if isinstance(value, list) else value
+            value = _pair_of_shares(value, f"{where}: {key}")
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if kind is int and isinstance(value, float) and value.is_integer():
@@ -232,13 +253,20 @@ def _parse_schedule(body: Any, source: str) -> Schedule:
     return schedule
 
 
+def _pair_of_shares(value: Any, where: str) -> tuple[float, float]:
+    pair = isinstance(value, list) and len(value) == 2
+    if not pair or not all(isinstance(share, int | float) and 0 <= share < 1 for share in value):
+        raise RecipeError(f"{where} = {value!r}: expected two numbers in [0, 1)")
+    return float(value[0]), float(value[1])
+
+
 def _check_schedule(schedule: Schedule, where: str) -> None:
-    for key in ("tokens", "batch_size", "sequence_length"):
-        if getattr(schedule, key) < 1:
-            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected 1 or more")
+    for key, least in (("tokens", 1), ("batch_size", 1), ("sequence_length", 2)):
+        if getattr(schedule, key) < least:
+            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected {least} or more")
     for key in ("lr", "scale_lr", "embedding_lr", "weight_decay", "clip", "tail_lr", "micro_batch", "seed"):
-        if getattr(schedule, key) < 0:
-            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected 0 or more")
+        if not 0 <= getattr(schedule, key) < math.inf:
+            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected 0 or more, and finite")
     for key in ("warmup", "frozen_tail", "averaging"):
         if not 0 <= getattr(schedule, key) < 1:
             raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected a share in [0, 1)")
@@ -274,5 +302,3 @@ def _one_of(table: dict[str, Any], key: str, allowed: tuple[str, ...], default: 
     if value not in allowed:
         raise RecipeError(f"{where}: {key} = {value!r}: expected one of {', '.join(allowed)}")
     return value
-
-

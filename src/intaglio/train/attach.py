@@ -8,6 +8,7 @@ the forward. Between the two, anyone's trainer may run.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from intaglio.errors import RecipeError
+from intaglio.errors import InputError, RecipeError, WeightError
 from intaglio.numerics.fit import check_finite
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.packed.model import write_packed
 from intaglio.plan.plan import Plan, PlannedTensor
-from intaglio.train.fakequant import FakeQuantLinear, RoundStraightThrough, WeightQuantizer, compute_dtype
+from intaglio.train.fakequant import (
+    FakeQuantizeGroup,
+    FakeQuantLinear,
+    RoundStraightThrough,
+    WeightQuantizer,
+    compute_dtype,
+    decode_group,
+)
 from intaglio.train.quantize import FITS
 
 Fit = Callable[[Tensor, BlockGrid], Quantized]
@@ -47,32 +55,60 @@ class QuantEmbedding(nn.Embedding):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         rows = F.embedding(input_ids, self.weight, self.padding_idx)
-        decoded = self.quantizer.forward_rows(rows, input_ids)
-        scale = getattr(self, "embed_scale", None)  # Gemma scales by sqrt(width), after the lookup
-        return decoded if scale is None else decoded * scale.to(decoded.dtype)
+        return _scaled(self, self.quantizer.forward_rows(rows, input_ids, self.weight))
+
+
+def _scaled(embedding: nn.Module, rows: Tensor) -> Tensor:
+    scale = getattr(embedding, "embed_scale", None)  # Gemma scales by sqrt(width), after the lookup
+    return rows if scale is None else rows * scale.to(rows.dtype)
 
 
 class RoundedWeight:
-    """Mixin for a module with a float leftover: `weight` reads as the rounded value."""
+    """Mixin for a module with a float leftover: `weight` reads as the rounded value.
+
+    rounded: that value, once for the optimizer step; see `cache_values`.
+    """
 
     float_grid: FloatGrid
+    rounded: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
-        return RoundStraightThrough.apply(self._parameters["weight"], self.float_grid)  # type: ignore[attr-defined]
+        latent: Tensor = self._parameters["weight"]  # type: ignore[attr-defined]
+        return RoundStraightThrough.apply(latent, self.float_grid, self.rounded)
+
+
+class RoundedEmbedding(RoundedWeight):
+    """Mixin for an embedding kept float: rows are gathered first and rounded after."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        latent, padding = self._parameters["weight"], self.padding_idx  # type: ignore[attr-defined]
+        rows = F.embedding(input_ids, latent, padding)
+        return _scaled(self, RoundStraightThrough.apply(rows, self.float_grid, None))  # type: ignore[arg-type]
 
 
 class QuantLoraLinear:
     """Mixin for PEFT's lora.Linear: the adapters are merged into the latent, then quantized."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base = self.base_layer  # type: ignore[attr-defined]
-        latent = base.weight
-        for name in self.active_adapters:  # type: ignore[attr-defined]
-            if name in self.lora_A:  # type: ignore[attr-defined]
-                latent = latent + self.get_delta_weight(name)  # type: ignore[attr-defined]
+        if kwargs.get("adapter_names") is not None:
+            raise InputError("adapter_names: one quantized weight cannot serve several adapters in a batch")
+        base, latent = self.base_layer, merged_latent(self)  # type: ignore[attr-defined, arg-type]
         weight = base.quantizer(latent, compute_dtype(x, latent))
         return F.linear(x.to(weight.dtype), weight, base.bias)
+
+
+def merged_latent(lora: Any) -> Tensor:
+    """The latent [R, C] that PEFT's lora.Linear stands for: its base and the adapters that are active."""
+    if lora.disable_adapters and lora.merged:
+        lora.unmerge()  # as PEFT's own forward does
+    latent = lora.base_layer.weight
+    if lora.disable_adapters or lora.merged:
+        return latent
+    for name in lora.active_adapters:
+        if name in lora.lora_A:
+            latent = latent + lora.get_delta_weight(name)
+    return latent
 
 
 @functools.cache
@@ -91,27 +127,71 @@ def swap_class(module: nn.Module, mixin: type) -> None:
 def prepare(model: nn.Module, plan: Plan, *, fit: Fit | None = None, compiled: bool = False) -> nn.Module:
     """Put every planned tensor of `model` on its grid, in place, and return the model.
 
-    model: the transformers text model of the plan's config, or a PEFT LoRA model around it.
+    model: the transformers text model of the plan's config, or a PEFT LoRA model around it, with
+        plain LoRA on linears that the recipe trains. Adapters come first, `prepare` after them.
         Latents should be float32; gradients flow to latents, scales and float leftovers.
     fit: first scales; the recipe's own fit by default.
     compiled: run the quantizer through torch.compile.
 
     Tensors that the recipe does not train are decoded once and need no further work. Raises
-    RecipeError if the model lacks a planned tensor, WeightError for NaN or Inf.
+    RecipeError if the model lacks a planned tensor, WeightError for NaN or Inf, and InputError for a
+    model that is prepared already or has adapters that no quantized weight can hold.
     """
+    if any(isinstance(m, QuantLinear | QuantEmbedding | RoundedWeight) for m in model.modules()):
+        raise InputError("this model is prepared already: prepare a new copy of the original")
     fit = fit or FITS[plan.recipe.fit]
     owners = _owners(model)
-    quantizers: dict[str, WeightQuantizer] = {}
     for tensor in plan:
         if tensor.name not in owners:
             raise RecipeError(f"{tensor.name}: planned, but not in this model: was the plan made for another one?")
         module, attribute = owners[tensor.name]
+        shape = tuple(getattr(module, attribute).shape)
+        if shape != tensor.spec.shape:
+            planned = list(tensor.spec.shape)
+            raise RecipeError(f"{tensor.name}: planned as {planned}, but {list(shape)} in this model: plan this model")
         check_finite(getattr(module, attribute), tensor.name)
-        quantizer = _attach(module, attribute, tensor, fit, compiled)
-        if quantizer is not None:
-            quantizers[tensor.name] = quantizer
-    _share_with_tied_head(model, quantizers)
+        try:
+            _attach(module, attribute, tensor, fit, compiled)
+        except WeightError as error:
+            raise WeightError(f"{tensor.name}: {error}") from error
+    _share_with_tied_head(model)
+    for module in model.modules():
+        if is_adapter(module) and isinstance(module.base_layer, QuantLinear):
+            swap_class(module, QuantLoraLinear)
+    check_adapters(model)
+    model.register_forward_pre_hook(check_adapters)  # some may still be added
     return model
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's layers around another."""
+    return hasattr(type(module), "get_delta_weight")
+
+
+def check_adapters(model: nn.Module, arguments: Any = None) -> None:
+    """Raise InputError for an adapter that would be added to a quantized weight, not merged into it."""
+    if torch.compiler.is_compiling():
+        return
+    for path, module in model.named_modules():
+        if not is_adapter(module):
+            continue
+        base: Any = module.get_base_layer()  # type: ignore[operator]
+        if isinstance(base, QuantLinear) and not isinstance(module, QuantLoraLinear):
+            raise InputError(f"{path}: adapted after prepare(): call get_peft_model() first, then prepare()")
+        if not isinstance(module, QuantLoraLinear) and hasattr(base, "weight"):
+            raise InputError(
+                f"{path}: cannot be adapted, since it is no linear whose grid the recipe trains: "
+                "leave it out of target_modules, for example by exclude_modules"
+            )
+        lora: Any = module
+        extras = [name for name in lora.lora_variant if name in lora.active_adapters]
+        extras += [name for name, has_bias in lora.lora_bias.items() if has_bias]
+        extras += [name for name, dropout in lora.lora_dropout.items() if not isinstance(dropout, nn.Identity)]
+        if extras:
+            raise InputError(
+                f"{path}: adapter {extras[0]!r} is more than W + BA: expected LoRA without dropout, bias or DoRA, "
+                "since the adapter is merged into the weight before it is quantized"
+            )
 
 
 def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -126,20 +206,18 @@ def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return owners
 
 
-def _attach(
-    module: nn.Module, attribute: str, tensor: PlannedTensor, fit: Fit, compiled: bool
-) -> WeightQuantizer | None:
+def _attach(module: nn.Module, attribute: str, tensor: PlannedTensor, fit: Fit, compiled: bool) -> None:
     latent: Tensor = getattr(module, attribute)
     grid, trainable = tensor.grid, tensor.rule.trainable and isinstance(latent, nn.Parameter)
     if isinstance(grid, FloatGrid):
         if trainable:
             module.float_grid = grid  # type: ignore[assignment]
-            swap_class(module, RoundedWeight)
+            swap_class(module, RoundedEmbedding if isinstance(module, nn.Embedding) else RoundedWeight)
         else:
             latent.data.copy_(grid.round(latent.data))
             latent.requires_grad_(False)
-        return None
-    fitted = fit(latent.detach().cpu(), grid)
+        return
+    fitted = fit(latent.detach(), grid)
     learned = trainable and grid.ggml_type == "Q4_0"
     quantizer = WeightQuantizer(grid, latent, fitted, learned=learned, compiled=compiled)
     module.quantizer = quantizer
@@ -150,21 +228,23 @@ def _attach(
         swap_class(module, QuantEmbedding)
     else:
         module.__class__ = QuantLinear
-    return quantizer
 
 
-def _share_with_tied_head(model: nn.Module, quantizers: dict[str, WeightQuantizer]) -> None:
-    """A head tied to a trained embedding decodes through the embedding's quantizer."""
-    by_weight = {id(m._parameters["weight"]): m.quantizer for m in _quantized(model)}
+def _share_with_tied_head(model: nn.Module) -> None:
+    """A head tied to a trained embedding decodes as the embedding does."""
+    trained = (m for m in model.modules() if isinstance(m, QuantEmbedding | RoundedEmbedding))
+    owners: dict[int, Any] = {id(m._parameters["weight"]): m for m in trained}
     for module in model.modules():
-        weight = module._parameters.get("weight")
-        tied = type(module) is nn.Linear and weight is not None and weight.requires_grad
-        if tied and id(weight) in by_weight:
-            module.quantizer = by_weight[id(weight)]
+        owner = owners.get(id(module._parameters.get("weight")))
+        if owner is None or type(module) is not nn.Linear:
+            continue
+        if isinstance(owner, RoundedEmbedding):
+            module.float_grid = owner.float_grid  # type: ignore[assignment]
+            swap_class(module, RoundedWeight)
+        else:
+            # not as a submodule: one name in the state dict, or save_pretrained finds tensors that are shared
+            object.__setattr__(module, "quantizer", owner.quantizer)
             module.__class__ = QuantLinear
-    for module in model.modules():
-        if hasattr(module, "get_delta_weight") and isinstance(getattr(module, "base_layer", None), QuantLinear):
-            swap_class(module, QuantLoraLinear)
 
 
 def _quantized(model: nn.Module) -> Iterator[nn.Module]:
@@ -176,30 +256,67 @@ def quantized_linears(model: nn.Module) -> dict[WeightQuantizer, nn.Module]:
     return {m.quantizer: m for m in model.modules() if isinstance(m, QuantLinear)}  # type: ignore[misc]
 
 
+def weight_groups(model: nn.Module) -> list[tuple[list[WeightQuantizer], list[Tensor]]]:
+    """Quantizers that linears decode as a whole, with their latents, by decoder layer."""
+    groups: dict[str, dict[WeightQuantizer, Tensor]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear) and not path.endswith(".base_layer"):  # an adapter changes the weight
+            layer = re.match(r"(.*?\.\d+)\.", path)
+            group = groups.setdefault(layer[1] if layer else path, {})
+            group[module.quantizer] = module._parameters["weight"]  # type: ignore[assignment]
+    return [(list(group), list(group.values())) for group in groups.values()]
+
+
 @torch.no_grad()
 def cache_values(model: nn.Module, dtype: torch.dtype) -> None:
     """Decode every weight once; forwards and recomputations until `drop_values` share it."""
-    for quantizer, module in quantized_linears(model).items():
-        quantizer.values = quantizer.compute(module.weight)[0].to(dtype)  # type: ignore[arg-type]
+    for quantizers, latents in weight_groups(model):
+        for quantizer, decoded in zip(quantizers, decode_group(quantizers, latents, dtype), strict=True):
+            quantizer.values, quantizer.steps = decoded
+    if not any(quantizer.compiled for quantizer in quantized_linears(model)):  # a compiler merges the rounding in
+        _cache_rounded(model)
+
+
+def _rounded_weights(model: nn.Module) -> list[Any]:
+    """Modules that use a rounded weight as a whole."""
+    return [m for m in model.modules() if isinstance(m, RoundedWeight) and not isinstance(m, RoundedEmbedding)]
+
+
+def _cache_rounded(model: nn.Module) -> None:
+    """All float leftovers of a grid at once, since one by one these many small vectors take their time."""
+    by_grid: dict[FloatGrid, list[Any]] = {}
+    for module in _rounded_weights(model):
+        by_grid.setdefault(module.float_grid, []).append(module)
+    for grid, modules in by_grid.items():
+        latents = [module._parameters["weight"] for module in modules]
+        rounded = grid.round(torch.cat([latent.flatten() for latent in latents]))
+        for module, latent, values in zip(modules, latents, rounded.split([w.numel() for w in latents]), strict=True):
+            module.rounded = values.view(latent.shape).to(latent.dtype)
 
 
 def drop_values(model: nn.Module) -> None:
     """Forget cached weights; must follow every change of a latent."""
     for quantizer in quantized_linears(model):
-        quantizer.values = quantizer.decoded = None
+        quantizer.values = quantizer.steps = quantizer.decoded = None
+    for module in _rounded_weights(model):
+        module.rounded = None
 
 
 @contextmanager
 def decoded_in_graph(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """For the forward and backward inside, hand compiled layers plain tensors to multiply with."""
-    linears = quantized_linears(model)
-    for quantizer, module in linears.items():
-        quantizer.decoded = quantizer(module.weight, dtype)
+    groups = weight_groups(model)
+    for quantizers, latents in groups:
+        scales = [q.scale_latent for q in quantizers]
+        decoded = FakeQuantizeGroup.apply(quantizers, dtype, *latents, *scales)
+        for quantizer, weight in zip(quantizers, decoded, strict=True):
+            quantizer.decoded = weight
     try:
         yield
     finally:
-        for quantizer in linears:
-            quantizer.decoded = None
+        for quantizers, _ in groups:
+            for quantizer in quantizers:
+                quantizer.decoded = None
 
 
 def freeze_codes(model: nn.Module) -> None:
@@ -228,29 +345,31 @@ def pack_model(
     path: str | Path,
     *,
     assets: str | Path,
+    dtype: torch.dtype = torch.float32,
     provenance: dict[str, Any] | None = None,
     replace: bool = False,
 ) -> None:
     """Write the prepared model as a PackedModel folder.
 
-    assets: the source model's folder, for tokenizer and generation files. LoRA adapters are merged
-    into the latents, as the forward did.
+    assets: the source model's folder, for tokenizer and generation files. dtype: in which the
+    training forward multiplied. LoRA adapters are merged into the latents, as the forward did.
     """
+    check_adapters(model)
     owners = _owners(model)
     merged = _merged_latents(model)
-    with write_packed(Path(path), plan, assets=Path(assets), provenance=provenance or {}, replace=replace) as writer:
-        for tensor in plan:
-            writer.add(tensor.name, packed_value(owners[tensor.name], tensor, merged.get(tensor.name)))
+    drop_values(model)
+    if not merged:  # decode as the training loop does: a compiled kernel may round a tie its own way
+        cache_values(model, dtype)
+    record = provenance or {}
+    try:
+        with write_packed(Path(path), plan, assets=Path(assets), provenance=record, replace=replace) as writer:
+            for tensor in plan:
+                writer.add(tensor.name, packed_value(owners[tensor.name], tensor, merged.get(tensor.name)))
+    finally:
+        drop_values(model)
 
 
 @torch.no_grad()
 def _merged_latents(model: nn.Module) -> dict[str, Tensor]:
-    merged = {}
-    for path, module in model.named_modules():
-        if isinstance(module, QuantLoraLinear):
-            base = module.base_layer  # type: ignore[attr-defined]
-            latent = base.weight
-            for name in module.active_adapters:  # type: ignore[attr-defined]
-                latent = latent + module.get_delta_weight(name)  # type: ignore[attr-defined]
-            merged[path.removeprefix("base_model.model.") + ".weight"] = latent
-    return merged
+    layers = ((path, module) for path, module in model.named_modules() if isinstance(module, QuantLoraLinear))
+    return {path.removeprefix("base_model.model.") + ".weight": merged_latent(module) for path, module in layers}

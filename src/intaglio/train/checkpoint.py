@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from intaglio.errors import ConfigError
-from intaglio.packed.store import new_path, open_safetensors
+from intaglio.packed.store import SafetensorsWriter, new_path, open_safetensors
 
 KEEP = 2  # the newest, and one before it in case the newest turns out to hold a diverged state
 
@@ -43,7 +42,10 @@ def save(
     path = step_dir(run_dir, step)
     with new_path(path, replace=True) as temporary:
         temporary.mkdir()
-        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, temporary / "state.safetensors")
+        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        with SafetensorsWriter(temporary / "state.safetensors", specs, {}) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
         (temporary / "meta.json").write_text(json.dumps({"step": step, "torch": torch.__version__}), "utf-8")
     for old in sorted(path.parent.glob("step-*"))[:-KEEP]:
         shutil.rmtree(old)
@@ -52,7 +54,9 @@ def save(
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters once each (tied ones are one) and persistent buffers."""
-    buffers = {n: b for n, b in model.state_dict().items() if n not in dict(model.named_parameters(remove_duplicate=False))}
+    buffers = {
+        n: b for n, b in model.state_dict().items() if n not in dict(model.named_parameters(remove_duplicate=False))
+    }
     return dict(model.named_parameters()) | buffers
 
 
@@ -60,8 +64,12 @@ def read_step(path: Path) -> int:
     try:
         meta: dict[str, Any] = json.loads((path / "meta.json").read_text("utf-8"))
         return int(meta["step"])
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: damaged checkpoint: {error}: remove it to resume from the one before") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: object) -> ConfigError:
+    return ConfigError(f"{path}: damaged checkpoint: {error}: remove it to resume from the one before")
 
 
 @torch.no_grad()
@@ -71,11 +79,18 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     The model must be in the phase of the checkpoint (codes frozen or not) and the optimizer made
     for it.
     """
+    try:
+        return _load(path, model, optimizer)
+    except (ConfigError, KeyError, RuntimeError) as error:  # unreadable, other names, other shapes
+        raise _damaged(path, error) from error
+
+
+def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = _state(model)
     extra: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters())
     with open_safetensors(path / "state.safetensors") as file:
-        for name in file.keys():
+        for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
             kind, _, rest = name.partition(".")
             value = file.get_tensor(name)
             if kind == "model":
@@ -88,5 +103,5 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
                 on_device = value if key == "step" and not parameter.is_cuda else value.to(parameter.device)
                 optimizer.state[parameter][key] = on_device.clone()
     if state:
-        raise ConfigError(f"{path}: damaged checkpoint: {sorted(state)[0]} is missing")
+        raise KeyError(f"{sorted(state)[0]} is missing")
     return extra

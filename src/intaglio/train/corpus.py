@@ -179,7 +179,10 @@ def _check_sizes(length: int, max_tokens: int | None) -> None:
     if length < 2:
         raise CorpusError(f"sequences of {length} tokens: expected 2 or more")
     if max_tokens is not None and max_tokens < length:
-        raise CorpusError(f"at most {max_tokens} tokens: expected {length} or more, the length of one sequence")
+        raise CorpusError(
+            f"at most {max_tokens} tokens: expected {length} or more, the length of one sequence: "
+            "raise schedule.tokens, or --eval-tokens where held-out text is read"
+        )
 
 
 def _read(source: str | Path, tokenizer: Tokenizer) -> Iterator[Piece]:

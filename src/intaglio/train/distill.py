@@ -41,7 +41,7 @@ def _chunk_gradient(softcap: float | None, student_TV: Tensor, teacher_TV: Tenso
 @functools.cache
 def _kernel(softcap: float | None, compiled: bool) -> Callable:
     kernel = functools.partial(_chunk_gradient, softcap)
-    return torch.compile(kernel, dynamic=True) if compiled else kernel
+    return torch.compile(kernel, dynamic=False) if compiled else kernel
 
 
 class _ChunkedKL(torch.autograd.Function):

@@ -20,12 +20,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intaglio.errors import MismatchError
-from intaglio.numerics.grid import BlockGrid, Quantized, from_steps, round_half
+from intaglio.numerics.grid import BlockGrid, Quantized, from_steps
+
+Modes = tuple[tuple[str, BlockGrid], ...]
 
 LOWEST_RATIO = 0.6  # of the canonical step; a tighter clip would cost more than it gains
 CHUNK_BLOCKS = 1 << 13
@@ -43,34 +46,42 @@ def _extremum(blocks_NK: Tensor) -> Tensor:
     return torch.where(highest >= -lowest, highest, lowest)
 
 
-def _round_step(step: Tensor, grid: BlockGrid) -> Tensor:
-    rounded = round_half(step, grid.step_bits)
-    if grid.canonical:
-        rounded = torch.where(rounded.abs() < 2.0**-20, torch.zeros_like(rounded), rounded)
-    return rounded
-
-
 def _step(mode: str, grid: BlockGrid, blocks: Tensor, z: Tensor, given: Tensor) -> Tensor:
     """Rounded steps [N]. `given`: signs (free, frozen) or the steps themselves (fixed), float32."""
     if mode == "fixed":
         return given
     if mode == "canonical":
-        return _round_step(_extremum(blocks) / grid.code_min * _ratio(z), grid)
-    return _round_step(given * torch.exp(z), grid)
+        return grid.round_step(_extremum(blocks) / grid.code_min * _ratio(z))
+    return grid.round_step(given * torch.exp(z))
 
 
-def _codes(grid: BlockGrid, blocks: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and, before rounding and clipping, the positions between them: float32 [N, K]."""
-    position = blocks / torch.where(step == 0, torch.ones_like(step), step).unsqueeze(-1)
-    codes = position.round().clamp(grid.code_min, grid.code_max)
-    return torch.where((step == 0).unsqueeze(-1), torch.zeros_like(codes), codes), position
+# A comparison that makes booleans costs a CPU five times as much as arithmetic on floats, which is
+# vectorized; so below, masks are floats, and clipping is told by the derivative of hardtanh.
+
+
+def _position(blocks: Tensor, step: Tensor) -> Tensor:
+    """Where the latents lie between the codes, float32 [N, K]. A step of zero decodes any code to zero."""
+    return blocks / torch.where(step == 0, torch.ones_like(step), step).unsqueeze(-1)
+
+
+def _codes(grid: BlockGrid, position: Tensor) -> Tensor:
+    return position.round().clamp_(grid.code_min, grid.code_max)
+
+
+def _where_inside(grid: BlockGrid, values: Tensor, position: Tensor) -> Tensor:
+    """`values`, and zero where `position` is clipped."""
+    lowest, highest = (
+        float(np.nextafter(np.float32(end), np.float32(beyond)))
+        for end, beyond in ((grid.code_min, -np.inf), (grid.code_max, np.inf))
+    )
+    return torch.ops.aten.hardtanh_backward(values, position, lowest, highest)  # zero at the bounds too
 
 
 def _forward(mode: str, grid: BlockGrid, blocks: Tensor, z: Tensor, given: Tensor, frozen: Tensor):
     """Values [N, K] and steps [N], float32."""
     step = _step(mode, grid, blocks, z, given)
-    codes = frozen.float() if mode == "frozen" else _codes(grid, blocks, step)[0]
-    return codes * step.unsqueeze(-1), step
+    codes = frozen.float() if mode == "frozen" else _codes(grid, _position(blocks, step))
+    return codes.mul_(step.unsqueeze(-1)), step
 
 
 def _backward(mode: str, grid: BlockGrid, grad: Tensor, blocks: Tensor, z: Tensor, given: Tensor, frozen: Tensor):
@@ -80,27 +91,51 @@ def _backward(mode: str, grid: BlockGrid, grad: Tensor, blocks: Tensor, z: Tenso
     if mode == "frozen":
         grad_z = (grad * frozen.float()).sum(-1) * step
         return torch.zeros_like(grad), grad_z
-    codes, position = _codes(grid, blocks, step)
-    inside = (position >= grid.code_min) & (position <= grid.code_max)
-    grad_latent = torch.where(inside, grad, torch.zeros_like(grad))
+    position = _position(blocks, step)
+    grad_latent = _where_inside(grid, grad, position)
     if mode == "fixed":
         return grad_latent, torch.zeros_like(z)
-    grad_step = (grad * (codes - torch.where(inside, position, torch.zeros_like(position)))).sum(-1)
+    change = _codes(grid, position).sub_(_where_inside(grid, position, position))
+    grad_step = change.mul_(grad).sum(-1)
     if mode == "free":
         return grad_latent, grad_step * given * torch.exp(z)
     peak, ratio = _extremum(blocks), _ratio(z)
-    at_peak = (blocks == peak.unsqueeze(-1)).float()
-    at_peak = at_peak / at_peak.sum(-1, keepdim=True)
-    grad_latent = grad_latent + at_peak * (grad_step * ratio / grid.code_min).unsqueeze(-1)
+    at_peak = position.copy_(blocks).eq_(peak.unsqueeze(-1))  # 1.0 or 0.0
+    share = 1.0 / at_peak.sum(-1) * (grad_step * ratio / grid.code_min)  # of each, where several tie
+    grad_latent.addcmul_(at_peak, share.unsqueeze(-1))
     sigmoid = torch.sigmoid(z)
     grad_z = grad_step * peak / grid.code_min * (1 - LOWEST_RATIO) * sigmoid * (1 - sigmoid)
     return grad_latent, grad_z
 
 
+def _forward_in(dtype: torch.dtype, mode: str, grid: BlockGrid, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    values, step = _forward(mode, grid, *arguments)
+    return values.to(dtype), step
+
+
+def _forward_group(
+    modes: Modes, dtype: torch.dtype, arguments: list[tuple[Tensor, ...]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Values in `dtype` and steps of several weights: one compiled call for all of a decoder layer."""
+    return [_forward_in(dtype, *mode, *args) for mode, args in zip(modes, arguments, strict=True)]
+
+
+def _backward_group(
+    modes: Modes, grads: list[Tensor], arguments: list[tuple[Tensor, ...]], dtypes: list[torch.dtype]
+) -> list[tuple[Tensor, Tensor]]:
+    results = []
+    for mode, grad, args, dtype in zip(modes, grads, arguments, dtypes, strict=True):
+        grad_latent, grad_z = _backward(*mode, grad, *args)
+        results.append((grad_latent.to(dtype), grad_z))
+    return results
+
+
 @functools.cache
-def _kernel(function: Callable, mode: str, grid: BlockGrid, compiled: bool) -> Callable:
-    kernel = functools.partial(function, mode, grid)
-    return torch.compile(kernel, dynamic=True) if compiled else functools.partial(_in_chunks, kernel)
+def _compiled(function: Callable, modes: Modes) -> Callable:
+    """Compiled for fixed shapes: a model has few kinds of layers, and each gets its own kernels."""
+    # more kinds than torch expects of one function; beyond the limit it would run uncompiled
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(functools.partial(function, modes), dynamic=False)
 
 
 def _in_chunks(kernel: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -112,10 +147,14 @@ def _in_chunks(kernel: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
     count = max(t.shape[0] for t in tensors)
     if count <= CHUNK_BLOCKS or tensors[0].is_cuda:
         return kernel(*tensors)
-    parts = [
-        kernel(*(t[i : i + CHUNK_BLOCKS] if t.numel() else t for t in tensors)) for i in range(0, count, CHUNK_BLOCKS)
-    ]
-    return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
+    outputs: tuple[Tensor, ...] = ()
+    for start in range(0, count, CHUNK_BLOCKS):
+        at = slice(start, start + CHUNK_BLOCKS)
+        parts = kernel(*(t[at] if t.numel() else t for t in tensors))
+        outputs = outputs or tuple(part.new_empty((count if len(part) else 0, *part.shape[1:])) for part in parts)
+        for output, part in zip(outputs, parts, strict=True):
+            output[at] = part
+    return outputs
 
 
 class WeightQuantizer(nn.Module):
@@ -125,7 +164,7 @@ class WeightQuantizer(nn.Module):
     scale, super_scale: the fitted scales, in fixed mode only.
     sign: int8 buffer [R, S] of +1 and -1, in free and frozen mode.
     codes: int8 buffer [R, C], only once frozen.
-    compiled: run the kernels through torch.compile.
+    compiled: decode and differentiate whole groups of weights through torch.compile.
     """
 
     def __init__(self, grid: BlockGrid, latent: Tensor, fitted: Quantized, *, learned: bool, compiled: bool = False):
@@ -145,6 +184,7 @@ class WeightQuantizer(nn.Module):
             scale_latent = _ratio_latent(grid, latent, step) if grid.canonical else _log_magnitude(step)
         self.scale_latent = None if scale_latent is None else nn.Parameter(scale_latent)
         self.values: Tensor | None = None  # decoded once for the optimizer step; see `cache_values`
+        self.steps: Tensor | None = None  # of those values
         self.decoded: Tensor | None = None  # the same with its place in the autograd graph
 
     def blocks_of(self, tensor: Tensor) -> Tensor:
@@ -173,28 +213,37 @@ class WeightQuantizer(nn.Module):
         )
 
     @torch.no_grad()
-    def compute(self, latent: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Decoded values, float32 in the latents' shape, and steps [N]."""
-        kernel = _kernel(_forward, self.mode, self.grid, self.compiled)
-        values, step = kernel(*self.arguments(latent, rows))
+    def compute(
+        self, latent: Tensor, rows: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Decoded values in the latents' shape, and float32 steps [N]."""
+        kernel = functools.partial(_forward_in, dtype, self.mode, self.grid)
+        values, step = _in_chunks(kernel, *self.arguments(latent, rows))
         return values.view(latent.shape), step
 
     @torch.no_grad()
     def gradients(self, grad: Tensor, latent: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Gradients of latents and scale latents (None in fixed mode), of these rows."""
-        kernel = _kernel(_backward, self.mode, self.grid, self.compiled)
-        grad_latent, grad_z = kernel(self.blocks_of(grad), *self.arguments(latent, rows))
+        kernel = functools.partial(_backward, self.mode, self.grid)
+        grad_latent, grad_z = _in_chunks(kernel, self.blocks_of(grad), *self.arguments(latent, rows))
+        return grad_latent.view(latent.shape), self.shaped(grad_z, latent)
+
+    def shaped(self, grad_z: Tensor, latent: Tensor) -> Tensor | None:
+        """[N] as [..., S]; None in fixed mode."""
         steps_shape = (*latent.shape[:-1], latent.shape[-1] // self.grid.block_size)
-        return grad_latent.view(latent.shape), None if self.scale_latent is None else grad_z.view(steps_shape)
+        return None if self.scale_latent is None else grad_z.view(steps_shape)
 
     def forward(self, latent: Tensor, dtype: torch.dtype) -> Tensor:
         """The whole weight as the runtime will decode it, in `dtype`, with gradients."""
         return FakeQuantize.apply(latent, self.scale_latent, self, dtype)
 
-    def forward_rows(self, latent_rows: Tensor, rows: Tensor) -> Tensor:
-        """Rows gathered from the latents, decoded after the gather: the cost follows the tokens."""
+    def forward_rows(self, latent_rows: Tensor, rows: Tensor, table: Tensor | None = None) -> Tensor:
+        """Rows gathered from the latents, decoded after the gather: the cost follows the tokens.
+
+        table: the latents, if the backward may gather the rows again rather than keep them.
+        """
         z_rows = None if self.scale_latent is None else F.embedding(rows, self.scale_latent)
-        return FakeQuantizeRows.apply(latent_rows, z_rows, self, rows)
+        return FakeQuantizeRows.apply(latent_rows, z_rows, self, rows, None if table is None else table.detach())
 
     @torch.no_grad()
     def freeze(self, latent: Tensor) -> None:
@@ -209,11 +258,14 @@ class WeightQuantizer(nn.Module):
     def pack(self, latent: Tensor) -> Quantized:
         """Codes and scales of the forward itself: taken from the values it decoded, not fitted anew.
 
-        Raises MismatchError if the codes did not decode to those very values.
+        Uses the cached values where there are some. Raises MismatchError if the codes did not decode
+        to those very values.
         """
-        values, step = self.compute(latent)
-        step = step.view(*latent.shape[:-1], -1).cpu()
-        values = values.cpu()
+        if self.values is not None and self.steps is not None:
+            values, step = self.values, self.steps
+        else:
+            values, step = self.compute(latent)
+        step, values = step.view(*latent.shape[:-1], -1).cpu(), values.cpu()
         codes = self.grid.encode(values, step)
         if self.mode == "fixed":
             super_scale = None if self.super_scale is None else self.super_scale.cpu()
@@ -221,7 +273,7 @@ class WeightQuantizer(nn.Module):
         else:
             step = torch.where(step == 0, torch.full_like(step, -0.0), step)  # as ggml writes empty blocks
             quantized = from_steps(self.grid, codes, step)
-        if not torch.equal(quantized.decode(), values):
+        if not torch.equal(quantized.decode().to(values.dtype), values):
             raise MismatchError("packed codes do not decode to the values of the training forward")
         return quantized
 
@@ -251,7 +303,7 @@ class FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(latent)
         if quantizer.values is not None:
             return quantizer.values.view_as(quantizer.values)
-        return quantizer.compute(latent)[0].to(dtype)
+        return quantizer.compute(latent, dtype=dtype)[0]
 
     @staticmethod
     def backward(ctx, grad):
@@ -260,20 +312,63 @@ class FakeQuantize(torch.autograd.Function):
         return grad_latent.to(latent.dtype), grad_z, None, None
 
 
-class FakeQuantizeRows(torch.autograd.Function):
-    """Gathered latents [..., C] and their z -> decoded rows, float32."""
+@torch.no_grad()
+def decode_group(
+    quantizers: list[WeightQuantizer], latents: list[Tensor], dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """Decoded weights in `dtype` and their steps [N], in one call where the quantizers are compiled."""
+    if not quantizers[0].compiled:
+        return [q.compute(latent, dtype=dtype) for q, latent in zip(quantizers, latents, strict=True)]
+    kernel = _compiled(_forward_group, tuple((q.mode, q.grid) for q in quantizers))
+    pairs = kernel(dtype, [q.arguments(latent) for q, latent in zip(quantizers, latents, strict=True)])
+    return [(values.view(latent.shape), step) for (values, step), latent in zip(pairs, latents, strict=True)]
+
+
+class FakeQuantizeGroup(torch.autograd.Function):
+    """Latents and z of a group -> decoded weights. One call serves the forward and one the backward,
+    since the overhead of several hundred compiled calls would outweigh their work."""
 
     @staticmethod
-    def forward(ctx, latent_rows, z_rows, quantizer, rows):
-        ctx.quantizer, ctx.has_z = quantizer, z_rows is not None
-        ctx.save_for_backward(latent_rows, rows)
+    def forward(ctx, quantizers, dtype, *tensors):
+        latents = tensors[: len(quantizers)]
+        ctx.quantizers = quantizers
+        ctx.save_for_backward(*latents)
+        cached = [q.values for q in quantizers]
+        if any(value is None for value in cached):
+            return tuple(values for values, _ in decode_group(quantizers, list(latents), dtype))
+        return tuple(value.view_as(value) for value in cached)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        quantizers, latents = ctx.quantizers, ctx.saved_tensors
+        if not quantizers[0].compiled:
+            pairs = [q.gradients(g.contiguous(), w) for q, g, w in zip(quantizers, grads, latents, strict=True)]
+        else:
+            kernel = _compiled(_backward_group, tuple((q.mode, q.grid) for q in quantizers))
+            arguments = [q.arguments(w) for q, w in zip(quantizers, latents, strict=True)]
+            blocks = [q.blocks_of(g.contiguous()) for q, g in zip(quantizers, grads, strict=True)]
+            raw = kernel(blocks, arguments, [w.dtype for w in latents])
+            pairs = [(g.view(w.shape), q.shaped(z, w)) for q, w, (g, z) in zip(quantizers, latents, raw, strict=True)]
+        grad_latents = [g.to(w.dtype) for (g, _), w in zip(pairs, latents, strict=True)]
+        return None, None, *grad_latents, *(z for _, z in pairs)
+
+
+class FakeQuantizeRows(torch.autograd.Function):
+    """Gathered latents [..., C] and their z -> decoded rows. Saves no rows where it has the table."""
+
+    @staticmethod
+    def forward(ctx, latent_rows, z_rows, quantizer, rows, table):
+        ctx.quantizer, ctx.has_z, ctx.has_table = quantizer, z_rows is not None, table is not None
+        ctx.save_for_backward(latent_rows if table is None else table, rows)
         return quantizer.compute(latent_rows, rows)[0].to(latent_rows.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         latent_rows, rows = ctx.saved_tensors
+        if ctx.has_table:
+            latent_rows = F.embedding(rows, latent_rows)
         grad_latent, grad_z = ctx.quantizer.gradients(grad.contiguous(), latent_rows, rows)
-        return grad_latent.to(latent_rows.dtype), grad_z if ctx.has_z else None, None, None
+        return grad_latent.to(latent_rows.dtype), grad_z if ctx.has_z else None, None, None, None
 
 
 class FakeQuantLinear(torch.autograd.Function):
@@ -302,7 +397,7 @@ class FakeQuantLinear(torch.autograd.Function):
 
 def _values(quantizer: WeightQuantizer, latent: Tensor, dtype: torch.dtype) -> Tensor:
     values = quantizer.values
-    return values if values is not None else quantizer.compute(latent)[0].to(dtype)
+    return values if values is not None else quantizer.compute(latent, dtype=dtype)[0]
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -312,12 +407,12 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class RoundStraightThrough(torch.autograd.Function):
-    """Float leftovers: rounded to the stored dtype forward, identity backward."""
+    """Float leftovers: rounded to the stored dtype forward, identity backward. rounded: as cached, or None."""
 
     @staticmethod
-    def forward(ctx, latent, grid):
-        return grid.round(latent).to(latent.dtype)
+    def forward(ctx, latent, grid, rounded):
+        return grid.round(latent).to(latent.dtype) if rounded is None else rounded.view_as(rounded)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return grad, None, None

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from intaglio.errors import OutputError, TrainingError
+from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
+from intaglio.packed.store import new_path, write_error
 from intaglio.plan.plan import Plan
 from intaglio.train import checkpoint
 from intaglio.train.attach import (
@@ -55,6 +57,12 @@ class Options:
     checkpoint_every: int = 0
     tensorboard: bool = False
     gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in (None, "bf16", "no"):
+            raise InputError(f"precision {self.precision!r}: expected bf16 or no")
+        if self.checkpoint_every < 0:
+            raise InputError(f"checkpoint_every = {self.checkpoint_every}: expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,8 @@ def train(
     """
     options = options or Options()
     run_dir = Path(run_dir)
-    start = _open_run(run_dir, plan, corpus, resume)
+    identity = {"plan": plan.digest, "corpus": corpus.digest}
+    check_run_dir(run_dir, identity, resume)
     accelerator = _accelerator(options, run_dir)
     compiled = accelerator.device.type == "cuda" if options.compiled is None else options.compiled
     teacher = teacher.to(accelerator.device).requires_grad_(False)
@@ -129,7 +138,10 @@ def train(
         for layer in (*teacher.model.layers, *student.model.layers):
             layer.compile(dynamic=False)
     session = Session(teacher, student, plan, corpus, run_dir, accelerator, compiled, options)
-    session.run(start, on_step)
+    _claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
+    if options.tensorboard:
+        accelerator.init_trackers("tensorboard")
+    session.run(checkpoint.latest(run_dir), on_step)
     accelerator.end_training()
     return student
 
@@ -143,28 +155,38 @@ def build_student(teacher: nn.Module, plan: Plan, *, compiled: bool = False) -> 
 
 def _accelerator(options: Options, run_dir: Path) -> Accelerator:
     precision = options.precision or ("bf16" if torch.cuda.is_available() else "no")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # of an earlier run in this process
     log_with = "tensorboard" if options.tensorboard else None
-    accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=run_dir)
-    if options.tensorboard:
-        accelerator.init_trackers("tensorboard")
-    return accelerator
+    return Accelerator(mixed_precision=precision, log_with=log_with, project_dir=run_dir)
 
 
-def _open_run(run_dir: Path, plan: Plan, corpus: Corpus, resume: bool) -> Path | None:
-    """Claim the run folder; return the checkpoint to start from, if any."""
-    identity = {"plan": plan.digest, "corpus": corpus.digest}
+def check_run_dir(run_dir: Path, identity: dict[str, str], resume: bool) -> None:
+    """Raise OutputError unless a run of this identity may begin in the folder, or go on there with `resume`."""
     record = run_dir / RUN_FILE
     if not record.is_file():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(identity), "utf-8")
-        return None
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise OutputError(f"{run_dir}: is not empty and holds no run: choose another folder")
+        return
     if not resume:
         raise OutputError(f"{run_dir}: holds another run: choose another folder, or continue it with --resume")
-    found = json.loads(record.read_text("utf-8"))
+    try:
+        found = dict(json.loads(record.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise OutputError(f"{record}: damaged: {error}: choose another folder") from None
     for key, value in identity.items():
         if found.get(key) != value:
-            raise OutputError(f"{run_dir}: cannot resume: the run there has another {key} ({found.get(key)})")
-    return checkpoint.latest(run_dir)
+            raise OutputError(
+                f"{run_dir}: cannot resume: the run there has another {key} ({found.get(key)}): "
+                f"give it the {key} that it began with, or choose another folder"
+            )
+
+
+def _claim(run_dir: Path, identity: dict[str, str]) -> None:
+    """Make the folder this run's."""
+    if not (run_dir / RUN_FILE).is_file():
+        with new_path(run_dir / RUN_FILE) as temporary:
+            temporary.write_text(json.dumps(identity), "utf-8")
 
 
 class Session:
@@ -196,21 +218,19 @@ class Session:
 
     def run(self, start: Path | None, on_step: Callable[[StepInfo], None]) -> None:
         first = self.restore(start) if start else 0
-        losses = _open_losses(self.run_dir / LOSSES_FILE, first)
+        log = self.run_dir / LOSSES_FILE
+        _keep_lines(log, first)
         began = time.perf_counter()
-        with losses:
-            for step in range(first, self.phases.total):
-                if step == self.phases.tail:
-                    self.enter_tail()
-                loss = self.step(step)
-                seconds = self.seconds_before + time.perf_counter() - began
-                info = self.record(step, loss, seconds)
-                losses.write(json.dumps({"step": info.step, "tokens": info.tokens, "loss": loss}) + "\n")
-                on_step(info)
-                every = self.options.checkpoint_every
-                if every and info.step % every == 0 and info.step < self.phases.total:
-                    losses.flush()
-                    checkpoint.save(self.run_dir, info.step, self.student, self.optimizer, self.average)
+        for step in range(first, self.phases.total):
+            if step == self.phases.tail:
+                self.enter_tail()
+            loss = self.step(step)
+            info = self.record(step, loss, self.seconds_before + time.perf_counter() - began)
+            _append(log, json.dumps({"step": info.step, "tokens": info.tokens, "loss": loss}) + "\n")
+            on_step(info)
+            every = self.options.checkpoint_every
+            if every and info.step % every == 0 and info.step < self.phases.total:
+                checkpoint.save(self.run_dir, info.step, self.student, self.optimizer, self.average)
 
     def step(self, step: int) -> float:
         """One optimizer step; returns the mean loss over its micro-batches."""
@@ -264,7 +284,7 @@ class Session:
     def update_average(self, step: int) -> None:
         """Running mean of the latents over the steps before the tail."""
         count = step - self.phases.average
-        if not 0 <= count or step >= self.phases.tail or self.phases.average == self.phases.tail:
+        if not count >= 0 or step >= self.phases.tail or self.phases.average == self.phases.tail:
             return
         for name, parameter in self.student.named_parameters():
             if parameter.requires_grad:
@@ -303,14 +323,29 @@ class Session:
         return StepInfo(step + 1, self.phases.total, loss, tokens, seconds, phase)
 
 
-def _open_losses(path: Path, keep_steps: int):  # type: ignore[no-untyped-def]
-    """The loss log, opened for appending after its first `keep_steps` lines."""
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
-    path.write_text("".join(lines[:keep_steps]), "utf-8")
-    return open(path, "a", encoding="utf-8")
+def _keep_lines(log: Path, count: int) -> None:
+    """Cut a log of an interrupted run back to where its checkpoint is."""
+    lines = log.read_text("utf-8").splitlines(keepends=True) if log.is_file() else []
+    with new_path(log, replace=True) as temporary:
+        temporary.write_text("".join(lines[:count]), "utf-8")
+
+
+def _append(log: Path, line: str) -> None:
+    try:
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        raise write_error(log, error) from error
 
 
 def read_losses(run_dir: Path) -> list[dict[str, float]]:
-    """Rows {step, tokens, loss} of a run."""
+    """Rows {step, tokens, loss} of a run; none if it has not begun. ConfigError for a damaged log."""
     path = Path(run_dir) / LOSSES_FILE
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.is_file() else [], 1):
+        try:
+            row = json.loads(line)
+            rows.append({"step": int(row["step"]), "tokens": int(row["tokens"]), "loss": float(row["loss"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}:{number}: not a line of a loss log: {error!r}: remove it or the run") from None
+    return rows

@@ -55,7 +55,6 @@ def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
             groups[kind].append(parameter)
     peaks = {"scale": schedule.scale_lr, "embedding": schedule.lr * schedule.embedding_lr, "weight": schedule.lr}
     decay = {"scale": 0.0, "embedding": 0.0, "weight": schedule.weight_decay}
-    on_cuda = any(p.is_cuda for p in model.parameters())
     return torch.optim.AdamW(
         [
             {"params": params, "lr": peaks[kind], "base_lr": peaks[kind], "weight_decay": decay[kind]}
@@ -63,7 +62,7 @@ def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
             if params
         ],
         betas=schedule.betas,
-        fused=on_cuda,
+        fused=True,
     )
 
 

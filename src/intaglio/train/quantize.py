@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from intaglio.errors import WeightError
 from intaglio.numerics.fit import check_finite, fit_mse, fit_stock
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.packed.checkpoint import stream_tensors
@@ -21,7 +22,10 @@ def fit_tensor(values: Tensor, plan: Plan, name: str) -> Quantized | Tensor:
     """One tensor on its planned grid: the recipe's fit, or rounding for a float leftover."""
     check_finite(values, name)
     grid = plan[name].grid
-    return grid.round(values) if isinstance(grid, FloatGrid) else FITS[plan.recipe.fit](values, grid)
+    try:
+        return grid.round(values) if isinstance(grid, FloatGrid) else FITS[plan.recipe.fit](values, grid)
+    except WeightError as error:
+        raise WeightError(f"{name}: {error}") from error
 
 
 def quantize(

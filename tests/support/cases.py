@@ -1,0 +1,40 @@
+"""Tiny models, packed and exported both ways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFReader
+
+from intaglio.export.gguf import export_gguf
+from intaglio.export.hf import export_hf
+from intaglio.packed.model import PackedModel
+from tests.support.tiny import GEMMA3, GEMMA4, GEMMA4_DENSE, make_checkpoint, pack
+
+CONFIGS = {"gemma4": GEMMA4, "gemma4-dense": GEMMA4_DENSE, "gemma3": GEMMA3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model: its checkpoint, packed model, GGUF file and transformers folder."""
+
+    name: str
+    checkpoint: Path
+    packed: PackedModel
+    gguf: Path
+    hf: Path
+
+
+def make_case(name: str, folder: Path) -> Case:
+    checkpoint = make_checkpoint(folder / "checkpoint", CONFIGS[name])
+    packed = pack(checkpoint, folder / "packed")
+    export_gguf(packed, folder / "model.gguf")
+    export_hf(packed, folder / "hf")
+    return Case(name, checkpoint, packed, folder / "model.gguf", folder / "hf")
+
+
+def fields(path: Path) -> dict[str, Any]:
+    """The keys of a GGUF file and what they hold."""
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}

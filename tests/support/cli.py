@@ -1,0 +1,64 @@
+"""The command line, called in this process or started as one of its own."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from intaglio.cli import main
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit code and what was printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one message of a failure, in one line."""
+        found = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(found) == 1, self.err
+        assert "Traceback" not in self.err + self.out
+        return found[0].removeprefix("error: ")
+
+
+def intaglio(*arguments: object) -> Outcome:
+    """`intaglio ARGUMENTS` in this process. An exception that main() lets through is let through."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with patch.object(sys, "argv", ["intaglio", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """`intaglio ARGUMENTS` as a process, with as many threads as this one, so that it computes the same bits."""
+    command = [sys.executable, "-c", "from intaglio.cli import main; main()", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too, by its path there."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

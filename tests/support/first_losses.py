@@ -1,0 +1,37 @@
+"""The first losses of a fixed run, as JSON: `python -m tests.support.first_losses`.
+
+Started by the test with ENVIRONMENT, under which every x86 machine computes the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+
+import torch
+
+from intaglio.train.loop import Options, read_losses, train
+from tests.support.training import small_corpus, small_model, small_plan
+
+# Kernels of the oldest processors, for vectors, matrices and MKL alike, on one thread.
+ENVIRONMENT = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "MKL_CBWR": "COMPATIBLE",
+    "OMP_NUM_THREADS": "1",
+}
+STEPS = 20
+
+
+def first_losses() -> list[float]:
+    torch.set_num_threads(1)
+    schedule = {"tokens": STEPS * 4 * 16, "batch_size": 4, "micro_batch": 2, "sequence_length": 16, "lr": 1e-4}
+    schedule |= {"scale_lr": 1e-2, "frozen_tail": 0.25, "averaging": 0.25}
+    plan = small_plan(*(f"schedule.{key}={value}" for key, value in schedule.items()))
+    with tempfile.TemporaryDirectory() as folder:
+        train(small_model(), plan, small_corpus(), folder, options=Options(precision="no", compiled=False))
+        return [row["loss"] for row in read_losses(folder)]
+
+
+if __name__ == "__main__":
+    print(json.dumps(first_losses()))

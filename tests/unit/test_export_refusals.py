@@ -1,0 +1,155 @@
+"""What is not exported, and why; and outputs that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter, TokenType
+
+from intaglio.errors import ConfigError, OutputError
+from intaglio.export.gguf import check_supported, export_gguf
+from intaglio.export.hf import export_hf
+from intaglio.packed.model import PackedModel
+from intaglio.packed.verify import verify
+from intaglio.plan.family import describe
+from tests.support.cases import Case, fields
+from tests.support.tiny import GEMMA3, GEMMA4, TOKENIZER, VOCABULARY, make_checkpoint, pack
+
+
+def edit_tokenizer(packed: PackedModel, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = packed.path / "tokenizer.json"
+    tokenizer = json.loads(path.read_text("utf-8"))
+    change(tokenizer)
+    path.write_text(json.dumps(tokenizer), "utf-8")
+
+
+def added_token(index: int, **changes: Any) -> dict[str, Any]:
+    return {"id": index, "content": "<extra>", "special": False, "normalized": False} | changes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["model"]["vocab"].update({"extra": VOCABULARY}), "has id 4096, but the model has 4096"),
+        (lambda t: t["added_tokens"].append(added_token(VOCABULARY)), "has id 4096, but the model has 4096"),
+        (lambda t: t["model"].update(type="Unigram"), "not a byte-fallback BPE"),
+        (lambda t: t["model"].update(byte_fallback=False), "not a byte-fallback BPE"),
+        (lambda t: t.pop("model"), "not a tokenizer.json"),
+    ],
+)
+def test_tokenizers_that_do_not_fit_are_refused(
+    packed_copy: PackedModel, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    edit_tokenizer(packed_copy, change)
+    with pytest.raises(ConfigError, match=message):
+        export_gguf(packed_copy, tmp_path / "x.gguf")
+    assert list(tmp_path.iterdir()) == [packed_copy.path]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_malformed_tokenizer_files_are_refused(packed_copy: PackedModel, tmp_path: Path, name: str) -> None:
+    (packed_copy.path / name).write_text("{", "utf-8")
+    with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
+        export_gguf(packed_copy, tmp_path / "x.gguf")
+
+
+def test_a_model_without_tokenizer_is_refused(packed_copy: PackedModel, tmp_path: Path) -> None:
+    (packed_copy.path / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: no such file"):
+        export_gguf(packed_copy, tmp_path / "x.gguf")
+    assert list(tmp_path.iterdir()) == [packed_copy.path]
+
+
+def test_missing_ids_are_filled_and_placeholders_left_out(packed_copy: PackedModel, tmp_path: Path) -> None:
+    def change(tokenizer: dict[str, Any]) -> None:
+        vocabulary = tokenizer["model"]["vocab"]
+        last = next(text for text, index in vocabulary.items() if index == VOCABULARY - 1)
+        del vocabulary[last]
+        tokenizer["model"]["merges"] = [pair for pair in tokenizer["model"]["merges"] if "".join(pair) != last]
+        tokenizer["added_tokens"].append(added_token(VOCABULARY, content="<image_soft_token>", special=True))
+
+    edit_tokenizer(packed_copy, change)
+    export_gguf(packed_copy, tmp_path / "x.gguf")
+    found = fields(tmp_path / "x.gguf")
+    assert len(found["tokenizer.ggml.tokens"]) == VOCABULARY
+    assert found["tokenizer.ggml.tokens"][-1] == f"[PAD{VOCABULARY - 1}]"
+    assert found["tokenizer.ggml.token_type"][-1] == TokenType.UNUSED
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (GEMMA4, {"layer_types": ["full_attention", "sliding_attention"] * 2}, "shares KV correctly only"),
+        (GEMMA4, {"num_kv_shared_layers": 1}, "shares KV correctly only"),
+        (GEMMA4, {"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
+        (GEMMA4, {"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all'"),
+        (GEMMA4, {"vocab_size_per_layer_input": 512}, "vocab_size_per_layer_input = 512"),
+        (GEMMA3, {"query_pre_attn_scalar": 32}, "query_pre_attn_scalar = 32"),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+    ],
+)
+def test_what_llamacpp_computes_otherwise_is_refused(config: dict[str, Any], changes: Any, message: str) -> None:
+    spec = describe(config | changes)
+    with pytest.raises(ConfigError, match=message):
+        check_supported(spec)
+
+
+def test_kv_donors_need_to_be_right_for_shared_layers_only() -> None:
+    # three full layers before one that is shared: llama.cpp's rule and transformers' agree
+    kinds = ["sliding_attention", "full_attention", "full_attention", "full_attention"]
+    check_supported(describe(GEMMA4 | {"layer_types": kinds, "num_kv_shared_layers": 1}))
+
+
+def test_an_irregular_gemma3_is_refused(tmp_path: Path) -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    packed = pack(make_checkpoint(tmp_path / "c", GEMMA3 | {"layer_types": kinds}), tmp_path / "p")
+    with pytest.raises(ConfigError, match="every n-th layer"):
+        export_gguf(packed, tmp_path / "x.gguf")
+
+
+def test_gemma3_merges_that_scores_cannot_say_are_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", GEMMA3)
+    shutil.copyfile(TOKENIZER / "tokenizer.json", checkpoint / "tokenizer.json")  # one merge a token
+    with pytest.raises(ConfigError, match="cannot say what these merges do"):
+        export_gguf(pack(checkpoint, tmp_path / "p"), tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+@pytest.mark.parametrize("export", [export_gguf, export_hf])
+def test_existing_output_is_kept_unless_replaced(gemma4: Case, tmp_path: Path, export: Any) -> None:
+    target = tmp_path / "out"
+    export(gemma4.packed, target)
+    with pytest.raises(OutputError, match="already exists"):
+        export(gemma4.packed, target)
+    export(gemma4.packed, target, replace=True)
+    assert verify(gemma4.packed, target).exact
+
+
+def test_an_interrupted_export_leaves_nothing(gemma4: Case, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_gguf(gemma4.packed, tmp_path / "x.gguf", on_progress=interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), OSError("100 requested and 7 written")])
+def test_a_full_disk_is_named_and_leaves_nothing(
+    gemma4: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def full(self: GGUFWriter, tensor: np.ndarray) -> None:
+        raise error
+
+    monkeypatch.setattr(GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        export_gguf(gemma4.packed, tmp_path / "x.gguf")
+    assert not list(tmp_path.iterdir())

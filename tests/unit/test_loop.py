@@ -1,0 +1,464 @@
+"""The training loop: it learns, it repeats itself bit for bit, and it stops with what is good."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
+from intaglio.plan.recipe import Recipe, Schedule
+from intaglio.train import checkpoint, loop
+from intaglio.train.attach import quantized_linears
+from intaglio.train.loop import Options, StepInfo, read_losses, train
+from intaglio.train.optimizer import Phases, make_optimizer, set_lr
+from tests.support import first_losses
+from tests.support.training import small_corpus, small_model, small_plan
+
+CORPUS = small_corpus(sequences=8)
+PLAIN = Options(precision="no", compiled=False)
+# Losses of `python -m tests.support.first_losses` under its ENVIRONMENT. A change here is a change of the
+# numerics: either a mistake, or to be explained in the changelog.
+FIRST_LOSSES = [
+    0.10295360535383224, 0.11522454768419266, 0.10660427808761597, 0.12504753470420837, 0.07094087451696396,
+    0.08025814592838287, 0.08504226058721542, 0.0735640823841095, 0.061241284012794495, 0.05121156573295593,
+    0.05404234677553177, 0.06076890975236893, 0.05475115776062012, 0.04674576222896576, 0.05198199301958084,
+    0.04985177144408226, 0.039863601326942444, 0.06198011711239815, 0.046727173030376434, 0.052805911749601364,
+]  # fmt: skip
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    return small_model()
+
+
+def plan_of(steps: int, **changes: Any):
+    schedule = {"tokens": steps * 64, "batch_size": 4, "sequence_length": 16, "lr": 1e-4, "scale_lr": 1e-2} | changes
+    return small_plan(*(f"schedule.{key}={value}" for key, value in schedule.items()))
+
+
+def run(
+    teacher: nn.Module,
+    folder: Path,
+    steps: int = 4,
+    *,
+    options: Options = PLAIN,
+    resume: bool = False,
+    on_step: Callable[[StepInfo], None] = lambda info: None,
+    **changes: Any,
+) -> nn.Module:
+    return train(teacher, plan_of(steps, **changes), CORPUS, folder, options=options, resume=resume, on_step=on_step)
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_losses(folder)]
+
+
+def assert_equal_states(one: nn.Module, other: nn.Module) -> None:
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_the_first_losses_are_what_they_were() -> None:
+    command = [sys.executable, "-m", "tests.support.first_losses"]
+    environment = os.environ | first_losses.ENVIRONMENT
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    tolerance = 1e-6 if platform.machine() in ("x86_64", "AMD64") else 0.1
+    assert json.loads(output.splitlines()[-1]) == pytest.approx(FIRST_LOSSES, rel=tolerance)
+
+
+def test_training_brings_the_student_closer(teacher: nn.Module, tmp_path: Path) -> None:
+    seen: list[StepInfo] = []
+    run(teacher, tmp_path, 20, on_step=seen.append)
+    found = losses(tmp_path)
+    assert sum(found[-4:]) < 0.7 * sum(found[:4])
+    assert [info.loss for info in seen] == found
+    assert [(info.step, info.total_steps, info.tokens) for info in seen] == [(i, 20, i * 64) for i in range(1, 21)]
+    assert [info.phase for info in seen] == ["train"] * 18 + ["tail"] * 2
+    assert [row["tokens"] for row in read_losses(tmp_path)] == [i * 64 for i in range(1, 21)]
+
+
+# One step, many ways
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "tolerance"),
+    [
+        (Options(precision="no", compiled=False, gradient_checkpointing=True), {}, 0.0),
+        (PLAIN, {"micro_batch": 4}, 0.0),
+        (PLAIN, {"micro_batch": 9}, 0.0),
+        (PLAIN, {"micro_batch": 1}, 1e-3),
+        (PLAIN, {"micro_batch": 2}, 1e-3),
+        (Options(precision="bf16", compiled=False), {}, 0.15),
+    ],
+    ids=["checkpointing", "whole batch", "larger micro-batch", "micro-batch 1", "micro-batch 2", "bf16"],
+)
+def test_how_it_is_computed_does_not_change_what(
+    options: Options, changes: dict, tolerance: float, teacher: nn.Module, tmp_path: Path
+) -> None:
+    run(teacher, tmp_path / "plain", 3)
+    run(teacher, tmp_path / "other", 3, options=options, **changes)
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=tolerance, abs=0.0)
+
+
+def test_the_seed_orders_the_data(teacher: nn.Module, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(teacher, tmp_path / name, 2, seed=seed)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_the_gradient_is_clipped(teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[Tensor] = []
+
+    def watched(optimizer: torch.optim.Optimizer) -> None:
+        gradients = [
+            p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        norms.append(torch.cat(gradients).norm())
+
+    make = loop.make_optimizer
+
+    def made(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+        optimizer = make(model, schedule)
+        optimizer.register_step_pre_hook(lambda optimizer, *rest: watched(optimizer))
+        return optimizer
+
+    monkeypatch.setattr(loop, "make_optimizer", made)
+    run(teacher, tmp_path / "a", 1, clip=1e-3)
+    run(teacher, tmp_path / "b", 1, clip=0)
+    assert norms[0] == pytest.approx(1e-3, rel=1e-3)
+    assert norms[1] > 1e-2
+
+
+# The tail
+
+
+def decoded(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Codes and scales of every learned weight, by the path of its quantizer."""
+    found = {}
+    for path, module in model.named_modules():
+        quantizer = getattr(module, "quantizer", None)
+        if quantizer is not None and quantizer.scale_latent is not None:
+            packed = quantizer.pack(module.weight)
+            found[path] = packed.codes, packed.scale
+    return found
+
+
+@pytest.mark.parametrize("averaging", [0.0, 0.5])
+def test_in_the_tail_codes_stand_still_and_scales_move(averaging: float, teacher: nn.Module, tmp_path: Path) -> None:
+    seen: list[dict[str, tuple[Tensor, Tensor]]] = []
+    students: list[nn.Module] = []
+    prepare = loop.build_student
+
+    def keep(*args: Any, **kwargs: Any) -> nn.Module:
+        students.append(prepare(*args, **kwargs))
+        return students[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build_student", keep)
+        run(
+            teacher, tmp_path, 8, frozen_tail=0.5, averaging=averaging, tail_lr=3.0,
+            on_step=lambda info: seen.append(decoded(students[0])),
+        )  # fmt: skip
+
+    def share_of_changes(one: int, other: int, part: int) -> float:
+        pairs = [(seen[one][path][part], seen[other][path][part]) for path in seen[0]]
+        return float(torch.cat([(a != b).flatten() for a, b in pairs]).float().mean())
+
+    assert share_of_changes(0, 3, 0) > 1e-3
+    assert share_of_changes(4, 7, 0) == 0
+    assert share_of_changes(4, 7, 1) > 0.05
+
+
+def test_averaging_starts_the_tail_from_the_mean_of_the_latents(teacher: nn.Module, tmp_path: Path) -> None:
+    states: list[dict[str, Tensor]] = []
+    students: list[nn.Module] = []
+    prepare, freeze = loop.build_student, loop.freeze_codes
+
+    def keep(*args: Any, **kwargs: Any) -> nn.Module:
+        students.append(prepare(*args, **kwargs))
+        return students[0]
+
+    def snapshot() -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in students[0].named_parameters() if p.requires_grad}
+
+    at_tail: list[dict[str, Tensor]] = []
+
+    def frozen(model: nn.Module) -> None:
+        at_tail.append(snapshot())
+        freeze(model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build_student", keep)
+        patch.setattr(loop, "freeze_codes", frozen)
+        run(
+            teacher, tmp_path, 8, frozen_tail=0.25, averaging=0.5, warmup=0,
+            on_step=lambda info: states.append(snapshot()) if info.phase == "train" else None,
+        )  # fmt: skip
+    assert len(states) == 6
+    for name, value in at_tail[0].items():
+        mean = torch.stack([state[name] for state in states[2:]]).mean(0)
+        torch.testing.assert_close(value, mean, rtol=1e-5, atol=1e-7)
+
+
+def test_phases_and_learning_rates() -> None:
+    phases = Phases.of(Schedule(tokens=100 * 512, batch_size=1, warmup=0.1, frozen_tail=0.2, averaging=0.3))
+    assert (phases.total, phases.tail, phases.warmup, phases.average) == (100, 80, 10, 50)
+    factors = [phases.lr_factor(step, 0.3) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[9] == pytest.approx(1.0, abs=0.05)
+    assert factors[9:80] == sorted(factors[9:80], reverse=True) and factors[79] < 0.001
+    assert max(factors[80:]) == pytest.approx(0.3, abs=0.05) and factors[99] < 0.01
+    assert min(factors) > 0
+
+
+def test_each_kind_of_parameter_has_its_rate(teacher: nn.Module) -> None:
+    schedule = Schedule(lr=1e-4, scale_lr=1e-2, embedding_lr=0.5, weight_decay=0.1, betas=(0.8, 0.9))
+    plan = small_plan("weights.ple_embedding.trainable=true")
+    student = loop.build_student(teacher, plan)
+    optimizer = make_optimizer(student, schedule)
+    set_lr(optimizer, 0.5)
+    names = {id(p): name for name, p in student.named_parameters()}
+    found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    assert set(found) == {name for name, p in student.named_parameters() if p.requires_grad}
+    for name, group in found.items():
+        kind = "scale" if name.endswith("scale_latent") else "embedding" if "embed_tokens" in name else "weight"
+        assert group["lr"] == {"scale": 5e-3, "embedding": 2.5e-5, "weight": 5e-5}[kind]
+        assert group["weight_decay"] == (0.1 if kind == "weight" else 0.0)
+        assert group["betas"] == (0.8, 0.9)
+
+
+# Stopping and going on
+
+
+@pytest.fixture(scope="module")
+def whole_runs(teacher: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[float, tuple[nn.Module, bytes]]:
+    """Models and loss logs of uninterrupted runs, by their averaging."""
+    found = {}
+    for averaging in (0.0, 0.6):
+        folder = tmp_path_factory.mktemp("whole")
+        model = run(teacher, folder, 8, frozen_tail=0.5, averaging=averaging)
+        found[averaging] = model, (folder / "losses.jsonl").read_bytes()
+    return found
+
+
+def die_at(step: int) -> Callable[[StepInfo], None]:
+    def callback(info: StepInfo) -> None:
+        if info.step == step:
+            raise Killed
+
+    return callback
+
+
+@pytest.mark.parametrize(
+    ("every", "death", "averaging"),
+    [(2, 3, 0.6), (2, 2, 0.0), (3, 7, 0.0), (2, 6, 0.6), (4, 7, 0.6), (5, 4, 0.0)],
+)
+def test_a_resumed_run_repeats_the_uninterrupted_one(
+    every: int, death: int, averaging: float, teacher: nn.Module, tmp_path: Path, whole_runs: dict[float, Any]
+) -> None:
+    """Eight steps, the last four with frozen codes; killed after `death` of them."""
+    options = Options(precision="no", compiled=False, checkpoint_every=every)
+    schedule = {"frozen_tail": 0.5, "averaging": averaging}
+    with pytest.raises(Killed):
+        run(teacher, tmp_path, 8, options=options, on_step=die_at(death), **schedule)
+    resumed = run(teacher, tmp_path, 8, options=options, resume=True, **schedule)
+    whole, log = whole_runs[averaging]
+    assert (tmp_path / "losses.jsonl").read_bytes() == log
+    assert_equal_states(whole, resumed)
+
+
+def test_a_finished_run_resumes_to_the_same_model(teacher: nn.Module, tmp_path: Path) -> None:
+    options = Options(precision="no", compiled=False, checkpoint_every=3)
+    first = run(teacher, tmp_path, 4, options=options)
+    before = losses(tmp_path)
+    assert_equal_states(run(teacher, tmp_path, 4, options=options, resume=True), first)
+    assert losses(tmp_path) == before
+
+
+def test_the_newest_two_checkpoints_are_kept(teacher: nn.Module, tmp_path: Path) -> None:
+    run(teacher, tmp_path, 6, options=Options(precision="no", compiled=False, checkpoint_every=1))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000005"]
+    files = {p.name for p in (tmp_path / "checkpoints/step-00000005").iterdir()}
+    assert files == {"state.safetensors", "meta.json"}
+
+
+def test_a_folder_of_another_run_is_refused(teacher: nn.Module, tmp_path: Path) -> None:
+    run(teacher, tmp_path, 1)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(OutputError, match="holds another run: choose another folder, or continue it with --resume"):
+        run(teacher, tmp_path, 1)
+    with pytest.raises(OutputError, match="cannot resume: the run there has another plan"):
+        run(teacher, tmp_path, 1, resume=True, lr=5e-4)
+    with pytest.raises(OutputError, match="cannot resume: the run there has another corpus"):
+        train(teacher, plan_of(1), small_corpus(sequences=8, seed=1), tmp_path, options=PLAIN, resume=True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_something_else_is_refused(resume: bool, teacher: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="is not empty and holds no run"):
+        run(teacher, tmp_path, 1, resume=resume)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_weights_that_are_not_finite_leave_no_run_behind(tmp_path: Path) -> None:
+    broken = small_model()
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(Exception, match="up_proj"):
+        run(broken, tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint(
+    value: float, teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = loop.chunked_kl, []
+
+    def spoiled(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        loss = plain(*args, **kwargs)
+        return loss * value if len(calls) == 4 else loss
+
+    monkeypatch.setattr(loop, "chunked_kl", spoiled)
+    options = Options(precision="no", compiled=False, checkpoint_every=2)
+    with pytest.raises(TrainingError, match=r"loss is (nan|inf) at step 4.*last good checkpoint is .*step-00000002"):
+        run(teacher, tmp_path / "cut", 5, options=options)
+    assert [p.name for p in (tmp_path / "cut/checkpoints").iterdir()] == ["step-00000002"]
+    assert len(losses(tmp_path / "cut")) == 3
+    monkeypatch.setattr(loop, "chunked_kl", plain)
+    resumed = run(teacher, tmp_path / "cut", 5, options=options, resume=True)
+    assert_equal_states(resumed, run(teacher, tmp_path / "whole", 5))
+
+
+def test_without_a_checkpoint_the_message_says_so(
+    teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "chunked_kl", lambda hidden, *rest, **kwargs: hidden.sum() * torch.nan)
+    with pytest.raises(TrainingError, match="step 1: there is no checkpoint yet"):
+        run(teacher, tmp_path, 1)
+
+
+def damage(checkpoints: Path, how: str) -> None:
+    newest = max(checkpoints.iterdir())
+    state, meta = newest / "state.safetensors", newest / "meta.json"
+    if how == "truncated":
+        state.write_bytes(state.read_bytes()[:-1000])
+    elif how == "missing state":
+        state.unlink()
+    elif how == "meta is no JSON":
+        meta.write_text("{")
+    elif how == "meta is a list":
+        meta.write_text("[]")
+    else:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(state)
+        if how == "another shape":
+            tensors["model.model.norm.weight"] = torch.zeros(3)
+        elif how == "another name":
+            tensors["model.other"] = torch.zeros(3)
+        elif how == "another optimizer":
+            tensors["optimizer.other.step"] = torch.zeros(3)
+        else:
+            del tensors["model.model.norm.weight"]
+        save_file(tensors, state)
+
+
+DAMAGES = ["truncated", "missing state", "meta is no JSON", "meta is a list", "another shape", "another name"]
+
+
+@pytest.mark.parametrize("how", [*DAMAGES, "another optimizer", "a tensor is missing"])
+def test_a_damaged_checkpoint_is_named(
+    how: str, teacher: nn.Module, tmp_path: Path
+) -> None:
+    options = Options(precision="no", compiled=False, checkpoint_every=1)
+    with pytest.raises(Killed):
+        run(teacher, tmp_path, 4, options=options, on_step=die_at(3))
+    damage(tmp_path / "checkpoints", how)
+    with pytest.raises(
+        ConfigError, match=r"step-00000002.*damaged checkpoint.*remove it to resume from the one before"
+    ):
+        run(teacher, tmp_path, 4, options=options, resume=True)
+
+
+def test_the_checkpoint_before_a_damaged_one_can_be_used(
+    teacher: nn.Module, tmp_path: Path, whole_runs: dict[float, Any]
+) -> None:
+    options = Options(precision="no", compiled=False, checkpoint_every=1)
+    with pytest.raises(Killed):
+        run(teacher, tmp_path, 8, options=options, on_step=die_at(4), frozen_tail=0.5)
+    shutil.rmtree(tmp_path / "checkpoints/step-00000003")  # as the message says
+    resumed = run(teacher, tmp_path, 8, options=options, resume=True, frozen_tail=0.5)
+    assert_equal_states(resumed, whole_runs[0.0][0])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"plan": 3}'])
+def test_a_damaged_run_record_is_named(content: str, teacher: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(InputError, match=r"run\.json|another plan"):
+        run(teacher, tmp_path, 1, resume=True)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"step": 1}', '{"step": 1, "tokens": 2, "loss": "x"}'])
+def test_a_damaged_loss_log_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "losses.jsonl").write_text(line + "\n")
+    with pytest.raises(ConfigError, match=r"losses\.jsonl:1: not a line of a loss log"):
+        read_losses(tmp_path)
+
+
+# Options
+
+
+def test_losses_are_logged_for_tensorboard(teacher: nn.Module, tmp_path: Path) -> None:
+    run(teacher, tmp_path, 2, options=Options(precision="no", compiled=False, tensorboard=True))
+    (event_file,) = tmp_path.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(event_file.parent))
+    events.Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert logged == [(i, pytest.approx(loss)) for i, loss in enumerate(losses(tmp_path), 1)]
+
+
+def test_an_unknown_precision_is_refused(teacher: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="precision 'fp8': expected bf16 or no"):
+        run(teacher, tmp_path / "out", 1, options=Options(precision="fp8"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_student_keeps_its_promise_after_training(teacher: nn.Module, tmp_path: Path) -> None:
+    """No cache is left behind, and the model that train() returns computes what it was trained to."""
+    student = run(teacher, tmp_path, 2)
+    assert all(q.values is None and q.decoded is None for q in quantized_linears(student))
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_the_plan_is_the_recipe(teacher: nn.Module) -> None:
+    assert plan_of(3).recipe.schedule == Recipe.load("q4_0").schedule.__class__(
+        tokens=192, batch_size=4, sequence_length=16, lr=1e-4, scale_lr=1e-2
+    )
+
+
+def test_checkpoints_hold_no_pickle(teacher: nn.Module, tmp_path: Path) -> None:
+    run(teacher, tmp_path, 3, options=Options(precision="no", compiled=False, checkpoint_every=1))
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None
+    assert checkpoint.read_step(newest) == 2
+    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".json", ".jsonl", ".safetensors"}
