@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -124,22 +125,32 @@ def quantized_step(model: nn.Module, ids: Tensor, autocast: bool) -> None:
 def measure_steps(write: Callable[..., None], device: str, toy: bool, repeats: int) -> None:
     config = e2b_config(toy)
     length = 64 if toy else 2048
+    batches = {b: torch.randint(0, config.vocab_size, (b, length), device=device) for b in (1, 4)}
     for latents in (torch.bfloat16, torch.float32):
-        autocast = latents == torch.float32
-        model = random_model(config, device, latents)
-        batches = {b: torch.randint(0, config.vocab_size, (b, length), device=device) for b in (1, 4)}
-        label = str(latents).removeprefix("torch.")
-        plain = {b: median_ms(lambda ids=ids: plain_step(model, ids, autocast), repeats) for b, ids in batches.items()}
-        for b, (ms, peak, _) in plain.items():
-            write(name=f"plain, {label} weights", batch=b, ms=ms, peak_gb=peak, ratio=1.0)
-        recipe = Recipe.load("q4_0", FROZEN)
-        prepare(model, make_plan(config.to_dict(), recipe), fit=_quick_fit, compiled=True)
-        for b, ids in batches.items():
-            ms, peak, _ = median_ms(lambda ids=ids: quantized_step(model, ids, autocast), repeats)
-            write(name=f"intaglio q4_0, {label} latents", batch=b, ms=ms, peak_gb=peak, ratio=ms / plain[b][0])
-        del model
+        compare_with_plain(write, config, batches, latents, repeats)
         gc.collect()
     torchao_steps(write, config, device, batches)
+
+
+def compare_with_plain(
+    write: Callable[..., None],
+    config: Gemma4TextConfig,
+    batches: dict[int, Tensor],
+    latents: torch.dtype,
+    repeats: int,
+) -> None:
+    """Plain training, then the same model fake-quantized; float32 latents compute under autocast."""
+    autocast = latents == torch.float32
+    model = random_model(config, batches[1].device.type, latents)
+    label = str(latents).removeprefix("torch.")
+    plain = {}
+    for b, ids in batches.items():
+        plain[b], peak, _ = median_ms(partial(plain_step, model, ids, autocast), repeats)
+        write(name=f"plain, {label} weights", batch=b, ms=plain[b], peak_gb=peak, ratio=1.0)
+    prepare(model, make_plan(config.to_dict(), Recipe.load("q4_0", FROZEN)), fit=_quick_fit, compiled=True)
+    for b, ids in batches.items():
+        ms, peak, _ = median_ms(partial(quantized_step, model, ids, autocast), repeats)
+        write(name=f"intaglio q4_0, {label} latents", batch=b, ms=ms, peak_gb=peak, ratio=ms / plain[b])
 
 
 def _quick_fit(values: Tensor, grid):  # type: ignore[no-untyped-def]
@@ -164,12 +175,12 @@ def torchao_steps(
         write(name="torchao int4 group 32", error=str(error))
         return
     model = random_model(config, device, torch.bfloat16)
-    plain = {b: median_ms(lambda ids=ids: plain_step(model, ids, False), 5)[0] for b, ids in batches.items()}
+    plain = {b: median_ms(partial(plain_step, model, ids, False), 5)[0] for b, ids in batches.items()}
     weights = IntxFakeQuantizeConfig(torch.int4, group_size=32, is_symmetric=True)
     is_linear = lambda module, name: isinstance(module, nn.Linear)  # noqa: E731
     quantize_(model.model, QATConfig(weight_config=weights, step="prepare"), filter_fn=is_linear)
     for b, ids in batches.items():
-        ms, peak, _ = median_ms(lambda ids=ids: plain_step(model, ids, False), 5)
+        ms, peak, _ = median_ms(partial(plain_step, model, ids, False), 5)
         write(name="torchao int4 group 32, bfloat16", batch=b, ms=ms, peak_gb=peak, ratio=ms / plain[b])
 
 

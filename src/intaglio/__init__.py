@@ -1,9 +1,9 @@
 """intaglio: quantization-aware training for Gemma 4, exact in every file it writes.
 
-    from intaglio import Recipe, make_plan, prepare, quantize, train, PackedModel, export_gguf, verify
+    from intaglio import Recipe, make_plan, prepare, quantize, train_model, PackedModel, export_gguf, verify
 
 `make_plan` resolves a recipe against a model; `prepare` puts a model on the plan's grids for anyone's
-trainer; `train` is ours; `pack_model` and `quantize` make a PackedModel; exporters take only that.
+trainer; `train_model` is ours; `pack_model` and `quantize` make a PackedModel; exporters take only that.
 Names are imported when first used: planning needs no exporter, and exporting no trainer.
 """
 
@@ -30,11 +30,12 @@ _HOMES = {
     "intaglio.packed.verify": ("verify",),
     "intaglio.train.attach": ("pack_model", "prepare"),
     "intaglio.train.corpus": ("load_corpus", "sample_corpus"),
-    "intaglio.train.loop": ("Options", "train"),
+    "intaglio.train.loop": ("Options", "train_model"),
     "intaglio.train.quantize": ("quantize",),
     "intaglio.export.gguf": ("export_gguf",),
     "intaglio.export.hf": ("export_hf",),
 }
+_SHORT = {"train_model": "train"}  # the package intaglio.train would take the place of a function of that name
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_HOME_OF)
@@ -43,7 +44,7 @@ __all__ = sorted(_HOME_OF)
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'intaglio' has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+    return getattr(import_module(_HOME_OF[name]), _SHORT.get(name, name))
 
 
 def __dir__() -> list[str]:

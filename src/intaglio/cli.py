@@ -75,7 +75,10 @@ def demo(
 
 @app.command()
 def plan(
-    model: ModelDir, recipe: RecipeName = "q4_0", overrides: Overrides = [], as_json: Json = False  # noqa: B006
+    model: ModelDir,
+    recipe: RecipeName = "q4_0",
+    overrides: Overrides = (),  # type: ignore[assignment]
+    as_json: Json = False,
 ) -> None:
     """Show every tensor's grid and bytes, from the config alone."""
     from intaglio.plan.plan import make_plan
@@ -95,7 +98,7 @@ def quantize(
     model: ModelDir,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the packed model.", show_default=False)],
     recipe: RecipeName = "q4_0",
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = (),  # type: ignore[assignment]
     replace: Replace = False,
 ) -> None:
     """Fit scales without training and write a packed model; then `export` it."""
@@ -120,10 +123,10 @@ def train(
         typer.Option(help="Text: .txt, .jsonl, .parquet, a folder of them, or a dataset's name. None: its own."),
     ] = None,
     recipe: RecipeName = "q4_0",
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = (),  # type: ignore[assignment]
     text: Text = None,
     eval_tokens: EvalTokens = 65536,
-    prompt: Annotated[list[str], typer.Option(help="Show continuations of this in the report.")] = [],  # noqa: B006
+    prompt: Annotated[list[str], typer.Option(help="Show continuations of this in the report.")] = (),  # type: ignore[assignment]
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     checkpoint_every: Annotated[int, typer.Option(help="Optimizer steps between checkpoints; 0: none.")] = 100,
     precision: Annotated[str | None, typer.Option(help="bf16 or no; by default bf16 on a GPU.")] = None,
@@ -229,16 +232,14 @@ def report(
     original: Annotated[Path, typer.Option(help="The float checkpoint.", show_default=False)],
     text: Text = None,
     eval_tokens: EvalTokens = 65536,
-    prompt: Annotated[list[str], typer.Option(help="Show continuations of this.")] = [],  # noqa: B006
+    prompt: Annotated[list[str], typer.Option(help="Show continuations of this.")] = (),  # type: ignore[assignment]
 ) -> None:
     """Measure a finished run again and rewrite report.html, report.md and report.json."""
     from intaglio.terminal import Bars, print_report
     from intaglio.workflow import report as run_report
 
     with Bars() as bars:
-        made = run_report(
-            original, run_dir, evaluation=_evaluation(text, eval_tokens, prompt), progress=bars.progress
-        )
+        made = run_report(original, run_dir, evaluation=_evaluation(text, eval_tokens, prompt), progress=bars.progress)
     print_report(made, run_dir)
 
 

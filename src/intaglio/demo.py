@@ -12,13 +12,13 @@ from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.loop import RUN_FILE, Options
 from intaglio.workflow import Evaluation, Progress, run
 
-# A short run for a small machine: few tokens, so small batches and a high learning rate.
+# A short run for a small machine: 120 steps, so a higher learning rate than a long run would take.
 SCHEDULE = {
-    "tokens": 163_840,
-    "batch_size": 4,
+    "tokens": 245_760,
+    "batch_size": 8,
     "sequence_length": 256,
-    "lr": 3e-4,
-    "scale_lr": 3e-3,
+    "lr": 1.5e-4,
+    "scale_lr": 1e-3,
     "frozen_tail": 0.15,
 }
 PROMPTS = (
@@ -39,7 +39,7 @@ def run_demo(out: Path, *, replace: bool = False, progress: Progress | None = No
         Recipe.load("q4_0").with_schedule(**SCHEDULE),
         out,
         data=TRAIN_TEXT,
-        evaluation=Evaluation(text=HELDOUT_TEXT, tokens=16384, window=256, prompts=PROMPTS),
+        evaluation=Evaluation(text=HELDOUT_TEXT, tokens=12288, window=256, prompts=PROMPTS),
         options=Options(precision="bf16", compiled=False),
         progress=progress,
     )

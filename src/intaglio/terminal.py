@@ -55,12 +55,14 @@ class Bars:
             self.bars.update(self.task, total=total, completed=total)
 
     def step(self, info: StepInfo) -> None:
+        """Show an optimizer step: loss and tokens a second since the first one seen."""
         self.first = self.first or info  # after a resume, speed counts from here
         done_tokens, seconds = info.tokens - self.first.tokens, info.seconds - self.first.seconds
         rate = f"{done_tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""
         self.part(info.step, info.total_steps, f"loss {info.loss:.4f}  {rate}")
 
     def part(self, done: int, total: int, figures: str) -> None:
+        """Show how much of the present stage is done."""
         if self.task is None:
             self.stage("Working")
         assert self.task is not None
@@ -78,6 +80,7 @@ class Bars:
 
 
 def print_plan(plan: Plan) -> None:
+    """A table of every tensor, and the sum."""
     table = Table(title=f"{plan.recipe.name}: {plan.recipe.summary}", title_justify="left")
     table.add_column("tensor", overflow="fold")
     table.add_column("shape", justify="right", no_wrap=True)
@@ -112,6 +115,7 @@ def print_report(report: Report, out: Path) -> None:
 
 
 def print_comparison(name: str, comparison: Comparison) -> None:
+    """What was measured of one artifact, as a table."""
     table = Table(title=f"{name} in {comparison.runtime}, {comparison.tokens:,} tokens", title_justify="left")
     for header in ("KL, nats", "median", "99%", "same top", "perplexity"):
         table.add_column(header, justify="right")

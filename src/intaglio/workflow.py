@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from intaglio.errors import CorpusError, MismatchError
 from intaglio.export.gguf import check_exportable, export_gguf
@@ -46,7 +46,7 @@ from intaglio.measure.report import (
     write_report,
 )
 from intaglio.numerics.grid import BlockGrid
-from intaglio.packed.checkpoint import load_model, load_tokenizer, stream_tensors
+from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer, stream_tensors
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel, file_sha256
 from intaglio.packed.store import new_path
@@ -95,7 +95,7 @@ class Bench:
     model_dir: Path
     out: Path
     tokenizer: Any
-    teacher: nn.Module
+    teacher: TextModel
     packed: dict[str, PackedModel]
 
     @property
@@ -174,12 +174,12 @@ def _saved_windows(path: Path, vocab_size: int) -> NDArray[np.int32]:
     return windows_NT
 
 
-def _open_bench(model_dir: str | Path, out: Path, tokenizer: Any, teacher: nn.Module) -> Bench:
+def _open_bench(model_dir: str | Path, out: Path, tokenizer: Any, teacher: TextModel) -> Bench:
     folders = {"stock": out / "stock", "fitted": out / "fitted", "trained": out / "packed"}
     return Bench(Path(model_dir), out, tokenizer, teacher, {k: PackedModel.open(p) for k, p in folders.items()})
 
 
-def _corpus(plan: Plan, data: str | Path | None, tokenizer: Any, teacher: nn.Module, progress: Progress) -> Corpus:
+def _corpus(plan: Plan, data: str | Path | None, tokenizer: Any, teacher: TextModel, progress: Progress) -> Corpus:
     schedule = plan.recipe.schedule
     length = schedule.sequence_length
     if data is not None:
@@ -195,9 +195,7 @@ def _corpus(plan: Plan, data: str | Path | None, tokenizer: Any, teacher: nn.Mod
     )
 
 
-def _held_out(
-    corpus: Corpus, evaluation: Evaluation, plan: Plan, tokenizer: Any
-) -> tuple[Corpus, NDArray[np.int32]]:
+def _held_out(corpus: Corpus, evaluation: Evaluation, plan: Plan, tokenizer: Any) -> tuple[Corpus, NDArray[np.int32]]:
     """Training sequences, and evaluation windows [N, T] that training never sees."""
     if evaluation.text is not None:
         return corpus, read_windows(evaluation, plan.model.config["vocab_size"], tokenizer)
@@ -243,7 +241,7 @@ def _verify(bench: Bench) -> dict[str, Verification]:
     return results
 
 
-def decoded_model(teacher: nn.Module, packed: PackedModel) -> nn.Module:
+def decoded_model(teacher: TextModel, packed: PackedModel) -> TextModel:
     """A copy of the teacher that computes with the packed model's decoded weights, float32."""
     model = copy.deepcopy(teacher)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -335,9 +333,7 @@ def _has_llama() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
 
 
-def _compare(
-    bench: Bench, models: dict[str, nn.Module], windows_NT: Tensor, progress: Progress
-) -> list[ComparisonRow]:
+def _compare(bench: Bench, models: dict[str, TextModel], windows_NT: Tensor, progress: Progress) -> list[ComparisonRow]:
     runtime = transformers_runtime()
     candidates = {
         kind: Candidate(source=transformers_source(model), runtime=runtime, simulated=True)
@@ -392,7 +388,7 @@ def _artifacts(bench: Bench, verifications: dict[str, Verification]) -> list[Art
     ]
 
 
-def _samples(bench: Bench, models: dict[str, nn.Module], evaluation: Evaluation) -> list[Sample]:
+def _samples(bench: Bench, models: dict[str, TextModel], evaluation: Evaluation) -> list[Sample]:
     prompts = evaluation.prompts
     if not prompts:
         return []

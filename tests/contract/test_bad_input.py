@@ -265,6 +265,7 @@ def test_a_damaged_gguf(kind: str, gemma4: Case, text: Path, tmp_path: Path) -> 
     "index",
     [
         "{",
+        "[" * 100_000,
         "[]",
         "{}",
         '{"weight_map": 3}',
@@ -280,6 +281,17 @@ def test_a_damaged_shard_index(index: str, checkpoint: Path, tmp_path: Path) -> 
     (checkpoint / "model.safetensors.index.json").write_text(index)
     says = r"model\.safetensors\.index\.json: (not a shard index|lists)"
     refused("quantize", checkpoint, f"--out={tmp_path / 'out'}", says=says, within=tmp_path)
+
+
+@pytest.mark.parametrize("key", ["config", "provenance", "recipe"])
+@pytest.mark.parametrize("value", ["", "{", nested(100_000), "name = " + "[" * 100_000], ids=range(4))
+def test_damaged_metadata_of_a_packed_model(key: str, value: str, gemma4: Case, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(gemma4.packed.path, tmp_path / "packed")) / "packed.safetensors"
+    with store.open_safetensors(path) as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, metadata | {key: value})
+    command = ["export", path.parent, "hf", f"--out={tmp_path / 'x'}"]
+    refused(*command, says=r"packed\.safetensors", within=tmp_path)
 
 
 def test_an_artifact_of_another_model_is_no_traceback(gemma4: Case, cases: dict[str, Case], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from intaglio.errors import ConfigError
 from intaglio.export.gguf import export_gguf
 from intaglio.export.hf import export_hf
 from intaglio.numerics.grid import BlockGrid, Quantized
+from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import verify
 from intaglio.plan.family import gguf_name
 from intaglio.plan.recipe import Recipe

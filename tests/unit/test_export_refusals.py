@@ -53,9 +53,9 @@ def test_tokenizers_that_do_not_fit_are_refused(
     assert list(tmp_path.iterdir()) == [packed_copy.path]
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_malformed_tokenizer_files_are_refused(packed_copy: PackedModel, tmp_path: Path, name: str) -> None:
-    (packed_copy.path / name).write_text("{", "utf-8")
+    (packed_copy.path / name).write_bytes(b"{\xff")
     with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
         export_gguf(packed_copy, tmp_path / "x.gguf")
 

@@ -41,30 +41,22 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, architecture: str, vocab_siz
     for a missing or malformed tokenizer, for one that is no byte-fallback BPE, and for one with ids
     that the model lacks, placeholders of images and sounds excepted: no text reaches those.
     """
-    tokenizer = _load(folder / "tokenizer.json")
-    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
-    added: dict[str, dict[str, Any]] = {token["content"]: token for token in tokenizer["added_tokens"]}
-    merges: list[Any] = tokenizer["model"]["merges"]
+    vocabulary, merges, added = _load(folder / "tokenizer.json")
+    ids = vocabulary | {text: token["id"] for text, token in added.items()}
+    _check_ids(folder, ids, vocab_size, {text for text in added if added[text]["special"] and text not in vocabulary})
     gemma4 = architecture == "gemma4"
     scores = {} if gemma4 else sentencepiece_scores(vocabulary, merges, set(added), folder)
 
-    ids = vocabulary | {text: token["id"] for text, token in added.items()}
     texts = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
-    token_scores = [SPECIAL_SCORE if gemma4 else 10 * SPECIAL_SCORE] * vocab_size
+    token_scores = [SPECIAL_SCORE] * vocab_size
     for text, index in ids.items():
-        if index >= vocab_size:
-            if text not in vocabulary and added[text]["special"]:
-                continue
-            raise ConfigError(
-                f"{folder}: token {text!r} has id {index}, but the model has {vocab_size} embeddings: "
-                "the tokenizer belongs to another model"
-            )
-        types[index] = _token_type(text, added.get(text), gemma4)
-        token_scores[index] = scores.get(text, SPECIAL_SCORE)
-        # llama.cpp looks for added tokens in the raw text, where SentencePiece's U+2581 is still a space
-        spaced = not gemma4 and types[index] is TokenType.USER_DEFINED
-        texts[index] = text.replace("\u2581", " ") if spaced else text
+        if index < vocab_size:
+            types[index] = _token_type(text, added.get(text), gemma4)
+            token_scores[index] = scores.get(text, SPECIAL_SCORE)
+            # llama.cpp looks for added tokens in the raw text, where SentencePiece's U+2581 is still a space
+            spaced = not gemma4 and types[index] is TokenType.USER_DEFINED
+            texts[index] = text.replace("\u2581", " ") if spaced else text
 
     writer.add_tokenizer_model("gemma4" if gemma4 else "llama")
     writer.add_token_list(texts)
@@ -72,22 +64,30 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, architecture: str, vocab_siz
     writer.add_token_types(types)
     writer.add_add_space_prefix(False)
     if gemma4:
-        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+        writer.add_token_merges([" ".join(pair) for pair in merges])
     else:
         writer.add_tokenizer_pre("default")
     _add_special(writer, folder, ids)
 
 
+def _check_ids(folder: Path, ids: dict[str, int], vocab_size: int, placeholders: set[str]) -> None:
+    for text, index in ids.items():
+        if not 0 <= index < vocab_size and text not in placeholders:
+            raise ConfigError(
+                f"{folder}: token {text!r} has id {index}, but the model has {vocab_size} embeddings: "
+                "the tokenizer belongs to another model"
+            )
+
+
 def sentencepiece_scores(
-    vocabulary: dict[str, int], merges: list[Any], added: set[str], folder: Path
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], added: set[str], folder: Path
 ) -> dict[str, float]:
     """A score for each token that is not added: minus its place among the merged ones, and 0 for bytes.
 
     Scores say the same as merges only if the merges of a token stand together and list each of its
     splits, as they do where they were made from SentencePiece's scores. ConfigError if not.
     """
-    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-    merged = [left + right for left, right in pairs if left + right not in added]
+    merged = [left + right for left, right in merges if left + right not in added]
     place: dict[str, int] = {}
     previous = ""
     for token in merged:
@@ -123,25 +123,29 @@ def _token_type(text: str, added: dict[str, Any] | None, gemma4: bool) -> TokenT
     return TokenType.CONTROL if added["special"] or PLACEHOLDER.fullmatch(text) else TokenType.USER_DEFINED
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, dict[str, Any]]]:
+    """Vocabulary, merges, and added tokens by their text."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such file: llama.cpp needs the tokenizer in the same file as the weights")
     try:
         tokenizer = json.loads(path.read_text("utf-8"))
         model = tokenizer["model"]
-        usable = model["type"] == "BPE" and model["byte_fallback"] and model["merges"] and model["vocab"]
-        tokenizer["added_tokens"] = tokenizer.get("added_tokens") or []
-    except (ValueError, KeyError, TypeError) as error:
+        if model["type"] != "BPE" or not model["byte_fallback"]:
+            raise ConfigError(f"{path}: not a byte-fallback BPE: this is no Gemma tokenizer")
+        vocabulary = {str(text): int(index) for text, index in model["vocab"].items()}
+        # older files write a merge as one string
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        pairs = [(left, right) for left, right in merges]
+        added = {t["content"]: {"id": int(t["id"]), "special": bool(t["special"])} for t in tokenizer["added_tokens"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a tokenizer.json: {type(error).__name__}: {error}") from None
-    if not usable:
-        raise ConfigError(f"{path}: not a byte-fallback BPE: this is no Gemma tokenizer")
-    return tokenizer
+    return vocabulary, pairs, added
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: expected a JSON object")
@@ -158,6 +162,9 @@ def _add_special(writer: GGUFWriter, folder: Path, ids: dict[str, int]) -> None:
             getattr(writer, f"add_{kind}_token_id")(ids[text])
     writer.add_add_bos_token(True)  # Gemma has never seen a text without
     template_file = folder / "chat_template.jinja"
-    template = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
+    try:
+        template = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{template_file}: not UTF-8 text: {error}") from None
     if template:
         writer.add_chat_template(template)

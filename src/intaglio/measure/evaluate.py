@@ -57,6 +57,7 @@ def transformers_source(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def transformers_runtime() -> str:
+    """For `Comparison.runtime`: the library and its version."""
     import transformers
 
     return f"transformers {transformers.__version__}"

@@ -29,10 +29,12 @@ MARKDOWN_SPECIAL = re.compile(r"([\\`*\[\]<>|~#&$])|(?<![^\W_])_|_(?![^\W_])")
 
 
 def render_html(values: Mapping[str, Any]) -> str:
+    """The report as one self-contained page."""
     return _environment("html").get_template("report.html.j2").render(values)
 
 
 def render_markdown(values: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
     text = _environment("md").get_template("report.md.j2").render(values)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -102,6 +104,7 @@ def fence(text: str) -> Markup:
 
 
 def decimals(value: float, places: int = 2) -> str:
+    """A number of fixed decimals, infinity by its sign."""
     return f"{value:.{places}f}".replace("inf", "∞")
 
 
@@ -151,6 +154,7 @@ def count(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -158,6 +158,7 @@ class Report:
         return next((pair for pair in self.recoveries() if pair.baseline.kind == "stock"), None)
 
     def headline(self) -> str:
+        """The finding in one line: what training recovered of what rounding loses."""
         lead = self.lead()
         if lead is None:
             return self.title

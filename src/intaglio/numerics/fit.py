@@ -231,4 +231,3 @@ def _q6_k_search(blocks_RSK: Tensor) -> tuple[Tensor, Tensor]:
     codes = (blocks_RSK * best_inverse.unsqueeze(-1)).round().clamp(-32, 31)
     empty = empty.unsqueeze(-1)
     return torch.where(empty.squeeze(-1), 0.0, step), torch.where(empty, -32.0, codes)
-

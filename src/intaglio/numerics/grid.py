@@ -122,6 +122,7 @@ class BlockGrid:
         return self.encode_float(values_RC, step_RS).to(torch.int8)
 
     def encode_float(self, values_RC: Tensor, step_RS: Tensor) -> Tensor:
+        """`encode` before the conversion to int8: float32 [R, C]."""
         step = step_RS.unsqueeze(-1)
         divisor = torch.where(step == 0, torch.ones_like(step), step)
         codes = (self.blocks(values_RC).float() / divisor).round().clamp(self.code_min, self.code_max)
@@ -164,7 +165,14 @@ class FloatGrid:
 Grid = BlockGrid | FloatGrid
 
 Q4_0 = BlockGrid(
-    name="q4_0", ggml_type="Q4_0", code_min=-8, code_max=7, block_size=32, step_bits=5, bytes_per_block=18, canonical=True
+    name="q4_0",
+    ggml_type="Q4_0",
+    code_min=-8,
+    code_max=7,
+    block_size=32,
+    step_bits=5,
+    bytes_per_block=18,
+    canonical=True,
 )
 Q4_0_FREE = BlockGrid(
     name="q4_0-free", ggml_type="Q4_0", code_min=-8, code_max=7, block_size=32, step_bits=11, bytes_per_block=18
@@ -176,10 +184,24 @@ Q8_0_FREE = BlockGrid(
     name="q8_0-free", ggml_type="Q8_0", code_min=-127, code_max=127, block_size=32, step_bits=11, bytes_per_block=34
 )
 Q6_K = BlockGrid(
-    name="q6_k", ggml_type="Q6_K", code_min=-32, code_max=31, block_size=16, step_bits=3, super_block=256, bytes_per_block=210
+    name="q6_k",
+    ggml_type="Q6_K",
+    code_min=-32,
+    code_max=31,
+    block_size=16,
+    step_bits=3,
+    super_block=256,
+    bytes_per_block=210,
 )
 Q6_K_FREE = BlockGrid(
-    name="q6_k-free", ggml_type="Q6_K", code_min=-32, code_max=31, block_size=16, step_bits=18, super_block=256, bytes_per_block=210
+    name="q6_k-free",
+    ggml_type="Q6_K",
+    code_min=-32,
+    code_max=31,
+    block_size=16,
+    step_bits=18,
+    super_block=256,
+    bytes_per_block=210,
 )
 F16 = FloatGrid(name="f16", ggml_type="F16", bytes_per_value=2)
 F32 = FloatGrid(name="f32", ggml_type="F32", bytes_per_value=4)

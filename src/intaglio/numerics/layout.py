@@ -13,7 +13,6 @@ from torch import Tensor
 
 from intaglio.numerics.grid import BlockGrid, Quantized
 
-
 CHUNK_ELEMENTS = 1 << 20  # rows are handled in chunks of about this size, for their temporaries
 
 
@@ -100,6 +99,4 @@ def _unpack_q6_k(grid: BlockGrid, data: np.ndarray) -> Quantized:
     codes = (low | (((high >> shifts) & 3) << 4)).astype(np.int8) - 32
     scale = np.ascontiguousarray(data[..., 192:208]).view(np.int8)
     super_scale = data[..., 208:].copy().view(np.float16)[..., 0]
-    return Quantized(
-        grid, _tensor(codes.reshape(rows, -1)), _tensor(scale.reshape(rows, -1)), _tensor(super_scale)
-    )
+    return Quantized(grid, _tensor(codes.reshape(rows, -1)), _tensor(scale.reshape(rows, -1)), _tensor(super_scale))

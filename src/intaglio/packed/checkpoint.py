@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from intaglio.errors import ConfigError
 from intaglio.packed.store import open_safetensors
 from intaglio.plan.family import ModelSpec, one_line, read_spec
 
+# A transformers causal language model: its `model`, `config` and `generate` have no static types.
+TextModel = Any
+
 # A multimodal checkpoint nests its text model; the text model alone does not.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
 
 
-def load_model(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> TextModel:
     """The text model of a checkpoint folder, in eval mode, loaded by transformers.
 
     Weights are read in `dtype` rather than cast later: a cast of the whole model would round
@@ -65,7 +68,7 @@ def shards(model_dir: Path) -> list[Path]:
         raise ConfigError(f"{model_dir}: no model.safetensors or model.safetensors.index.json: expected weights")
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(f"{index}: not a shard index: {one_line(error)}") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not (model_dir / name).is_file():

@@ -48,6 +48,7 @@ ASSETS = (
 
 
 def copy_assets(source: Path, target: Path) -> None:
+    """Copy what belongs to a model beside its weights, as far as it is there."""
     for name in ASSETS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -60,11 +61,13 @@ def pack_nibbles(codes: Tensor, code_min: int) -> Tensor:
 
 
 def unpack_nibbles(packed: Tensor, code_min: int) -> Tensor:
+    """uint8 [R, C / 2] back to int8 [R, C]."""
     pairs = torch.stack([packed & 15, packed >> 4], dim=-1)
     return pairs.flatten(-2).to(torch.int8) + code_min
 
 
 def fits_nibble(grid: BlockGrid) -> bool:
+    """Whether the codes of a grid take four bits."""
     return grid.code_max - grid.code_min < 16
 
 
@@ -77,7 +80,7 @@ def _parts(tensor: PlannedTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...
     nibbles = fits_nibble(grid)
     codes = (torch.uint8, (rows, columns // 2)) if nibbles else (torch.int8, (rows, columns))
     scale_dtype = torch.float16 if grid.super_block is None else torch.int8
-    parts = {
+    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         f"{tensor.name}.codes": codes,
         f"{tensor.name}.scale": (scale_dtype, (rows, columns // grid.block_size)),
     }
@@ -153,7 +156,7 @@ class PackedModel:
             raise ConfigError(f"{path}: no {FILE_NAME}: expected the folder that train or quantize wrote")
         with open_safetensors(file_path) as file:
             metadata = file.metadata() or {}
-            slices = {name: file.get_slice(name) for name in file.keys()}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - safe_open does not iterate
             stored = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
         if metadata.get("format") != FORMAT:
             raise ConfigError(f"{file_path}: format {metadata.get('format')!r}: expected {FORMAT!r}")
@@ -162,7 +165,7 @@ class PackedModel:
             recipe = Recipe.from_toml(metadata["recipe"], source=f"{file_path} recipe")
             if not isinstance(config, dict) or not isinstance(provenance, dict):
                 raise ValueError("config and provenance are expected to be JSON objects")
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise ConfigError(f"{file_path}: damaged metadata: {error}") from error
         plan = make_plan(config, recipe)
         parts = {part: spec for tensor in plan for part, spec in _parts(tensor).items()}
@@ -206,5 +209,6 @@ class PackedModel:
 
 
 def file_sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

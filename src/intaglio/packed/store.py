@@ -57,6 +57,7 @@ def new_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def write_error(path: Path, error: OSError) -> OutputError:
+    """The OutputError for a path that could not be written."""
     reason = "the disk is full: free some space" if error.errno == errno.ENOSPC else (error.strerror or str(error))
     return OutputError(f"{path}: cannot be written: {reason}")
 
@@ -89,6 +90,7 @@ class SafetensorsWriter:
         self.file.truncate(self.data_start + position)
 
     def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor of the announced size into its place."""
         start, end = self.offsets[name]
         data = bytes_of(tensor)
         if data.nbytes != end - start:

@@ -149,7 +149,7 @@ def describe(config: dict[str, Any]) -> ModelSpec:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"unknown model_type {model_type!r}: expected one of {', '.join(sorted(FAMILIES))}")
     model = build_meta_model(config)
-    stored = dict(model.named_parameters())
+    stored: dict[str, torch.Tensor] = dict(model.named_parameters())
     stored.update({n: b for n, b in model.named_buffers() if n.endswith("layer_scalar")})
     order = [name for name in model.state_dict() if name in stored]
     tensors = tuple(TensorSpec(name, tuple(stored[name].shape), role_of(name)) for name in order)

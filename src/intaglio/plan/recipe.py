@@ -96,6 +96,7 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, text: str, *, source: str = "recipe", overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+        """The recipe that a TOML text describes. `source` names it in error messages."""
         try:
             table = tomllib.loads(text)
         except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -108,6 +109,7 @@ class Recipe:
         return tomli_w.dumps(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
+        """What `to_toml` writes: every rule and the whole schedule, defaults included."""
         schedule = asdict(self.schedule)
         schedule["betas"] = list(self.schedule.betas)
         weights = {rule.name: _rule_table(rule) for rule in self.rules}
@@ -127,6 +129,7 @@ class Recipe:
 
 
 def preset_names() -> list[str]:
+    """The recipes that come with the package."""
     return sorted(p.name.removesuffix(".toml") for p in _presets().iterdir() if p.name.endswith(".toml"))
 
 

@@ -121,7 +121,7 @@ def swap_class(module: nn.Module, mixin: type) -> None:
 
     One subclass serves all modules of a class: torch.compile would compile each type anew.
     """
-    module.__class__ = _mixed(mixin, type(module))
+    module.__class__ = _mixed(mixin, type(module))  # type: ignore[arg-type]
 
 
 def prepare(model: nn.Module, plan: Plan, *, fit: Fit | None = None, compiled: bool = False) -> nn.Module:

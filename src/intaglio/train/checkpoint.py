@@ -22,10 +22,12 @@ KEEP = 2  # the newest, and one before it in case the newest turns out to hold a
 
 
 def step_dir(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def latest(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run, if any."""
     found = sorted((run_dir / "checkpoints").glob("step-*"))
     return found[-1] if found else None
 
@@ -61,6 +63,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def read_step(path: Path) -> int:
+    """How many steps a checkpoint has behind it. ConfigError if it is damaged."""
     try:
         meta: dict[str, Any] = json.loads((path / "meta.json").read_text("utf-8"))
         return int(meta["step"])

@@ -167,21 +167,24 @@ class WeightQuantizer(nn.Module):
     compiled: decode and differentiate whole groups of weights through torch.compile.
     """
 
+    scale: Tensor
+    super_scale: Tensor | None
+    sign: Tensor | None
+    codes: Tensor | None
+
     def __init__(self, grid: BlockGrid, latent: Tensor, fitted: Quantized, *, learned: bool, compiled: bool = False):
         super().__init__()
         self.grid = grid
         self.compiled = compiled
-        device = latent.device
         self.mode = "fixed" if not learned else "canonical" if grid.canonical else "free"
-        step = fitted.step.to(device) if learned else None
-        self.register_buffer("scale", None if learned else fitted.scale.to(device))
-        has_super = not learned and fitted.super_scale is not None
-        self.register_buffer("super_scale", fitted.super_scale.to(device) if has_super else None)
-        self.register_buffer("sign", _signs(step) if self.mode == "free" else None)
+        fitted = to_device(fitted, latent.device)
+        self.register_buffer("scale", None if learned else fitted.scale)
+        self.register_buffer("super_scale", None if learned else fitted.super_scale)
+        self.register_buffer("sign", _signs(fitted.step) if self.mode == "free" else None)
         self.register_buffer("codes", None)
         scale_latent = None
-        if step is not None:
-            scale_latent = _ratio_latent(grid, latent, step) if grid.canonical else _log_magnitude(step)
+        if learned:
+            scale_latent = _ratio_latent(grid, latent, fitted.step) if grid.canonical else _log_magnitude(fitted.step)
         self.scale_latent = None if scale_latent is None else nn.Parameter(scale_latent)
         self.values: Tensor | None = None  # decoded once for the optimizer step; see `cache_values`
         self.steps: Tensor | None = None  # of those values
@@ -276,6 +279,11 @@ class WeightQuantizer(nn.Module):
         if not torch.equal(quantized.decode().to(values.dtype), values):
             raise MismatchError("packed codes do not decode to the values of the training forward")
         return quantized
+
+
+def to_device(quantized: Quantized, device: torch.device) -> Quantized:
+    super_scale = None if quantized.super_scale is None else quantized.super_scale.to(device)
+    return Quantized(quantized.grid, quantized.codes, quantized.scale.to(device), super_scale)
 
 
 def _signs(step: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
+from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.store import new_path, write_error
 from intaglio.plan.plan import Plan
 from intaglio.train import checkpoint
@@ -80,7 +81,7 @@ class StepInfo:
 class Distiller(nn.Module):
     """Student plus loss as one module, so that accelerate can wrap the whole."""
 
-    def __init__(self, student: nn.Module, softcap: float | None, compiled: bool):
+    def __init__(self, student: TextModel, softcap: float | None, compiled: bool):
         super().__init__()
         self.student = student
         self.softcap = softcap
@@ -94,12 +95,12 @@ class Distiller(nn.Module):
         )
 
 
-def final_hidden(model: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
+def final_hidden(model: TextModel, input_ids: Tensor, positions: Tensor) -> Tensor:
     """Output of the final norm, [B, T, D]. Positions that restart keep documents apart."""
     return model.model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
 
 
-def head_weight(model: nn.Module, dtype: torch.dtype) -> Tensor:
+def head_weight(model: TextModel, dtype: torch.dtype) -> Tensor:
     """Output embedding [V, D] as the forward decodes it."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, QuantLinear):
@@ -109,7 +110,7 @@ def head_weight(model: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def train(
-    teacher: nn.Module,
+    teacher: TextModel,
     plan: Plan,
     corpus: Corpus,
     run_dir: str | Path,
@@ -117,7 +118,7 @@ def train(
     options: Options | None = None,
     resume: bool = False,
     on_step: Callable[[StepInfo], None] = lambda info: None,
-) -> nn.Module:
+) -> TextModel:
     """Train a copy of `teacher` to the plan's grids and return it, prepared and on the grid.
 
     teacher: float32 text model; it stays as it is. corpus: packed sequences. run_dir: receives
@@ -146,7 +147,7 @@ def train(
     return student
 
 
-def build_student(teacher: nn.Module, plan: Plan, *, compiled: bool = False) -> nn.Module:
+def build_student(teacher: TextModel, plan: Plan, *, compiled: bool = False) -> TextModel:
     """A copy of the teacher with every planned tensor on its grid, ready to train."""
     student = copy.deepcopy(teacher).requires_grad_(True)
     student.train()
@@ -194,8 +195,8 @@ class Session:
 
     def __init__(
         self,
-        teacher: nn.Module,
-        student: nn.Module,
+        teacher: TextModel,
+        student: TextModel,
         plan: Plan,
         corpus: Corpus,
         run_dir: Path,
@@ -217,6 +218,7 @@ class Session:
         self.seconds_before = 0.0
 
     def run(self, start: Path | None, on_step: Callable[[StepInfo], None]) -> None:
+        """Train from `start`, a checkpoint, or from the beginning, to the end."""
         first = self.restore(start) if start else 0
         log = self.run_dir / LOSSES_FILE
         _keep_lines(log, first)
@@ -268,6 +270,7 @@ class Session:
         return [(on_device(self.corpus.tokens[p]), on_device(self.corpus.positions[p])) for p in parts]
 
     def backward(self, input_ids: Tensor, positions: Tensor, weight: float) -> Tensor:
+        """Loss of one micro-batch, its gradients times `weight` added to the parameters'."""
         with self.accelerator.autocast():
             with torch.no_grad():
                 teacher_hidden = final_hidden(self.teacher, input_ids, positions).to(self.dtype).flatten(0, 1)
@@ -307,6 +310,7 @@ class Session:
             module._parameters["weight"].requires_grad_(False)  # type: ignore[union-attr]
 
     def restore(self, path: Path) -> int:
+        """Bring model and optimizer to the state of a checkpoint; return its step."""
         step = checkpoint.read_step(path)
         if step > self.phases.tail:
             self.freeze()
@@ -316,6 +320,7 @@ class Session:
         return step
 
     def record(self, step: int, loss: float, seconds: float) -> StepInfo:
+        """What a step's callback hears; logged for TensorBoard too."""
         tokens = (step + 1) * self.schedule.batch_size * self.schedule.sequence_length
         phase = "tail" if step >= self.phases.tail else "train"
         if self.options.tensorboard:

@@ -22,6 +22,7 @@ class Phases:
 
     @classmethod
     def of(cls, schedule: Schedule) -> Phases:
+        """The phases of a schedule: shares become whole steps."""
         tokens_per_step = schedule.batch_size * schedule.sequence_length
         total = max(1, round(schedule.tokens / tokens_per_step))
         tail = total - int(total * schedule.frozen_tail)
@@ -67,5 +68,6 @@ def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's rate to `factor` of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor

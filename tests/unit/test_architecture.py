@@ -1,0 +1,164 @@
+"""The import law of the design, and what no source file may do."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+
+import intaglio
+from intaglio import errors
+
+SOURCE = Path(intaglio.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+MODULES = {".".join(("intaglio", *path.relative_to(SOURCE).with_suffix("").parts)): path for path in FILES}
+
+# Each part may import itself and what stands in its row. Imports inside functions count like any other.
+MAY_IMPORT = {
+    "errors": set(),
+    "numerics": {"errors"},
+    "plan": {"errors", "numerics"},
+    "packed": {"errors", "numerics", "plan"},
+    "train": {"errors", "numerics", "plan", "packed"},
+    "export": {"errors", "numerics", "plan", "packed"},
+    "measure": {"errors", "numerics", "plan", "packed", "train", "export"},
+    "tiny": set(),
+    "workflow": {"errors", "numerics", "plan", "packed", "train", "export", "measure"},
+    "demo": {"errors", "plan", "train", "measure", "tiny", "workflow"},
+    "terminal": {"plan", "train", "measure", "workflow"},
+    "cli": {"errors", "plan", "packed", "train", "export", "measure", "demo", "terminal", "workflow"},
+    "__init__": set(),  # names its homes as strings
+}
+# Only what learns or quantizes may fit a scale; anything else that could would be able to re-quantize.
+MAY_FIT = {"intaglio.train.attach", "intaglio.train.quantize"}
+NUMERICS_NEEDS = {"torch", "numpy"}
+
+
+def part(module: str) -> str:
+    """`intaglio.train.loop` belongs to `train`."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def imports(module: str) -> Iterator[tuple[str, ast.AST]]:
+    """Every module that a module imports, anywhere in it, with the node."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: imports are absolute"
+            yield node.module or "", node
+            yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
+
+
+each_module = pytest.mark.parametrize("module", MODULES)
+
+
+def test_every_part_is_in_the_law() -> None:
+    assert {part(module) for module in MODULES} == set(MAY_IMPORT)
+
+
+@each_module
+def test_imports_go_downhill(module: str) -> None:
+    allowed = MAY_IMPORT[part(module)] | {part(module)}
+    wrong = [
+        f"{module}:{node.lineno} imports {name}"  # type: ignore[attr-defined]
+        for name, node in imports(module)
+        if name.startswith("intaglio.") and part(name) not in allowed
+    ]
+    assert not wrong
+
+
+@each_module
+def test_only_training_and_quantizing_may_fit(module: str) -> None:
+    fitting = [name for name, _ in imports(module) if name.startswith("intaglio.numerics.fit")]
+    assert not fitting or module in MAY_FIT or module == "intaglio.numerics.fit"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if part(name) == "numerics"])
+def test_numerics_know_no_model_and_no_file(module: str) -> None:
+    roots = {name.split(".")[0] for name, _ in imports(module)}
+    others = roots - NUMERICS_NEEDS - {"intaglio"} - set(sys.stdlib_module_names)
+    assert not others
+    assert not roots & {"pathlib", "os", "io", "json"}
+
+
+FORBIDDEN_IMPORTS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml", "ruamel"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_METHODS = {"torch.load", "torch.save", "np.fromstring", "os.system"}
+
+
+def calls(tree: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+@each_module
+def test_nothing_is_unpickled_or_evaluated(module: str) -> None:
+    assert not {name.split(".")[0] for name, _ in imports(module)} & FORBIDDEN_IMPORTS
+    for call in calls(ast.parse(MODULES[module].read_text("utf-8"))):
+        called, where = ast.unparse(call.func), f"{module}:{call.lineno}"
+        assert called not in FORBIDDEN_CALLS | FORBIDDEN_METHODS, where
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert keywords.get("trust_remote_code", "False") == "False", where
+        assert keywords.get("allow_pickle", "False") == "False", where
+        assert keywords.get("weights_only", "True") == "True", where
+        if called.endswith("from_pretrained"):
+            assert keywords.get("trust_remote_code") == "False", where
+            assert keywords.get("local_files_only") == "True", where
+
+
+def undocumented(module: str) -> Iterator[str]:
+    """Public names without a docstring. Methods of up to three lines, and torch's own protocol, need none."""
+    for node in ast.parse(MODULES[module].read_text("utf-8")).body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        if not ast.get_docstring(node):
+            yield f"{module}:{node.lineno} {node.name}"
+        for method in node.body if isinstance(node, ast.ClassDef) else []:
+            if not isinstance(method, ast.FunctionDef) or method.name.startswith("_") or ast.get_docstring(method):
+                continue
+            lines = method.body[-1].end_lineno - method.body[0].lineno + 1  # type: ignore[operator]
+            if lines > 3 and method.name not in ("forward", "backward"):
+                yield f"{module}:{method.lineno} {node.name}.{method.name}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "intaglio.errors"])
+def test_every_module_and_every_public_function_is_documented(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text("utf-8"))
+    assert not tree.body or ast.get_docstring(tree)
+    assert not list(undocumented(module))
+
+
+def test_the_tree_of_exceptions_is_drawn_in_full() -> None:
+    classes = {name: c for name, c in vars(errors).items() if isinstance(c, type) and c.__module__ == "intaglio.errors"}
+    assert set(re.findall(r"\b\w+Error\b", errors.__doc__ or "")) >= set(classes)
+    assert {name for name in intaglio.__all__ if name.endswith("Error")} == set(classes)
+    assert {c.exit_code for c in classes.values()} == {1, 2, 3}
+
+
+def test_every_public_name_has_a_home() -> None:
+    for name in intaglio.__all__:
+        assert callable(getattr(intaglio, name))
+    for name in intaglio.__all__:  # importing the others must not have put a module in its place
+        assert isinstance(getattr(intaglio, name), type | FunctionType)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        intaglio.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import intaglio.cli", ["torch", "transformers", "gguf"]),
+        ("from intaglio import make_plan, Recipe", ["transformers", "gguf", "accelerate", "intaglio.train"]),
+        ("from intaglio import export_gguf", ["intaglio.train", "intaglio.numerics.fit", "accelerate"]),
+    ],
+)
+def test_what_an_import_leaves_alone(statement: str, absent: list[str]) -> None:
+    program = f"{statement}\nimport sys\nprint([name for name in {absent!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
