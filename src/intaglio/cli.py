@@ -34,7 +34,7 @@ EvalTokens = Annotated[int, typer.Option("--eval-tokens", help="Held-out tokens 
 def main() -> None:
     """Run the command line; a user's mistake is one message and an exit code, never a traceback."""
     try:
-        code = app(standalone_mode=False)  # typer.Exit comes back as its code, and Ctrl-C as 130
+        code = app(prog_name="intaglio", standalone_mode=False)  # typer.Exit comes back as its code, and Ctrl-C as 130
     except IntaglioError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):

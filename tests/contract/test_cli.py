@@ -66,7 +66,7 @@ def test_every_verb_explains_itself(verb: str) -> None:
         (["plan"], "Missing argument"),
         (["plan", "x", "--nope"], "No such option: --nope"),
         (["export", "x", "mlx", "--out=y"], "'mlx': expected one of gguf, hf"),
-        (["eval", "x", "--original=y", "--text=z", "--eval-tokens=many"], "'many' is not a valid"),
+        (["eval", "x", "--original=y", "--text=z", "--eval-tokens=many"], "Invalid value for '--eval-tokens'"),
     ],
 )
 def test_wrong_use_is_a_message_and_exit_code_2(arguments: list[str], message: str) -> None:

@@ -137,7 +137,7 @@ def _load(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, 
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         pairs = [(left, right) for left, right in merges]
         added = {t["content"]: {"id": int(t["id"]), "special": bool(t["special"])} for t in tokenizer["added_tokens"]}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a tokenizer.json: {type(error).__name__}: {error}") from None
     return vocabulary, pairs, added
 
