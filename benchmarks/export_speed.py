@@ -191,7 +191,9 @@ def times_faster(samples: dict[str, list[Usage]], names: tuple[str, ...]) -> dic
     """Medians over rounds of llama.cpp's time by ours, by the clock and in processor time."""
 
     def totals(kind: str, commands: tuple[str, ...]) -> list[float]:
-        return [sum(getattr(usage, kind) for usage in turn) for turn in zip(*(samples[n] for n in commands), strict=True)]
+        return [
+            sum(getattr(usage, kind) for usage in turn) for turn in zip(*(samples[n] for n in commands), strict=True)
+        ]
 
     return {
         kind: statistics.median(a / b for a, b in zip(totals(kind, THEIRS), totals(kind, names), strict=True))
@@ -226,7 +228,9 @@ def show(result: dict[str, Any], files: dict[str, Any]) -> None:
             f" {row['peak_bytes'] / 1e9:9.2f} {row['over_imports_bytes'] / 1e9:17.2f}"
         )
     for name, ratio in result["times_faster_than_convert_and_quantize"].items():
-        print(f"{name}: {ratio['seconds']:.2f}x faster than convert + llama-quantize, {ratio['cpu_seconds']:.2f}x in CPU")
+        print(
+            f"{name}: {ratio['seconds']:.2f}x faster than convert + llama-quantize, {ratio['cpu_seconds']:.2f}x in CPU"
+        )
     print(f"{files['of_equal_bytes']} of {files['quantized_tensors']} quantized tensors have equal bytes")
     print(f"types that differ (ours, theirs): {files['of_other_type']}")
 

@@ -163,7 +163,11 @@ def main() -> None:
     for row in result["rows"]:
         show(row)
     print(result["verification"])
-    print("tokenization: {differing_documents} of {documents} documents differ, {tokens} tokens".format(**result["tokenization"]))
+    print(
+        "tokenization: {differing_documents} of {documents} documents differ, {tokens} tokens".format(
+            **result["tokenization"]
+        )
+    )
     print(f"llama.cpp built with BLAS: {built_with_blas()}")
     settings = {"blas": built_with_blas(), "environment": environment("llama-cpp-python")}
     write_result(arguments.out, settings | result)

@@ -387,9 +387,7 @@ DAMAGES = ["truncated", "missing state", "meta is no JSON", "meta is a list", "a
 
 
 @pytest.mark.parametrize("how", [*DAMAGES, "another optimizer", "a tensor is missing"])
-def test_a_damaged_checkpoint_is_named(
-    how: str, teacher: nn.Module, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_is_named(how: str, teacher: nn.Module, tmp_path: Path) -> None:
     options = Options(precision="no", compiled=False, checkpoint_every=1)
     with pytest.raises(Killed):
         run(teacher, tmp_path, 4, options=options, on_step=die_at(3))

@@ -157,7 +157,7 @@ def test_columns_that_do_not_fit_are_named_with_a_rule_that_works(
     config: dict, grid: str, tensors: str, multiple: int
 ) -> None:
     recipe = Recipe.load("q4_0", [] if config["hidden_size"] != 272 else ["weights.token_embedding.grid=f16"])
-    expected = rf"^{tensors}: shape \[\d+, \d+\] does not fit grid {grid} .* multiple of {multiple}, "
+    expected = rf"^{tensors}: shape \[\d+, \d+\] does not fit grid {grid} .* multiple of {multiple}[,:] "
     with pytest.raises(RecipeError, match=expected) as caught:
         make_plan(config, recipe)
     plan = make_plan(config, follow_the_advice(recipe, str(caught.value)))

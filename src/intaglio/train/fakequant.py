@@ -177,7 +177,7 @@ class WeightQuantizer(nn.Module):
         self.grid = grid
         self.compiled = compiled
         self.mode = "fixed" if not learned else "canonical" if grid.canonical else "free"
-        fitted = to_device(fitted, latent.device)
+        fitted = _to_device(fitted, latent.device)
         self.register_buffer("scale", None if learned else fitted.scale)
         self.register_buffer("super_scale", None if learned else fitted.super_scale)
         self.register_buffer("sign", _signs(fitted.step) if self.mode == "free" else None)
@@ -281,7 +281,7 @@ class WeightQuantizer(nn.Module):
         return quantized
 
 
-def to_device(quantized: Quantized, device: torch.device) -> Quantized:
+def _to_device(quantized: Quantized, device: torch.device) -> Quantized:
     super_scale = None if quantized.super_scale is None else quantized.super_scale.to(device)
     return Quantized(quantized.grid, quantized.codes, quantized.scale.to(device), super_scale)
 
