@@ -326,7 +326,7 @@ def compare(
 
 
 def _llama_candidate(llama: LlamaCpp) -> Candidate:
-    return Candidate(source=llama.logits, runtime=f"llama.cpp ({llama.version})", simulated=False)
+    return Candidate(source=llama.logits, runtime=llama.version, simulated=False)
 
 
 def _has_llama() -> bool:
