@@ -49,7 +49,7 @@ def stop(process: subprocess.Popen[str], when: Callable[[], bool], how: signal.S
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(how)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     return Outcome(process.returncode, out, err)
 
 
