@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, default=Path(".data/tokens.npz"))
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--jobs", type=Path, required=True)
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th job from the i-th; run n such processes at once")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--windows", type=int, default=512)
@@ -121,7 +122,8 @@ def main() -> None:
         fit = measure(fitted(teacher, args.model, Recipe.load(name)))
         write({"name": f"{name} mse fit", **fit, "recovered": 1 - fit["kl"] / stock["kl"]})
     rate = 0.0
-    for job in json.loads(args.jobs.read_text("utf-8")):
+    index, parts = map(int, args.part.split("/"))
+    for job in json.loads(args.jobs.read_text("utf-8"))[index::parts]:
         recipe = Recipe.load(job.get("recipe", "q4_0"), job.get("set", []))
         left = args.seconds - (time.perf_counter() - began)
         if rate and recipe.schedule.tokens / rate + 6 > left:

@@ -12,14 +12,17 @@ from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.loop import RUN_FILE, Options
 from intaglio.workflow import Evaluation, Progress, run
 
-# A short run for a small machine: 120 steps, so a higher learning rate than a long run would take.
+# A short run for a small machine: GPTQ brings the codes near, small batches make 400 steps of the rest, and
+# there is no time for a long tail.
 SCHEDULE = {
-    "tokens": 245_760,
-    "batch_size": 8,
+    "tokens": 409_600,
+    "batch_size": 4,
     "sequence_length": 256,
-    "lr": 1.5e-4,
+    "gptq_tokens": 32_768,
+    "lr": 1e-4,
     "scale_lr": 1e-3,
-    "frozen_tail": 0.15,
+    "frozen_tail": 0.1,
+    "tail_lr": 0.5,
 }
 PROMPTS = (
     "It was a bright morning, and the whole family",

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from tests.support.cli import Outcome, contents, intaglio, started
 from tests.support.tiny import GEMMA4, make_checkpoint
 
-STEPS, TAIL, EVERY = 16, 10, 3
+STEPS, TAIL, EVERY = 64, 10, 3
 SCHEDULE = {"tokens": STEPS * 64, "batch_size": 2, "sequence_length": 32, "lr": 1e-4, "scale_lr": 1e-2}
-SCHEDULE |= {"frozen_tail": 1 - TAIL / STEPS, "averaging": 0.25}
+SCHEDULE |= {"frozen_tail": 1 - TAIL / STEPS}
 SENTENCE = "On day {i} the captain of ship {n} saw {k} whales, and wrote their number down.\n"
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
 from intaglio.plan.recipe import Recipe, Schedule
 from intaglio.train import checkpoint, loop
-from intaglio.train.attach import quantized_linears
+from intaglio.train.attach import freeze_codes, quantized_linears
 from intaglio.train.loop import Options, StepInfo, read_losses, train
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
 from tests.support import first_losses
@@ -34,7 +34,7 @@ FIRST_LOSSES = [
     0.10295360535383224, 0.11522454768419266, 0.10660427808761597, 0.12504753470420837, 0.07094087451696396,
     0.08025814592838287, 0.08504226058721542, 0.0735640823841095, 0.061241284012794495, 0.05121156573295593,
     0.05404234677553177, 0.06076890975236893, 0.05475115776062012, 0.04674576222896576, 0.05198199301958084,
-    0.04985177144408226, 0.039863601326942444, 0.06198011711239815, 0.046727173030376434, 0.052805911749601364,
+    0.04940475896000862, 0.03954949229955673, 0.05990375578403473, 0.0453001894056797, 0.04911006987094879,
 ]  # fmt: skip
 
 
@@ -160,8 +160,7 @@ def decoded(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("averaging", [0.0, 0.5])
-def test_in_the_tail_codes_stand_still_and_scales_move(averaging: float, teacher: nn.Module, tmp_path: Path) -> None:
+def test_in_the_tail_codes_stand_still_and_scales_move(teacher: nn.Module, tmp_path: Path) -> None:
     seen: list[dict[str, tuple[Tensor, Tensor]]] = []
     students: list[nn.Module] = []
     prepare = loop.build_student
@@ -173,7 +172,7 @@ def test_in_the_tail_codes_stand_still_and_scales_move(averaging: float, teacher
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "build_student", keep)
         run(
-            teacher, tmp_path, 8, frozen_tail=0.5, averaging=averaging, tail_lr=3.0,
+            teacher, tmp_path, 8, frozen_tail=0.5, tail_lr=3.0,
             on_step=lambda info: seen.append(decoded(students[0])),
         )  # fmt: skip
 
@@ -186,40 +185,23 @@ def test_in_the_tail_codes_stand_still_and_scales_move(averaging: float, teacher
     assert share_of_changes(4, 7, 1) > 0.05
 
 
-def test_averaging_starts_the_tail_from_the_mean_of_the_latents(teacher: nn.Module, tmp_path: Path) -> None:
-    states: list[dict[str, Tensor]] = []
-    students: list[nn.Module] = []
-    prepare, freeze = loop.build_student, loop.freeze_codes
-
-    def keep(*args: Any, **kwargs: Any) -> nn.Module:
-        students.append(prepare(*args, **kwargs))
-        return students[0]
-
-    def snapshot() -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in students[0].named_parameters() if p.requires_grad}
-
-    at_tail: list[dict[str, Tensor]] = []
-
-    def frozen(model: nn.Module) -> None:
-        at_tail.append(snapshot())
-        freeze(model)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "build_student", keep)
-        patch.setattr(loop, "freeze_codes", frozen)
-        run(
-            teacher, tmp_path, 8, frozen_tail=0.25, averaging=0.5, warmup=0,
-            on_step=lambda info: states.append(snapshot()) if info.phase == "train" else None,
-        )  # fmt: skip
-    assert len(states) == 6
-    for name, value in at_tail[0].items():
-        mean = torch.stack([state[name] for state in states[2:]]).mean(0)
-        torch.testing.assert_close(value, mean, rtol=1e-5, atol=1e-7)
+def test_a_freeze_keeps_the_moments_of_what_goes_on_learning(teacher: nn.Module) -> None:
+    student = loop.build_student(teacher, small_plan())
+    before = make_optimizer(student, Schedule())
+    sum(p.sum() for p in student.parameters() if p.requires_grad).backward()
+    before.step()
+    freeze_codes(student)
+    after = make_optimizer(student, Schedule(), before)
+    names = {id(p): name for name, p in student.named_parameters()}
+    moved = {names[id(p)] for p in after.state}
+    learning = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert moved == {name for name in learning if not name.endswith("scale_latent")}
+    assert "model.embed_tokens.weight" in moved
 
 
 def test_phases_and_learning_rates() -> None:
-    phases = Phases.of(Schedule(tokens=100 * 512, batch_size=1, warmup=0.1, frozen_tail=0.2, averaging=0.3))
-    assert (phases.total, phases.tail, phases.warmup, phases.average) == (100, 80, 10, 50)
+    phases = Phases.of(Schedule(tokens=100 * 512, batch_size=1, warmup=0.1, frozen_tail=0.2))
+    assert (phases.total, phases.tail, phases.warmup) == (100, 80, 10)
     factors = [phases.lr_factor(step, 0.3) for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert max(factors) == factors[9] == pytest.approx(1.0, abs=0.05)
@@ -248,14 +230,11 @@ def test_each_kind_of_parameter_has_its_rate(teacher: nn.Module) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole_runs(teacher: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[float, tuple[nn.Module, bytes]]:
-    """Models and loss logs of uninterrupted runs, by their averaging."""
-    found = {}
-    for averaging in (0.0, 0.6):
-        folder = tmp_path_factory.mktemp("whole")
-        model = run(teacher, folder, 8, frozen_tail=0.5, averaging=averaging)
-        found[averaging] = model, (folder / "losses.jsonl").read_bytes()
-    return found
+def whole_run(teacher: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, bytes]:
+    """Model and loss log of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    model = run(teacher, folder, 8, frozen_tail=0.5)
+    return model, (folder / "losses.jsonl").read_bytes()
 
 
 def die_at(step: int) -> Callable[[StepInfo], None]:
@@ -267,19 +246,18 @@ def die_at(step: int) -> Callable[[StepInfo], None]:
 
 
 @pytest.mark.parametrize(
-    ("every", "death", "averaging"),
-    [(2, 3, 0.6), (2, 2, 0.0), (3, 7, 0.0), (2, 6, 0.6), (4, 7, 0.6), (5, 4, 0.0)],
+    ("every", "death"),
+    [(2, 3), (2, 2), (3, 7), (2, 6), (4, 7), (5, 4)],
 )
 def test_a_resumed_run_repeats_the_uninterrupted_one(
-    every: int, death: int, averaging: float, teacher: nn.Module, tmp_path: Path, whole_runs: dict[float, Any]
+    every: int, death: int, teacher: nn.Module, tmp_path: Path, whole_run: tuple[nn.Module, bytes]
 ) -> None:
     """Eight steps, the last four with frozen codes; killed after `death` of them."""
     options = Options(precision="no", compiled=False, checkpoint_every=every)
-    schedule = {"frozen_tail": 0.5, "averaging": averaging}
     with pytest.raises(Killed):
-        run(teacher, tmp_path, 8, options=options, on_step=die_at(death), **schedule)
-    resumed = run(teacher, tmp_path, 8, options=options, resume=True, **schedule)
-    whole, log = whole_runs[averaging]
+        run(teacher, tmp_path, 8, options=options, on_step=die_at(death), frozen_tail=0.5)
+    resumed = run(teacher, tmp_path, 8, options=options, resume=True, frozen_tail=0.5)
+    whole, log = whole_run
     assert (tmp_path / "losses.jsonl").read_bytes() == log
     assert_equal_states(whole, resumed)
 

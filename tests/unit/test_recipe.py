@@ -36,7 +36,7 @@ def test_what_differs_from_every_default_comes_back() -> None:
     )
     schedule = Schedule(
         tokens=1, batch_size=2, micro_batch=3, sequence_length=4, lr=5e-5, scale_lr=6e-6, embedding_lr=0.7, warmup=0.8,
-        betas=(0.1, 0.2), weight_decay=0.3, clip=0.4, frozen_tail=0.5, tail_lr=0.6, averaging=0.25, seed=7,
+        betas=(0.1, 0.2), weight_decay=0.3, clip=0.4, frozen_tail=0.5, tail_lr=0.6, seed=7,
     )  # fmt: skip
     recipe = Recipe(name="ünï", summary='a "b"\nc', fit="stock", rules=rules[1:], schedule=schedule)
     assert Recipe.from_toml(recipe.to_toml()) == recipe
@@ -96,7 +96,7 @@ def test_the_last_override_wins() -> None:
     [
         ("schedule.lr", r"--set 'schedule\.lr': expected key=value"),
         ("name.first=x", r"--set 'name\.first=x': 'name' of q4_0 is a value"),
-        ("schedule.speed=3", "unknown key 'speed': expected one of averaging, batch_size"),
+        ("schedule.speed=3", "unknown key 'speed': expected one of batch_size"),
         ("scedule.lr=3", "unknown key 'scedule': expected one of fit, name"),
         ("weights.linear.grid=q5_0", r"\[weights\.linear\].*'q5_0': expected one of f16, f32, q4_0"),
         ("=3", "unknown key ''"),
@@ -151,7 +151,7 @@ def test_malformed_recipes_are_named(kind: str) -> None:
 
 
 SCHEDULES = {
-    "speed = 3": "unknown key 'speed': expected one of averaging",
+    "speed = 3": "unknown key 'speed': expected one of batch_size",
     'lr = "fast"': "lr = 'fast': expected float",
     "lr = true": "lr = True: expected float",
     "lr = nan": "lr = nan: expected",
@@ -167,7 +167,6 @@ SCHEDULES = {
     "warmup = 1": r"warmup = 1.0: expected a share in \[0, 1\)",
     "warmup = nan": r"warmup = nan: expected",
     "frozen_tail = 1.5": r"frozen_tail = 1.5: expected a share",
-    "averaging = -0.1": r"averaging = -0.1: expected a share",
     "betas = 0.9": "betas = 0.9: expected two numbers",
     "betas = [0.9]": r"betas = \[0.9\]: expected two numbers",
     'betas = [0.9, "x"]': "betas = .*: expected two numbers",

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,8 +63,12 @@ def pack_nibbles(codes: Tensor, code_min: int) -> Tensor:
 
 def unpack_nibbles(packed: Tensor, code_min: int) -> Tensor:
     """uint8 [R, C / 2] back to int8 [R, C]."""
-    pairs = torch.stack([packed & 15, packed >> 4], dim=-1)
-    return pairs.flatten(-2).to(torch.int8) + code_min
+    pairs = packed.numpy().astype("<u2")  # both nibbles of a byte end up in a byte of their own
+    pairs |= pairs << 4
+    pairs &= 0x0F0F
+    codes = pairs.view(np.int8)
+    codes += code_min
+    return torch.from_numpy(codes)
 
 
 def fits_nibble(grid: BlockGrid) -> bool:
@@ -193,7 +198,8 @@ class PackedModel:
         codes = file.get_tensor(f"{name}.codes")
         if fits_nibble(grid):
             codes = unpack_nibbles(codes, grid.code_min)
-        if codes.numel() and not grid.code_min <= int(codes.min()) <= int(codes.max()) <= grid.code_max:
+        lowest, highest = codes.aminmax() if codes.numel() else (grid.code_min, grid.code_max)
+        if not grid.code_min <= int(lowest) <= int(highest) <= grid.code_max:
             raise InputError(f"{self.path}: {name}: codes outside {grid.code_min}..{grid.code_max}")
         super_scale = file.get_tensor(f"{name}.super_scale") if grid.super_block else None
         return Quantized(grid, codes, file.get_tensor(f"{name}.scale"), super_scale)

@@ -57,7 +57,7 @@ class Schedule:
     warmup: share of the steps. betas, weight_decay, clip: AdamW and gradient norm, as usual.
     frozen_tail: last share of the steps, in which codes stand still and only scales and float
         leftovers move; tail_lr: multiple of the learning rates in it.
-    averaging: share of the steps before the tail whose latents are averaged (0: off).
+    gptq_tokens: tokens of the text from which GPTQ chooses the first codes (0: rounding to nearest).
     seed: of the data order.
     """
 
@@ -65,16 +65,16 @@ class Schedule:
     batch_size: int = 32
     micro_batch: int = 0
     sequence_length: int = 512
-    lr: float = 3e-5
-    scale_lr: float = 1e-3
-    embedding_lr: float = 1.0
+    lr: float = 1e-4
+    scale_lr: float = 3e-3
+    embedding_lr: float = 3.0
     warmup: float = 0.03
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip: float = 1.0
-    frozen_tail: float = 0.1
-    tail_lr: float = 0.3
-    averaging: float = 0.0
+    frozen_tail: float = 0.7
+    tail_lr: float = 1.0
+    gptq_tokens: int = 0
     seed: int = 0
 
 
@@ -267,10 +267,20 @@ def _check_schedule(schedule: Schedule, where: str) -> None:
     for key, least in (("tokens", 1), ("batch_size", 1), ("sequence_length", 2)):
         if getattr(schedule, key) < least:
             raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected {least} or more")
-    for key in ("lr", "scale_lr", "embedding_lr", "weight_decay", "clip", "tail_lr", "micro_batch", "seed"):
+    for key in (
+        "lr",
+        "scale_lr",
+        "embedding_lr",
+        "weight_decay",
+        "clip",
+        "tail_lr",
+        "micro_batch",
+        "gptq_tokens",
+        "seed",
+    ):
         if not 0 <= getattr(schedule, key) < math.inf:
             raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected 0 or more, and finite")
-    for key in ("warmup", "frozen_tail", "averaging"):
+    for key in ("warmup", "frozen_tail"):
         if not 0 <= getattr(schedule, key) < 1:
             raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected a share in [0, 1)")
 

@@ -256,13 +256,18 @@ def quantized_linears(model: nn.Module) -> dict[WeightQuantizer, nn.Module]:
     return {m.quantizer: m for m in model.modules() if isinstance(m, QuantLinear)}  # type: ignore[misc]
 
 
+def _layer(path: str) -> str:
+    """The decoder layer that a module is in; the module itself outside of all layers."""
+    layer = re.match(r"(.*?\.\d+)\.", path)
+    return layer[1] if layer else path
+
+
 def weight_groups(model: nn.Module) -> list[tuple[list[WeightQuantizer], list[Tensor]]]:
     """Quantizers that linears decode as a whole, with their latents, by decoder layer."""
     groups: dict[str, dict[WeightQuantizer, Tensor]] = {}
     for path, module in model.named_modules():
         if isinstance(module, QuantLinear) and not path.endswith(".base_layer"):  # an adapter changes the weight
-            layer = re.match(r"(.*?\.\d+)\.", path)
-            group = groups.setdefault(layer[1] if layer else path, {})
+            group = groups.setdefault(_layer(path), {})
             group[module.quantizer] = module._parameters["weight"]  # type: ignore[assignment]
     return [(list(group), list(group.values())) for group in groups.values()]
 
@@ -320,11 +325,16 @@ def decoded_in_graph(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def freeze_codes(model: nn.Module) -> None:
-    """Fix the codes of every learned weight: the start of the frozen tail."""
+    """Fix the codes of every weight whose scales are learned; only these go on: the start of the frozen tail.
+
+    Embeddings on a finer grid keep learning: theirs are the codes that can still make up for the others'.
+    """
     for module in _quantized(model):
         quantizer: WeightQuantizer = module.quantizer  # type: ignore[assignment]
         if quantizer.scale_latent is not None and quantizer.mode != "frozen":
-            quantizer.freeze(module._parameters["weight"])  # type: ignore[arg-type]
+            latent: nn.Parameter = module._parameters["weight"]  # type: ignore[assignment]
+            quantizer.freeze(latent)
+            latent.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -32,12 +32,9 @@ def latest(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save(
-    run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor]
-) -> Path:
+def save(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
     """Write the state after `step` optimizer steps; older checkpoints but one are removed."""
     tensors = {f"model.{n}": t for n, t in _state(model).items()}
-    tensors |= {f"extra.{n}": t for n, t in extra.items()}
     names = {id(p): n for n, p in model.named_parameters()}
     for parameter, state in optimizer.state.items():
         tensors |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in state.items()}
@@ -76,21 +73,20 @@ def _damaged(path: Path, error: object) -> ConfigError:
 
 
 @torch.no_grad()
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Restore model and optimizer in place; return the extra tensors.
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restore model and optimizer in place.
 
     The model must be in the phase of the checkpoint (codes frozen or not) and the optimizer made
     for it.
     """
     try:
-        return _load(path, model, optimizer)
+        _load(path, model, optimizer)
     except (ConfigError, KeyError, RuntimeError) as error:  # unreadable, other names, other shapes
         raise _damaged(path, error) from error
 
 
-def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     state = _state(model)
-    extra: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters())
     with open_safetensors(path / "state.safetensors") as file:
         for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
@@ -98,8 +94,6 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
             value = file.get_tensor(name)
             if kind == "model":
                 state.pop(rest).copy_(value)
-            elif kind == "extra":
-                extra[rest] = value
             else:
                 owner, _, key = rest.rpartition(".")
                 parameter = parameters[owner]
@@ -107,4 +101,3 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
                 optimizer.state[parameter][key] = on_device.clone()
     if state:
         raise KeyError(f"{sorted(state)[0]} is missing")
-    return extra

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 CHUNK_TOKENS = 512
+# A small vocabulary leaves room for more tokens on a GPU, where few large kernels beat many small ones.
+GPU_CHUNK_LOGITS = 1 << 27
 
 
 def cap(logits: Tensor, softcap: float | None) -> Tensor:
@@ -76,13 +78,17 @@ def chunked_kl(
     teacher_head_VD: Tensor,
     *,
     softcap: float | None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
     """Mean KL(teacher || student) over tokens, in nats, float32 scalar.
 
     hidden_TD, teacher_hidden_TD: outputs of the final norm. head_VD, teacher_head_VD: output
     embeddings, in the same dtype as the hidden states. Gradients reach hidden_TD and head_VD.
+    chunk_tokens: tokens whose logits exist at once; None picks by device and vocabulary.
     """
+    if chunk_tokens is None:
+        room = GPU_CHUNK_LOGITS // head_VD.shape[0] if hidden_TD.is_cuda else 0
+        chunk_tokens = max(CHUNK_TOKENS, room)
     kernel = _kernel(softcap, compiled)
     return _ChunkedKL.apply(hidden_TD, head_VD, teacher_hidden_TD, teacher_head_VD, kernel, chunk_tokens)

@@ -15,15 +15,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
 from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.store import new_path, write_error
 from intaglio.plan.plan import Plan
+from intaglio.plan.recipe import Schedule
 from intaglio.train import checkpoint
 from intaglio.train.attach import (
     QuantLinear,
@@ -32,10 +35,10 @@ from intaglio.train.attach import (
     drop_values,
     freeze_codes,
     prepare,
-    quantized_linears,
 )
 from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.distill import chunked_kl
+from intaglio.train.gptq import start_from_gptq
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
 
 LOSSES_FILE = "losses.jsonl"
@@ -133,6 +136,9 @@ def train(
     compiled = accelerator.device.type == "cuda" if options.compiled is None else options.compiled
     teacher = teacher.to(accelerator.device).requires_grad_(False)
     student = build_student(teacher, plan, compiled=compiled)
+    start = checkpoint.latest(run_dir)
+    if plan.recipe.schedule.gptq_tokens and start is None:
+        _gptq(student, plan.recipe.schedule, corpus, accelerator)
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compiled:
@@ -142,7 +148,7 @@ def train(
     _claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
     if options.tensorboard:
         accelerator.init_trackers("tensorboard")
-    session.run(checkpoint.latest(run_dir), on_step)
+    session.run(start, on_step)
     accelerator.end_training()
     return student
 
@@ -152,6 +158,19 @@ def build_student(teacher: TextModel, plan: Plan, *, compiled: bool = False) -> 
     student = copy.deepcopy(teacher).requires_grad_(True)
     student.train()
     return prepare(student, plan, compiled=compiled)
+
+
+def _gptq(student: TextModel, schedule: Schedule, corpus: Corpus, accelerator: Accelerator) -> None:
+    count = min(len(corpus.tokens), -(-schedule.gptq_tokens // schedule.sequence_length))
+    rows = batch_indices(len(corpus.tokens), count, schedule.seed, 0)
+    with accelerator.autocast():
+        start_from_gptq(
+            student, _on_device(corpus.tokens[rows], accelerator), _on_device(corpus.positions[rows], accelerator)
+        )
+
+
+def _on_device(array: NDArray[np.int32], accelerator: Accelerator) -> Tensor:
+    return torch.from_numpy(array).long().to(accelerator.device)
 
 
 def _accelerator(options: Options, run_dir: Path) -> Accelerator:
@@ -214,7 +233,6 @@ class Session:
         self.teacher_head = teacher.get_output_embeddings().weight.to(self.dtype)
         self.distiller = accelerator.prepare(Distiller(student, softcap, compiled))
         self.optimizer = make_optimizer(student, self.schedule)
-        self.average: dict[str, Tensor] = {}
         self.seconds_before = 0.0
 
     def run(self, start: Path | None, on_step: Callable[[StepInfo], None]) -> None:
@@ -232,7 +250,7 @@ class Session:
             on_step(info)
             every = self.options.checkpoint_every
             if every and info.step % every == 0 and info.step < self.phases.total:
-                checkpoint.save(self.run_dir, info.step, self.student, self.optimizer, self.average)
+                checkpoint.save(self.run_dir, info.step, self.student, self.optimizer)
 
     def step(self, step: int) -> float:
         """One optimizer step; returns the mean loss over its micro-batches."""
@@ -254,7 +272,6 @@ class Session:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         drop_values(self.student)
-        self.update_average(step)
         return loss
 
     def micro_batches(self, indices) -> list[tuple[Tensor, Tensor]]:
@@ -264,10 +281,8 @@ class Session:
         size = self.schedule.micro_batch or len(indices)
         parts = [indices[i : i + size] for i in range(0, len(indices), size)]
 
-        def on_device(array) -> Tensor:
-            return torch.from_numpy(array).long().to(accelerator.device)
-
-        return [(on_device(self.corpus.tokens[p]), on_device(self.corpus.positions[p])) for p in parts]
+        tokens, positions = self.corpus.tokens, self.corpus.positions
+        return [(_on_device(tokens[p], accelerator), _on_device(positions[p], accelerator)) for p in parts]
 
     def backward(self, input_ids: Tensor, positions: Tensor, weight: float) -> Tensor:
         """Loss of one micro-batch, its gradients times `weight` added to the parameters'."""
@@ -284,39 +299,17 @@ class Session:
                 self.accelerator.backward(loss)
             return loss.detach()
 
-    def update_average(self, step: int) -> None:
-        """Running mean of the latents over the steps before the tail."""
-        count = step - self.phases.average
-        if not count >= 0 or step >= self.phases.tail or self.phases.average == self.phases.tail:
-            return
-        for name, parameter in self.student.named_parameters():
-            if parameter.requires_grad:
-                mean = self.average.setdefault(name, torch.zeros_like(parameter))
-                mean.lerp_(parameter.detach(), 1 / (count + 1))
-
     def enter_tail(self) -> None:
-        """Freeze the codes; from here on only scales and float leftovers move."""
-        with torch.no_grad():
-            for name, parameter in self.student.named_parameters():
-                if name in self.average:
-                    parameter.copy_(self.average[name])
-        self.average = {}
-        self.freeze()
-        self.optimizer = make_optimizer(self.student, self.schedule)
-
-    def freeze(self) -> None:
+        """Freeze the codes; what goes on learning keeps its moments."""
         freeze_codes(self.student)
-        for module in quantized_linears(self.student).values():
-            module._parameters["weight"].requires_grad_(False)  # type: ignore[union-attr]
+        self.optimizer = make_optimizer(self.student, self.schedule, self.optimizer)
 
     def restore(self, path: Path) -> int:
         """Bring model and optimizer to the state of a checkpoint; return its step."""
         step = checkpoint.read_step(path)
         if step > self.phases.tail:
-            self.freeze()
-            self.optimizer = make_optimizer(self.student, self.schedule)
-        extra = checkpoint.load(path, self.student, self.optimizer)
-        self.average = {name: value.to(self.accelerator.device) for name, value in extra.items()}
+            self.enter_tail()
+        checkpoint.load(path, self.student, self.optimizer)
         return step
 
     def record(self, step: int, loss: float, seconds: float) -> StepInfo:

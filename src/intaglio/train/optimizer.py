@@ -18,7 +18,6 @@ class Phases:
     total: int
     tail: int
     warmup: int
-    average: int
 
     @classmethod
     def of(cls, schedule: Schedule) -> Phases:
@@ -26,8 +25,7 @@ class Phases:
         tokens_per_step = schedule.batch_size * schedule.sequence_length
         total = max(1, round(schedule.tokens / tokens_per_step))
         tail = total - int(total * schedule.frozen_tail)
-        average = tail - int(total * schedule.averaging)
-        return cls(total, tail, max(1, int(total * schedule.warmup)), average)
+        return cls(total, tail, max(1, int(total * schedule.warmup)))
 
     def lr_factor(self, step: int, tail_lr: float) -> float:
         """Warm-up and cosine to zero before the tail, and once more, lower, in it."""
@@ -43,8 +41,12 @@ def _cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module, schedule: Schedule, before: torch.optim.Optimizer | None = None
+) -> torch.optim.AdamW:
     """AdamW with one group for each kind of parameter; `base_lr` of a group is its peak rate.
+
+    before: the optimizer of the steps so far; parameters that were there keep their moments.
 
     Scale latents are logarithms and take `scale_lr`; weight decay would pull scales to 1, so they
     have none. Parameters that do not require gradients are left out: in the tail, all latents.
@@ -56,7 +58,7 @@ def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
             groups[kind].append(parameter)
     peaks = {"scale": schedule.scale_lr, "embedding": schedule.lr * schedule.embedding_lr, "weight": schedule.lr}
     decay = {"scale": 0.0, "embedding": 0.0, "weight": schedule.weight_decay}
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": params, "lr": peaks[kind], "base_lr": peaks[kind], "weight_decay": decay[kind]}
             for kind, params in groups.items()
@@ -65,6 +67,10 @@ def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
         betas=schedule.betas,
         fused=True,
     )
+    if before is not None:
+        kept = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        optimizer.state.update({p: state for p, state in before.state.items() if id(p) in kept})
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -1,0 +1,169 @@
+"""GPTQ's start: the textbook's codes, latents that decode to them, and a student closer to its teacher."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from intaglio.errors import InputError
+from intaglio.numerics.fit import fit_mse
+from intaglio.numerics.gptq import DAMPING, gptq_codes, gptq_latents
+from intaglio.numerics.grid import Q4_0, Q4_0_FREE, BlockGrid
+from intaglio.train.attach import QuantLinear, prepare
+from intaglio.train.fakequant import WeightQuantizer
+from intaglio.train.gptq import start_from_gptq
+from intaglio.train.loop import Options, StepInfo, train
+from tests.support.training import small_corpus, small_model, small_plan
+
+each_grid = pytest.mark.parametrize("grid", [Q4_0, Q4_0_FREE], ids=lambda grid: grid.name)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def weights(rows: int = 8, columns: int = 256) -> Tensor:
+    return torch.randn(rows, columns, generator=generator(0)) * 0.05
+
+
+def correlated_inputs(columns: int, tokens: int = 2048) -> Tensor:
+    """Inputs [T, C] in which a few directions carry most, as in a language model."""
+    directions = torch.randn(columns // 8, columns, generator=generator(1))
+    strengths = torch.randn(tokens, columns // 8, generator=generator(2))
+    return strengths @ directions + 0.3 * torch.randn(tokens, columns, generator=generator(3))
+
+
+def steps_of(weight: Tensor, grid: BlockGrid) -> Tensor:
+    quantizer = WeightQuantizer(grid, weight, fit_mse(weight, grid), learned=True)
+    return quantizer.compute(weight)[1].view(weight.shape[0], -1)
+
+
+def textbook(weight: Tensor, step: Tensor, moments: Tensor, grid: BlockGrid, keep: Tensor) -> Tensor:
+    """One column after the other, each taken out of the inverse by elimination, in float64."""
+    moments = moments.double().clone()
+    moments.diagonal().add_(DAMPING * moments.diagonal().mean())
+    inverse = moments.inverse()
+    left, codes = weight.double().clone(), torch.zeros_like(weight)
+    for j in moments.diagonal().argsort(descending=True).tolist():
+        source = torch.where(keep[:, j], weight[:, j].double(), left[:, j])
+        codes[:, j] = (source / step[:, j]).round().clamp(grid.code_min, grid.code_max)
+        error = (left[:, j] - codes[:, j] * step[:, j]) / inverse[j, j]
+        left = left - error.unsqueeze(1) * inverse[j]
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return codes
+
+
+@each_grid
+def test_codes_are_the_textbooks(grid: BlockGrid) -> None:
+    weight = weights()
+    x = correlated_inputs(256)
+    step = steps_of(weight, grid).repeat_interleave(32, -1)
+    keep = torch.rand(weight.shape, generator=generator(4)) < 0.1
+    found = gptq_codes(weight, step, x.T @ x, grid, keep)
+    expected = textbook(weight, step, x.T @ x, grid, keep)
+    assert (found != expected).float().mean() < 2e-3  # a tie may fall either way in float32
+    assert (found != (weight / step).round().clamp(-8, 7)).float().mean() > 0.1
+
+
+@each_grid
+def test_products_come_closer_than_by_rounding_to_nearest(grid: BlockGrid) -> None:
+    weight, x = weights(), correlated_inputs(256)
+    step = steps_of(weight, grid).repeat_interleave(32, -1)
+    nearest = (weight / step).round().clamp(grid.code_min, grid.code_max)
+    codes = gptq_codes(weight, step, x.T @ x, grid, torch.zeros_like(weight, dtype=torch.bool))
+    errors = [float((x @ (c * step - weight).T).square().mean()) for c in (codes, nearest)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_without_correlation_it_is_rounding_to_nearest() -> None:
+    weight = weights()
+    step = steps_of(weight, Q4_0).repeat_interleave(32, -1)
+    keep = torch.zeros_like(weight, dtype=torch.bool)
+    codes = gptq_codes(weight, step, torch.eye(256) * 7, Q4_0, keep)
+    assert torch.equal(codes, (weight / step).round().clamp(-8, 7))
+
+
+def test_an_input_that_is_always_zero_is_no_obstacle() -> None:
+    weight, x = weights(), correlated_inputs(256)
+    x[:, 5] = 0
+    step = steps_of(weight, Q4_0).repeat_interleave(32, -1)
+    codes = gptq_codes(weight, step, x.T @ x, Q4_0, torch.zeros_like(weight, dtype=torch.bool))
+    assert torch.isfinite(codes).all()
+
+
+@each_grid
+def test_latents_decode_to_the_codes_under_unchanged_steps(grid: BlockGrid) -> None:
+    weight, x = weights(), correlated_inputs(256)
+    weight[0, :32] = 0  # an empty block
+    quantizer = WeightQuantizer(grid, weight, fit_mse(weight, grid), learned=True)
+    step = quantizer.compute(weight)[1].view(8, -1)
+    latents = gptq_latents(weight, step, x.T @ x, grid)
+    values, after = quantizer.compute(latents)
+    assert torch.equal(after.view(8, -1), step)
+    blocks = weight.view(8, -1, 32)
+    keep = ((blocks.abs() == blocks.abs().amax(-1, keepdim=True)) & grid.canonical).view(8, -1)
+    spread = step.repeat_interleave(32, -1)
+    assert torch.equal(values, gptq_codes(weight, spread, x.T @ x, grid, keep) * spread)
+    assert ((latents - values).abs() <= 0.41 * spread.abs())[~keep].all()
+
+
+def kl(teacher: nn.Module, student: nn.Module, tokens: Tensor) -> float:
+    with torch.no_grad():
+        log_p, log_q = (m(tokens, use_cache=False).logits.log_softmax(-1) for m in (teacher, student))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def hooks(student: nn.Module) -> list[nn.Module]:
+    return [m for m in student.modules() if isinstance(m, QuantLinear) and m._forward_pre_hooks]
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    return small_model()
+
+
+def test_a_student_starts_closer_to_its_teacher(teacher: nn.Module) -> None:
+    student = prepare(copy.deepcopy(teacher).requires_grad_(True), small_plan())
+    corpus, fresh = small_corpus(64, 32), torch.from_numpy(small_corpus(16, 32, seed=1).tokens).long()
+    before = kl(teacher, student, fresh)
+    start_from_gptq(student, torch.from_numpy(corpus.tokens).long(), torch.from_numpy(corpus.positions).long())
+    assert kl(teacher, student, fresh) < 0.8 * before
+    assert not hooks(student)
+
+
+def test_inputs_that_are_not_finite_are_named(teacher: nn.Module) -> None:
+    student = prepare(copy.deepcopy(teacher).requires_grad_(True), small_plan())
+    student.model.layers[0].layer_scalar.fill_(torch.inf)
+    tokens = torch.from_numpy(small_corpus().tokens).long()
+    with pytest.raises(InputError, match=r"layers\.1\.self_attn\.[qkv]_proj: its inputs are NaN or Inf"):
+        start_from_gptq(student, tokens, torch.arange(16).expand_as(tokens))
+    assert not hooks(student)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_run_from_gptq_resumes_bit_for_bit(teacher: nn.Module, tmp_path: Path) -> None:
+    plan = small_plan(
+        "schedule.tokens=384", "schedule.batch_size=4", "schedule.sequence_length=16", "schedule.gptq_tokens=256"
+    )
+    options = Options(precision="no", compiled=False, checkpoint_every=2)
+    corpus = small_corpus()
+
+    def die(info: StepInfo) -> None:
+        if info.step == 4:
+            raise Killed
+
+    whole = train(teacher, plan, corpus, tmp_path / "whole", options=options)
+    with pytest.raises(Killed):
+        train(teacher, plan, corpus, tmp_path / "cut", options=options, on_step=die)
+    resumed = train(teacher, plan, corpus, tmp_path / "cut", options=options, resume=True)
+    assert (tmp_path / "whole/losses.jsonl").read_bytes() == (tmp_path / "cut/losses.jsonl").read_bytes()
+    for one, other in zip(whole.modules(), resumed.modules(), strict=True):
+        if isinstance(one, QuantLinear):
+            assert torch.equal(one.weight, other.weight)
