@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tests.support.cli import Outcome, contents, intaglio, started
 from tests.support.tiny import GEMMA4, make_checkpoint
 
-STEPS, TAIL, EVERY = 64, 10, 3
+STEPS, TAIL, EVERY = 96, 72, 3
 SCHEDULE = {"tokens": STEPS * 64, "batch_size": 2, "sequence_length": 32, "lr": 1e-4, "scale_lr": 1e-2}
 SCHEDULE |= {"frozen_tail": 1 - TAIL / STEPS}
 SENTENCE = "On day {i} the captain of ship {n} saw {k} whales, and wrote their number down.\n"
@@ -47,7 +47,7 @@ def stop(process: subprocess.Popen[str], when: Callable[[], bool], how: signal.S
     """Send a signal as soon as a condition holds; the process must not be done before."""
     while not when():
         assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+        time.sleep(0.002)
     process.send_signal(how)
     out, err = process.communicate(timeout=600)
     return Outcome(process.returncode, out, err)
@@ -70,12 +70,12 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         return lambda: (cut / f"checkpoints/step-{step:08d}").is_dir()
 
     with started(*arguments(model, text, cut)) as process:
-        killed = stop(process, lambda: steps_done(cut) == 4, signal.SIGKILL)
+        killed = stop(process, lambda: steps_done(cut) >= 4, signal.SIGKILL)
         assert killed.code == -signal.SIGKILL
     with started(*arguments(model, text, cut, "--resume")) as process:
-        assert stop(process, checkpoint(12), signal.SIGKILL).code == -signal.SIGKILL
+        assert stop(process, checkpoint(30), signal.SIGKILL).code == -signal.SIGKILL
     with started(*arguments(model, text, cut, "--resume")) as process:
-        stopped = stop(process, lambda: steps_done(cut) > 12, signal.SIGINT)
+        stopped = stop(process, lambda: steps_done(cut) > 30, signal.SIGINT)
     assert not (cut / "packed").exists()
     done = intaglio(*arguments(model, text, cut, "--resume"))
     assert done.code == 0, done.err

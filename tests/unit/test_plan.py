@@ -102,7 +102,7 @@ def test_equal_plans_have_equal_digests() -> None:
     [
         "weights.token_embedding.grid=q8_0",
         "weights.ple_embedding.trainable=true",
-        "schedule.lr=1e-4",
+        "schedule.lr=2e-4",
         "schedule.seed=1",
         "fit=mse",
     ],

@@ -70,7 +70,7 @@ def test_the_first_rule_that_fits_wins() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("schedule.lr=1e-4", lambda r: r.schedule.lr == 1e-4),
+        ("schedule.lr=2e-4", lambda r: r.schedule.lr == 2e-4),
         ("schedule.lr = 2", lambda r: r.schedule.lr == 2.0 and isinstance(r.schedule.lr, float)),
         ("schedule.tokens=1e6", lambda r: r.schedule.tokens == 1_000_000 and isinstance(r.schedule.tokens, int)),
         ("schedule.betas=[0.8, 0.99]", lambda r: r.schedule.betas == (0.8, 0.99)),
