@@ -46,7 +46,7 @@ from intaglio.measure.report import (
     write_report,
 )
 from intaglio.numerics.grid import BlockGrid
-from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer, stream_tensors
+from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer, model_name, stream_tensors
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel, file_sha256
 from intaglio.packed.store import new_path
@@ -136,14 +136,14 @@ def run(
     progress.stage("Training")
     student = train(teacher, plan, corpus, out, options=options, resume=resume, on_step=progress.step)
     progress.stage("Packing and exporting")
-    pack_model(student, plan, out / "packed", assets=model_dir, provenance=_provenance(data), replace=resume)
+    pack_model(student, plan, out / "packed", assets=model_dir, provenance=_provenance(model_dir, data), replace=resume)
     with new_path(out / HELD_OUT_FILE, replace=True) as temporary, open(temporary, "wb") as file:
         np.save(file, windows_NT)
     del student
     _references(Path(model_dir), plan, out, replace=resume)
     bench = _open_bench(model_dir, out, tokenizer, teacher.to("cpu"))
     _export(bench, replace=resume)
-    return _measure(bench, windows_NT, evaluation, progress, began, replace=resume)
+    return _measure(bench, windows_NT, evaluation, progress, began=began, replace=resume)
 
 
 def report(
@@ -151,14 +151,13 @@ def report(
 ) -> Report:
     """Measure a finished run again and rewrite its report; on the run's own held-out text by default."""
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
-    began = time.perf_counter()
     progress.stage("Loading the original")
     bench = _open_bench(model_dir, out, load_tokenizer(model_dir), load_model(model_dir))
     if evaluation.text is not None:
         windows_NT = read_windows(evaluation, bench.teacher.config.vocab_size, bench.tokenizer)
     else:
         windows_NT = _saved_windows(out / HELD_OUT_FILE, bench.plan.model.config["vocab_size"])
-    return _measure(bench, windows_NT, evaluation, progress, began, replace=True)
+    return _measure(bench, windows_NT, evaluation, progress, began=None, replace=True)
 
 
 def _saved_windows(path: Path, vocab_size: int) -> NDArray[np.int32]:
@@ -256,8 +255,8 @@ def _measure(
     windows_NT: NDArray[np.int32],
     evaluation: Evaluation,
     progress: Progress,
-    began: float,
     *,
+    began: float | None,
     replace: bool,
 ) -> Report:
     progress.stage("Measuring")
@@ -272,8 +271,8 @@ def _measure(
         notes.append("llama-cpp-python is not installed, so no artifact was run in llama.cpp.")
     losses = read_losses(bench.out)
     result = Report(
-        title=f"{bench.model_dir.name}, {bench.plan.recipe.name}",
-        model=bench.model_dir.name,
+        title=f"{model_name(bench.model_dir)}, {bench.plan.recipe.name}",
+        model=model_name(bench.model_dir),
         format="Q4_0",
         recipe_name=bench.plan.recipe.name,
         recipe_toml=bench.plan.recipe.to_toml(),
@@ -286,7 +285,7 @@ def _measure(
         provenance=Provenance(
             versions={name: version(name) for name in ("intaglio", "torch", "transformers", "gguf")},
             command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            seconds=time.perf_counter() - began,
+            seconds=None if began is None else time.perf_counter() - began,
             tokens=int(losses[-1]["tokens"]) if losses else None,
         ),
         notes=notes,
@@ -401,5 +400,9 @@ def _samples(bench: Bench, models: dict[str, TextModel], evaluation: Evaluation)
     ]
 
 
-def _provenance(data: str | Path | None) -> dict[str, Any]:
-    return {"method": "quantization-aware training", "data": "the model's own samples" if data is None else str(data)}
+def _provenance(model_dir: str | Path, data: str | Path | None) -> dict[str, Any]:
+    return {
+        "name": model_name(model_dir),
+        "method": "quantization-aware training",
+        "data": "the model's own samples" if data is None else str(data),
+    }

@@ -209,10 +209,10 @@ def test_codes_that_the_grid_lacks_are_named(copy: Path) -> None:
 def test_new_path_replaces_like_with_like_only(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "precious").touch()
+    (folder / "precious.safetensors").touch()
     with pytest.raises(OutputError, match="is a folder"), new_path(folder, replace=True) as temporary:
         temporary.write_text("a file")
-    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "precious"]
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "precious.safetensors"]
 
 
 def test_new_path_below_a_file_cannot_be_written(tmp_path: Path) -> None:
@@ -252,3 +252,17 @@ def test_every_error_of_a_damaged_model_is_ours(copy: Path, monkeypatch: pytest.
             PackedModel.open(copy)
         except IntaglioError:
             continue
+
+
+def test_new_path_replaces_no_folder_of_something_else(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="holds no model"), new_path(home, replace=True) as temporary:
+        temporary.mkdir()
+    assert (home / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_error_of_a_file_that_was_read_is_not_one_of_writing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="source"), new_path(tmp_path / "out"):
+        (tmp_path / "source").read_bytes()

@@ -19,6 +19,14 @@ TextModel = Any
 
 # A multimodal checkpoint nests its text model; the text model alone does not.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
+# Folder names that say what lies in them, and not whose it is.
+NAMELESS = ("model", "hf", "packed", "checkpoint", "merged", "final")
+
+
+def model_name(model_dir: str | Path) -> str:
+    """What a person calls the model of a folder: the folder's name, or its parent's where that says nothing."""
+    path = Path(model_dir).resolve()
+    return path.parent.name if path.name in NAMELESS and path.parent.name else path.name
 
 
 def load_model(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> TextModel:

@@ -32,10 +32,13 @@ def new_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it otherwise.
 
     Works for a file and for a folder (which the caller makes). Raises OutputError if `path` exists
-    and may not be replaced, and for a full disk or a folder that cannot be written.
+    and may not be replaced, and for a full disk or a folder that cannot be written. A folder is
+    replaced only if it holds what such a folder holds: a wrong path shall not cost anyone a home.
     """
     if path.exists() and not replace:
         raise OutputError(f"{path}: already exists: choose another output or remove it")
+    if path.is_dir() and any(path.iterdir()) and not any(path.glob("*.safetensors")):
+        raise OutputError(f"{path}: holds no model, so it is not replaced: choose another output or remove it")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +50,8 @@ def new_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(path)
         os.replace(temporary, path)
     except OSError as error:
+        if _of_another_file(error, path, temporary):
+            raise
         raise write_error(path, error) from error
     finally:
         if temporary.is_dir():
@@ -54,6 +59,14 @@ def new_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
         else:
             with suppress(OSError):  # an error in the block matters more than one here
                 temporary.unlink()
+
+
+def _of_another_file(error: OSError, path: Path, temporary: Path) -> bool:
+    """Whether an error names a file that was read, not one of the output or a folder above it."""
+    if not isinstance(error.filename, str):
+        return False
+    named = Path(error.filename).absolute()
+    return not (named.is_relative_to(temporary.absolute()) or path.absolute().is_relative_to(named))
 
 
 def write_error(path: Path, error: OSError) -> OutputError:

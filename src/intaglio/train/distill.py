@@ -18,7 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 128  # on a CPU: with a small vocabulary a chunk stays in its cache, which halves the time
+GPU_CHUNK_TOKENS = 512
 # A small vocabulary leaves room for more tokens on a GPU, where few large kernels beat many small ones.
 GPU_CHUNK_LOGITS = 1 << 27
 
@@ -88,7 +89,7 @@ def chunked_kl(
     chunk_tokens: tokens whose logits exist at once; None picks by device and vocabulary.
     """
     if chunk_tokens is None:
-        room = GPU_CHUNK_LOGITS // head_VD.shape[0] if hidden_TD.is_cuda else 0
-        chunk_tokens = max(CHUNK_TOKENS, room)
+        on_gpu = max(GPU_CHUNK_TOKENS, GPU_CHUNK_LOGITS // head_VD.shape[0])
+        chunk_tokens = on_gpu if hidden_TD.is_cuda else CHUNK_TOKENS
     kernel = _kernel(softcap, compiled)
     return _ChunkedKL.apply(hidden_TD, head_VD, teacher_hidden_TD, teacher_head_VD, kernel, chunk_tokens)

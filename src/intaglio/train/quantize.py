@@ -11,7 +11,7 @@ from torch import Tensor
 from intaglio.errors import WeightError
 from intaglio.numerics.fit import check_finite, fit_mse, fit_stock
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
-from intaglio.packed.checkpoint import stream_tensors
+from intaglio.packed.checkpoint import model_name, stream_tensors
 from intaglio.packed.model import PackedModel, write_packed
 from intaglio.plan.plan import Plan
 
@@ -43,7 +43,7 @@ def quantize(
     checkpoint and WeightError for NaN, Inf or weights beyond a grid's reach; nothing is left behind.
     """
     source, target = Path(model_dir), Path(out)
-    record = {"method": f"fit {plan.recipe.fit}", **(provenance or {})}
+    record = {"name": model_name(source), "method": f"fit {plan.recipe.fit}", **(provenance or {})}
     with write_packed(target, plan, assets=source, provenance=record, replace=replace) as writer:
         for name, values in stream_tensors(source, plan.model):
             writer.add(name, fit_tensor(values, plan, name))
