@@ -21,13 +21,21 @@ CELL = 0.4
 
 
 def _error_weights(moments_CC: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped second moments, [C, C]."""
-    damped = moments_CC.clone()
-    diagonal = damped.diagonal()
+    """Upper Cholesky factor of the inverse of the damped second moments, float32 [C, C].
+
+    In float64, and damped more where that does not suffice: one channel of a real model may be a
+    million times as loud as its neighbours.
+    """
+    moments = moments_CC.double()
+    diagonal = moments.diagonal()
     diagonal[diagonal == 0] = 1.0  # an input that is always zero: any code will do
-    diagonal += DAMPING * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    unit = torch.eye(len(moments), dtype=moments.dtype, device=moments.device) * diagonal.mean()
+    for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
+        lower, failed = torch.linalg.cholesky_ex(moments + damping * unit)
+        if not failed:
+            break
+    inverse = torch.cholesky_inverse(lower)
+    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
 def gptq_codes(weight_RC: Tensor, step_RC: Tensor, moments_CC: Tensor, grid: BlockGrid, keep_RC: Tensor) -> Tensor:

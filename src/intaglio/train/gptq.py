@@ -28,7 +28,8 @@ def start_from_gptq(model: nn.Module, input_ids: Tensor, positions: Tensor) -> N
             return
         done.add(id(latent))
         x = inputs[0].flatten(0, -2).float()
-        moments = x.T @ x
+        with torch.autocast(x.device.type, enabled=False):  # which would round the products to eight bits
+            moments = x.T @ x
         if not bool(torch.isfinite(moments).all()):
             raise InputError(f"{names[id(module)]}: its inputs are NaN or Inf on the text: check the checkpoint")
         quantizer = module.quantizer
