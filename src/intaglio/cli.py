@@ -86,7 +86,9 @@ def plan(
 
     made = make_plan(model, Recipe.load(recipe, overrides))
     if as_json:
-        _print_json({"digest": made.digest, "bytes": made.size_bytes, "tensors": made.rows()})
+        static = [scale.name for scale in made.static_scales]
+        tensors = made.rows()
+        _print_json({"digest": made.digest, "bytes": made.size_bytes, "tensors": tensors, "static_scales": static})
         return
     from intaglio.terminal import print_plan
 

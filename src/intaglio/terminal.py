@@ -92,7 +92,8 @@ def print_plan(plan: Plan) -> None:
         table.add_row(tensor.name, shape, tensor.grid.name, f"{tensor.size_bytes:,}", tensor.rule.name)
     console.print(table)
     total = f"{plan.size_bytes:,} bytes ({size(plan.size_bytes)})"
-    console.print(f"{len(plan.tensors)} tensors, {total}, plan {plan.digest[:12]}", highlight=False)
+    static = f", {len(plan.static_scales)} static scales" if plan.static_scales else ""
+    console.print(f"{len(plan.tensors)} tensors, {total}{static}, plan {plan.digest[:12]}", highlight=False)
 
 
 def print_report(report: Report, out: Path) -> None:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from intaglio.errors import CorpusError, MismatchError
-from intaglio.export.gguf import check_exportable, export_gguf
+from intaglio.export.gguf import check_exportable, check_grids, export_gguf
 from intaglio.export.hf import export_hf
 from intaglio.measure.evaluate import Candidate, evaluate_many, greedy, transformers_runtime, transformers_source
 from intaglio.measure.llamacpp import LlamaCpp
@@ -128,6 +128,7 @@ def run(
     progress.stage("Loading the original")
     plan = make_plan(model_dir, recipe)
     check_run_dir(out, {"plan": plan.digest}, resume)
+    check_grids(plan)
     check_exportable(plan.model, model_dir)
     tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir)
     progress.stage("Reading text")

@@ -25,8 +25,10 @@ from tests.support import ggml
 from tests.support.samples import samples
 from tests.support.training import plain_fake_quantize
 
-BLOCK_GRIDS = [grid for grid in GRIDS.values() if isinstance(grid, BlockGrid)]
+BLOCK_GRIDS = [grid.for_width(64) for grid in GRIDS.values() if isinstance(grid, BlockGrid)]
 LEARNED = [Q4_0, Q4_0_FREE]
+ROWS = {name: grid_named(name).for_width(256) for name in ("int2", "int4", "int8")}
+SLICES = grid_named("int4").for_width(64)  # as in the table of per-layer embeddings
 SAMPLES = samples(rows=4)
 # grid, whether its scales are learned, whether its codes are frozen
 CASES = {
@@ -37,6 +39,12 @@ CASES = {
     "fixed q4_0": (Q4_0, False, False),
     "fixed q6_k": (grid_named("q6_k"), False, False),
     "fixed q8_0-free": (grid_named("q8_0-free"), False, False),
+    "channel int2": (ROWS["int2"], True, False),
+    "channel int4": (ROWS["int4"], True, False),
+    "channel int8": (ROWS["int8"], True, False),
+    "channel slices": (SLICES, True, False),
+    "frozen channel": (ROWS["int2"], True, True),
+    "fixed channel": (SLICES, False, False),
 }
 each_case = pytest.mark.parametrize("case", CASES)
 learned_grid = pytest.mark.parametrize("grid", LEARNED, ids=lambda grid: grid.name)
@@ -128,7 +136,7 @@ def test_gradients_where_a_block_has_ties(grid: BlockGrid) -> None:
     torch.testing.assert_close(made.scale_latent.grad, plain_z.grad)
 
 
-@pytest.mark.parametrize("case", ["canonical", "free", "fixed q6_k"])
+@pytest.mark.parametrize("case", ["canonical", "free", "fixed q6_k", "channel int2", "channel slices"])
 def test_an_empty_block_passes_gradients_so_that_it_can_fill(case: str) -> None:
     latent = torch.zeros(2, 256, requires_grad=True)
     made = in_case(case, latent)
@@ -140,7 +148,7 @@ def test_an_empty_block_passes_gradients_so_that_it_can_fill(case: str) -> None:
     assert made.scale_latent is None or torch.isfinite(made.scale_latent.grad).all()
 
 
-@pytest.mark.parametrize("case", ["canonical", "free", "fixed q6_k"])
+@pytest.mark.parametrize("case", ["canonical", "free", "fixed q6_k", "channel int2", "channel slices", "fixed channel"])
 def test_gathered_rows_are_rows_of_the_whole(case: str) -> None:
     latent = weights(rows=8).requires_grad_()
     made = in_case(case, latent)
@@ -275,7 +283,7 @@ def chunked_and_whole(case: str, monkeypatch: pytest.MonkeyPatch, blocks: int) -
     upstream = torch.randn(latent.shape, generator=torch.Generator().manual_seed(2))
     results = []
     for size in (blocks, 1 << 30):
-        monkeypatch.setattr(fakequant, "CHUNK_BLOCKS", size)
+        monkeypatch.setattr(fakequant, "CHUNK_ELEMENTS", size * made.grid.block_size)
         grad_latent, grad_z = made.gradients(upstream, latent)
         results.append([*made.compute(latent), grad_latent, torch.zeros(0) if grad_z is None else grad_z])
     return results

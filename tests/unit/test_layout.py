@@ -10,11 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from transformers.integrations import gemma_quant
 
 from intaglio.numerics.fit import fit_stock
-from intaglio.numerics.grid import Q4_0_FREE, Q6_K_FREE, Q8_0_FREE, BlockGrid, Quantized
+from intaglio.numerics.grid import INT2, INT4, INT8, Q4_0_FREE, Q6_K_FREE, Q8_0_FREE, BlockGrid, Quantized
 from intaglio.numerics.layout import CHUNK_ELEMENTS, from_blocks, row_chunks, to_blocks
-from intaglio.packed.model import pack_nibbles, unpack_nibbles
+from intaglio.packed.model import pack_codes, unpack_codes
 from tests.support import ggml
 
 GRIDS = (Q4_0_FREE, Q8_0_FREE, Q6_K_FREE)
@@ -83,11 +84,25 @@ def test_q4_0_by_hand() -> None:
     assert block.tolist() == [[0x00, 0xB8, *[j | j << 4 for j in range(16)]]]
 
 
-@given(codes=hnp.arrays(np.int8, (3, 8), elements=st.integers(-8, 7)))
-def test_nibbles_come_back(codes: np.ndarray) -> None:
-    packed = pack_nibbles(torch.from_numpy(codes), -8)
-    assert packed.shape == (3, 4)
-    assert torch.equal(unpack_nibbles(packed, -8), torch.from_numpy(codes))
+def by_transformers(packed: torch.Tensor, grid: BlockGrid, columns: int) -> torch.Tensor:
+    """How the official reader of the mobile format takes bytes apart."""
+    unpack = {2: gemma_quant._unpack_int2, 4: gemma_quant._unpack_int4}.get(grid.code_bits)
+    return packed if unpack is None else unpack(packed, columns)
+
+
+@pytest.mark.parametrize("grid", [INT2, INT4, INT8, Q4_0_FREE, Q6_K_FREE], ids=lambda grid: grid.name)
+@given(data=st.data())
+def test_packed_codes_come_back_here_and_in_transformers(grid: BlockGrid, data: st.DataObject) -> None:
+    codes = data.draw(hnp.arrays(np.int8, (3, 8), elements=st.integers(grid.code_min, grid.code_max)))
+    packed = pack_codes(torch.from_numpy(codes), grid)
+    assert packed.shape == (3, 8 * grid.code_bits // 8 if grid.code_bits in (2, 4) else 8)
+    assert torch.equal(unpack_codes(packed, grid), torch.from_numpy(codes))
+    assert torch.equal(by_transformers(packed, grid, 8), torch.from_numpy(codes))
+
+
+def test_two_bits_by_hand() -> None:
+    codes = torch.tensor([[-2, -1, 0, 1, 1, 0, -1, -2]], dtype=torch.int8)
+    assert pack_codes(codes, INT2).tolist() == [[0b11100100, 0b00011011]]
 
 
 @pytest.mark.parametrize("rows", [1, 4, 9])

@@ -11,8 +11,9 @@ from intaglio.errors import RecipeError
 from intaglio.numerics.grid import F16, Q4_0, Q4_0_FREE, Q8_0
 from intaglio.plan.family import ROLES
 from intaglio.plan.recipe import Recipe, Schedule, WeightRule, preset_names
+from intaglio.plan.static import Activations, KvCache
 
-PRESETS = ["q4_0", "q4_0-free", "q4_0-stock"]
+PRESETS = ["mobile", "mobile-absmax", "mobile-e2b", "mobile-e4b", "q4_0", "q4_0-free", "q4_0-stock"]
 RULE = '[weights.linear]\nroles = ["mlp"]\ngrid = "q4_0"\n'
 MINIMAL = f'name = "x"\n{RULE}'
 
@@ -32,7 +33,7 @@ def test_presets_come_back_from_toml(name: str) -> None:
 def test_what_differs_from_every_default_comes_back() -> None:
     rules = (
         WeightRule(name="b", grid=Q8_0, roles=("mlp", "attention"), match=r"layers\.\d+", trainable=False),
-        WeightRule(name="a", grid=F16, match='quoted "name"', optional=True),
+        WeightRule(name="a", grid=F16, match='quoted "name"', layers="3-17", optional=True),
     )
     schedule = Schedule(
         tokens=1, batch_size=2, micro_batch=3, sequence_length=4, lr=5e-5, scale_lr=6e-6, embedding_lr=0.7, warmup=0.8,
@@ -40,7 +41,10 @@ def test_what_differs_from_every_default_comes_back() -> None:
     )  # fmt: skip
     recipe = Recipe(name="ünï", summary='a "b"\nc', fit="stock", rules=rules[1:], schedule=schedule)
     assert Recipe.from_toml(recipe.to_toml()) == recipe
-    recipe = Recipe(name="x", rules=rules, schedule=schedule)
+    recipe = Recipe(
+        name="x", rules=rules, schedule=schedule, families=("gemma4_text",), kv_cache=KvCache(),
+        activations=Activations(roles=("mlp",), dropout=0.25),
+    )  # fmt: skip
     assert [rule.name for rule in Recipe.from_toml(recipe.to_toml()).rules] == ["b", "a"]
     assert Recipe.from_toml(recipe.to_toml()) == recipe
 
@@ -97,8 +101,8 @@ def test_the_last_override_wins() -> None:
         ("schedule.lr", r"--set 'schedule\.lr': expected key=value"),
         ("name.first=x", r"--set 'name\.first=x': 'name' of q4_0 is a value"),
         ("schedule.speed=3", "unknown key 'speed': expected one of batch_size"),
-        ("scedule.lr=3", "unknown key 'scedule': expected one of fit, name"),
-        ("weights.linear.grid=q5_0", r"\[weights\.linear\].*'q5_0': expected one of f16, f32, q4_0"),
+        ("scedule.lr=3", "unknown key 'scedule': expected one of activations, families, fit"),
+        ("weights.linear.grid=q5_0", r"\[weights\.linear\].*'q5_0': expected one of bf16, f16, f32, int2"),
         ("=3", "unknown key ''"),
     ],
 )
@@ -120,15 +124,15 @@ MALFORMED = {
     "no name": (RULE, "name = None: expected str"),
     "a name that is a number": (f"name = 3\n{RULE}", "name = 3: expected str"),
     "a summary that is a number": (f'name = "x"\nsummary = 3\n{RULE}', "summary = 3: expected str"),
-    "unknown key": (f'name = "x"\nversion = 3\n{RULE}', "unknown key 'version': expected one of fit, name, schedule"),
-    "unknown fit": (f'name = "x"\nfit = "best"\n{RULE}', "fit = 'best': expected one of mse, stock"),
-    "a fit that is a list": (f'name = "x"\nfit = ["mse"]\n{RULE}', r"fit = \['mse'\]: expected one of mse, stock"),
+    "unknown key": (f'name = "x"\nversion = 3\n{RULE}', "unknown key 'version': expected one of activations, families"),
+    "unknown fit": (f'name = "x"\nfit = "best"\n{RULE}', "fit = 'best': expected one of mse, absmax, stock"),
+    "a fit that is a list": (f'name = "x"\nfit = ["mse"]\n{RULE}', r"fit = \['mse'\]: expected one of mse, absmax"),
     "no rules": ('name = "x"', r"no \[weights\.NAME\] rules"),
     "rules that are no table": ('name = "x"\nweights = 3', r"no \[weights\.NAME\] rules"),
     "a rule that is no table": ('name = "x"\n[weights]\nlinear = 3', r"\[weights\.linear\]: expected a table, got 3"),
-    "unknown key in a rule": (rule(bits="4"), r"\[weights\.linear\]: unknown key 'bits': expected one of grid, match"),
+    "unknown key in a rule": (rule(bits="4"), r"\[weights\.linear\]: unknown key 'bits': expected one of grid, layers"),
     "no grid": (rule(grid=""), r"\[weights\.linear\]: grid = None: expected str"),
-    "unknown grid": (rule(grid='"q5"'), r"\[weights\.linear\].*'q5': expected one of f16"),
+    "unknown grid": (rule(grid='"q5"'), r"\[weights\.linear\].*'q5': expected one of bf16"),
     "neither roles nor match": (rule(roles=""), r"\[weights\.linear\]: neither roles nor match"),
     "roles that are a string": (rule(roles='"mlp"'), r"\[weights\.linear\]: roles = 'mlp': expected a list of"),
     "roles that are a number": (rule(roles="3"), r"\[weights\.linear\]: roles = 3: expected a list of"),
@@ -139,6 +143,28 @@ MALFORMED = {
     "trainable that is a string": (rule(trainable='"no"'), r"\[weights\.linear\]: trainable = 'no': expected bool"),
     "optional that is a number": (rule(optional="1"), r"\[weights\.linear\]: optional = 1: expected bool"),
     "stock scales on a portable grid": (f'name = "x"\nfit = "stock"\n{RULE}', "grid q4_0 of .*use the -free grids"),
+    "stock scales on a channel grid": (
+        'name = "x"\nfit = "stock"\n' + RULE.replace("q4_0", "int4"), "grid int4 of .*use the -free grids"
+    ),
+    "scales by absmax of a GGUF grid": (
+        f'name = "x"\nfit = "absmax"\n{RULE}', "grid q4_0 of .*does not hold: use int2, int4 and int8"
+    ),
+    "families that are a string": (f'name = "x"\nfamilies = "gemma4"\n{RULE}', "families = 'gemma4': expected a list"),
+    "an unknown family": (f'name = "x"\nfamilies = ["gemma4"]\n{RULE}', "families = .*: expected a list of gemma3"),
+    "layers that are a number": (rule(layers="3"), r"\[weights\.linear\]: layers = 3: expected 'early' or 'late'"),
+    "layers that are unknown": (rule(layers='"first"'), "layers = 'first': expected 'early' or 'late'.* '0-14'"),
+    "layers in the wrong order": (rule(layers='"9-3"'), "layers = '9-3': expected"),
+    "activations that are no table": (f"activations = 8\n{MINIMAL}", r"\[activations\]: expected a table, got 8"),
+    "unknown key of activations": (f"{MINIMAL}[activations]\nbit = 8\n", "unknown key 'bit': expected one of bits"),
+    "activations of four bits": (f"{MINIMAL}[activations]\nbits = 4\n", "bits = 4: expected 8"),
+    "bits that are a float": (f"{MINIMAL}[activations]\nbits = 8.0\n", "bits = 8.0: expected 8"),
+    "bits that are true": (f"{MINIMAL}[kv_cache]\nbits = true\n", "bits = True: expected 8"),
+    "activations of norms": (f'{MINIMAL}[activations]\nroles = ["norm"]\n', r"roles = \['norm'\]: expected a list"),
+    "activations of nothing": (f"{MINIMAL}[activations]\nroles = []\n", r"roles = \[\]: expected a list of attention"),
+    "more dropout than steps": (f"{MINIMAL}[activations]\ndropout = 1.5\n", r"dropout = 1.5: expected a share"),
+    "dropout that is no number": (f"{MINIMAL}[activations]\ndropout = nan\n", r"dropout = nan: expected a share"),
+    "a cache that is no table": (f"kv_cache = 8\n{MINIMAL}", r"\[kv_cache\]: expected a table, got 8"),
+    "unknown key of the cache": (f"{MINIMAL}[kv_cache]\nroles = []\n", "unknown key 'roles': expected one of bits"),
     "a schedule that is no table": (f'name = "x"\nschedule = 3\n{RULE}', r"\[schedule\]: expected a table, got 3"),
 }  # fmt: skip
 
@@ -181,7 +207,7 @@ def test_malformed_schedules_are_named(line: str) -> None:
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no recipe 'q4': expected a TOML file or one of q4_0, q4_0-free"):
+    with pytest.raises(RecipeError, match="no recipe 'q4': expected a TOML file or one of mobile, mobile-absmax"):
         Recipe.load("q4")
     with pytest.raises(RecipeError, match="no recipe"):
         Recipe.load(tmp_path)
@@ -198,10 +224,33 @@ def test_every_message_of_this_file_says_what_is_expected() -> None:
     for text, _ in MALFORMED.values():
         with pytest.raises(RecipeError) as caught:
             Recipe.from_toml(text, source="mine.toml")
-        assert re.search(r"expected|use the|not valid TOML|not a regular expression", str(caught.value))
+        assert re.search(r"expected|does not hold: use|not valid TOML|not a regular expression", str(caught.value))
 
 
 def test_presets_name_every_role_but_the_head() -> None:
     for name in PRESETS:
-        named = {role for rule in Recipe.load(name).rules for role in rule.roles}
+        recipe = Recipe.load(name)
+        named = {role for rule in recipe.rules for role in rule.roles}
         assert {role for _, role in ROLES} - named <= {"head"}
+
+
+def test_layers_tell_rules_apart() -> None:
+    recipe = Recipe.load("mobile")
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 14, 15, 34)]
+    assert [recipe.rule_for(name, "mlp", 15).name for name in names] == ["mlp_early"] * 2 + ["mlp_late"] * 2
+    span = Recipe.from_toml(MINIMAL + 'layers = "3-4"\n')
+    assert [bool(span.rule_for(f"model.layers.{i}.mlp.up_proj.weight", "mlp")) for i in range(1, 7)] == [
+        False, False, True, True, False, False,
+    ]  # fmt: skip
+    assert span.rule_for("model.norm.weight", "mlp") is None
+
+
+def test_the_reference_of_the_mobile_recipe_differs_in_its_fit_only() -> None:
+    mobile, reference = Recipe.load("mobile").to_dict(), Recipe.load("mobile-absmax").to_dict()
+    assert {key for key in mobile if mobile[key] != reference[key]} == {"name", "summary", "fit"}
+
+
+def test_recipes_for_gguf_say_nothing_of_activations() -> None:
+    """So that their plans keep the digests that they had before recipes could."""
+    for name in (name for name in PRESETS if name.startswith("q4_0")):
+        assert set(Recipe.load(name).to_dict()) == {"name", "summary", "fit", "weights", "schedule"}

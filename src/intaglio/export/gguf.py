@@ -22,7 +22,7 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFType, GGUFWriter,
 from gguf.constants import RopeScalingType
 from torch import Tensor
 
-from intaglio.errors import ConfigError
+from intaglio.errors import ConfigError, RecipeError
 from intaglio.export.gguf_tokenizer import add_tokenizer
 from intaglio.numerics.grid import Quantized
 from intaglio.numerics.layout import row_chunks, to_blocks
@@ -56,10 +56,12 @@ def export_gguf(
     """Write `path`, a GGUF file that llama.cpp loads without any other file.
 
     on_progress is called after each tensor with the bytes of tensor data written and to be written.
-    Raises ConfigError for a folder without a tokenizer that llama.cpp can run and for a model that
-    llama.cpp would compute differently; OutputError if the file cannot be written.
+    Raises RecipeError for grids that GGUF does not have, ConfigError for a folder without a tokenizer
+    that llama.cpp can run and for a model that llama.cpp would compute differently; OutputError if the
+    file cannot be written.
     """
     spec = packed.plan.model
+    check_grids(packed.plan)
     check_supported(spec)
     with new_path(Path(path), replace=replace) as temporary:
         writer = GGUFWriter(temporary, spec.family.gguf_architecture)
@@ -84,6 +86,16 @@ def check_exportable(spec: ModelSpec, folder: str | Path) -> None:
     check_supported(spec)
     architecture = spec.family.gguf_architecture
     add_tokenizer(GGUFWriter(None, architecture), Path(folder), architecture, spec.config["vocab_size"])
+
+
+def check_grids(plan: Plan) -> None:
+    """Raise RecipeError for a plan with grids that GGUF has no type for."""
+    for tensor in plan:
+        if tensor.grid.ggml_type is None:
+            raise RecipeError(
+                f"{tensor.name}: recipe {plan.recipe.name} puts it on grid {tensor.grid.name}, which GGUF does not "
+                "have: export to another format, or choose a recipe for GGUF, for example q4_0"
+            )
 
 
 def check_supported(spec: ModelSpec) -> None:
@@ -138,11 +150,11 @@ def _announce_tensors(writer: GGUFWriter, plan: Plan) -> None:
 
 def _ggml_type(tensor: PlannedTensor) -> GGMLQuantizationType:
     # llama.cpp multiplies float32 activations by norm gains and layer scalars, and wants them in float32
-    return GGMLQuantizationType[tensor.grid.ggml_type if len(tensor.spec.shape) > 1 else "F32"]
+    return GGMLQuantizationType[str(tensor.grid.ggml_type) if len(tensor.spec.shape) > 1 else "F32"]
 
 
 def _add_general(writer: GGUFWriter, packed: PackedModel) -> None:
-    matrices = Counter(tensor.grid.ggml_type for tensor in packed.plan if len(tensor.spec.shape) > 1)
+    matrices = Counter(str(tensor.grid.ggml_type) for tensor in packed.plan if len(tensor.spec.shape) > 1)
     writer.add_type(GGUFType.MODEL)
     writer.add_name(str(packed.provenance.get("name") or packed.path.resolve().name))
     writer.add_size_label(size_label(*writer.get_total_parameter_count()))

@@ -1,4 +1,4 @@
-"""First scales for a tensor: llama.cpp's own rules, and a search for the least squared error.
+"""First scales for a tensor: each format's own rules, and a search for the least squared error.
 
 Shape suffixes as in `grid`: R rows, C columns, S steps in a row, K columns under one step.
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import WeightError
+from intaglio.numerics.fit_channel import absmax_steps, search_steps
 from intaglio.numerics.grid import (
     HALF_LARGEST,
     BlockGrid,
@@ -56,8 +57,18 @@ def fit_stock(values_RC: Tensor, grid: BlockGrid) -> Quantized:
 
     Source of the rules: ggml-quants.c, quantize_row_{q4_0,q8_0,q6_K}_ref.
     """
-    rule = {"Q4_0": _stock_q4_0, "Q8_0": _stock_q8_0, "Q6_K": _stock_q6_k}[grid.ggml_type]
+    rule = {"Q4_0": _stock_q4_0, "Q8_0": _stock_q8_0, "Q6_K": _stock_q6_k}[str(grid.ggml_type)]
     parts = [rule(chunk.float(), grid) for chunk in _row_chunks(values_RC)]
+    return _concatenate(parts)
+
+
+def fit_absmax(values_RC: Tensor, grid: BlockGrid) -> Quantized:
+    """Channel grids: the largest magnitude of each block on code_max, as quantizers do without data."""
+    parts = []
+    for chunk in _row_chunks(values_RC):
+        values = chunk.float()
+        step = absmax_steps(values, grid)
+        parts.append(from_steps(grid, grid.encode(values, step), step))
     return _concatenate(parts)
 
 
@@ -69,7 +80,8 @@ def fit_mse(values_RC: Tensor, grid: BlockGrid, importance_C: Tensor | None = No
     parts = []
     for chunk in _row_chunks(values_RC):
         values = chunk.float()
-        step = _search_steps(values, grid, importance_C)
+        search = search_steps if grid.positive else _search_steps
+        step = search(values, grid, importance_C)
         if grid.super_block is not None:
             step = _join_super_blocks(step, grid)
         parts.append(from_steps(grid, grid.encode(values, step), _signed_zero(step)))

@@ -12,11 +12,15 @@ of a narrower type. Both are frozen, and both obey, bit for bit:
 Where "portable" stands, a step keeps so few significant bits that `code x step` fits the 8
 significant bits of bfloat16. One set of codes and steps is then exact in GGUF and in a plain
 bfloat16 checkpoint.
+
+A channel grid is a BlockGrid of the Gemma mobile format: its block is a whole row, or a slice of one
+in the table of per-layer embeddings, and its steps are positive float32 numbers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +34,10 @@ HALF_LARGEST = 65504.0
 # Adding and subtracting this float32 rounds a value below 2^-14 to a multiple of 2^-24, which is
 # the spacing of float16 subnormals: float32 numbers in [0.5, 1) lie 2^-24 apart.
 HALF_SUBNORMAL_MAGIC = 0.75
+FLOAT_SIGNIFICANT_BITS = 24
+FLOAT_SMALLEST = 2.0**-126  # the smallest normal float32: runtimes may flush what is below to zero
+CHANNEL_STEP_LARGEST = 2.0**120  # times any code of eight bits it is still finite
+WHOLE_ROW = 0  # as a block size: whatever the width of a row, or of its slices, turns out to be
 
 
 def round_significant(x: Tensor, bits: int) -> Tensor:
@@ -64,26 +72,43 @@ class BlockGrid:
     """`value = code x step`, one step for `block_size` neighbouring columns of a row.
 
     name: as recipes write it.
-    ggml_type: the GGUF tensor type whose bytes hold this grid.
+    ggml_type: the GGUF tensor type whose bytes hold this grid; None if there is none.
     code_min, code_max: inclusive range of the integers.
-    block_size: columns that share a step.
-    step_bits: significant bits of a step; with 11 any float16 is allowed.
+    block_size: columns that share a step; WHOLE_ROW in a preset, until `for_width` settles it.
+    step_bits: significant bits of a step; with 11 any float16 is allowed, with 24 any float32.
+    scale_dtype: of the stored scales: float16, int8 (Q6_K) or float32.
     super_block: Q6_K only: columns that share a float16 multiplier. There a step is
         `super_scale x scale`, with an int8 `scale` for each block.
     canonical: the element of largest magnitude has code `code_min`. llama.cpp's quantizer derives
         its scale from just that element, so it finds the same codes and scales again.
-    bytes_per_block: size in the file of `super_block or block_size` columns.
+    positive: steps are normal positive numbers. Elsewhere they may be negative, or zero.
     """
 
     name: str
-    ggml_type: str
+    ggml_type: str | None
     code_min: int
     code_max: int
     block_size: int
     step_bits: int
-    bytes_per_block: int
+    scale_dtype: torch.dtype = torch.float16
     super_block: int | None = None
     canonical: bool = False
+    positive: bool = False
+
+    def for_width(self, columns: int) -> BlockGrid:
+        """This grid with one step for `columns` columns, if it left open for how many."""
+        return _for_width(self, columns) if self.block_size == WHOLE_ROW else self
+
+    @property
+    def code_bits(self) -> int:
+        return (self.code_max - self.code_min).bit_length()
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Size in the file of `super_block or block_size` columns, scales included."""
+        scales = self.column_multiple // self.block_size * self.scale_dtype.itemsize
+        multiplier = 0 if self.super_block is None else 2
+        return self.column_multiple * self.code_bits // 8 + scales + multiplier
 
     @property
     def portable(self) -> bool:
@@ -93,7 +118,8 @@ class BlockGrid:
 
     @property
     def column_multiple(self) -> int:
-        return self.super_block or self.block_size
+        """Rows are as wide as a multiple of this: of blocks, or where their size is open, of bytes."""
+        return self.super_block or self.block_size or 8 // self.code_bits
 
     def size_bytes(self, shape: tuple[int, ...]) -> int:
         elements = torch.Size(shape).numel()
@@ -107,8 +133,11 @@ class BlockGrid:
         """Nearest allowed step, float32. Q6_K steps are rounded by their fit, two levels at once.
 
         A canonical step below 2^-20 becomes zero: with fewer than five bits left above float16's
-        smallest subnormal, the extremum could miss `code_min`.
+        smallest subnormal, the extremum could miss `code_min`. A positive step is any float32
+        number that is normal and stays finite times a code.
         """
+        if self.positive:
+            return step.clamp(FLOAT_SMALLEST, CHANNEL_STEP_LARGEST)
         subnormal_below = HALF_SMALLEST * 2.0 ** (self.step_bits - 1)
         if _cheaply_known_at_least(subnormal_below, step):
             return round_significant(step, self.step_bits)
@@ -128,9 +157,23 @@ class BlockGrid:
         codes = (self.blocks(values_RC).float() / divisor).round().clamp(self.code_min, self.code_max)
         return torch.where(step == 0, torch.zeros_like(codes), codes).flatten(-2)
 
-    def decode(self, codes_RC: Tensor, step_RS: Tensor) -> Tensor:
-        """float32 [R, C]: one multiplication, as in ggml's dequantize_row functions."""
-        return (self.blocks(codes_RC).float() * step_RS.float().unsqueeze(-1)).flatten(-2)
+    def decode(self, codes_RC: Tensor, step_RS: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values [R, C] in `dtype`, as the runtime computes them: see `product`."""
+        return self.product(self.blocks(codes_RC), step_RS, dtype).flatten(-2)
+
+    def product(self, codes_SK: Tensor, step_S: Tensor, dtype: torch.dtype) -> Tensor:
+        """code x step, [..., S, K] in `dtype`: one multiplication.
+
+        In float32, as in ggml's dequantize_row functions, and rounded after. Of channel grids, in
+        `dtype` itself, as in transformers' QuantizedLinear: there the step is rounded first.
+        """
+        computed = dtype if self.positive else torch.float32
+        return (codes_SK.to(computed) * step_S.to(computed).unsqueeze(-1)).to(dtype)
+
+    def codes_of(self, decoded_RC: Tensor, step_RS: Tensor) -> Tensor:
+        """The codes, int8 [R, C], that `decode` gave these values in their dtype."""
+        step = step_RS.to(decoded_RC.dtype) if self.positive else step_RS
+        return self.encode(decoded_RC, step.float())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +181,11 @@ class FloatGrid:
     """Values kept as floats, rounded to what every target stores.
 
     A norm is float32 in GGUF and bfloat16 in the checkpoint, so it is rounded to bfloat16; an F16
-    tensor is rounded to values that float16 and bfloat16 share.
+    tensor is rounded to values that float16 and bfloat16 share. ggml_type None: not for GGUF.
     """
 
     name: str
-    ggml_type: str
+    ggml_type: str | None
     bytes_per_value: int
 
     @property
@@ -159,30 +202,15 @@ class FloatGrid:
     def round(self, values: Tensor) -> Tensor:
         """float32, same shape, on the grid."""
         rounded = round_significant(values.float(), BFLOAT16_SIGNIFICANT_BITS)
-        return rounded if self.ggml_type == "F32" else round_half(rounded)
+        return round_half(rounded) if self.ggml_type == "F16" else rounded
 
 
 Grid = BlockGrid | FloatGrid
 
-Q4_0 = BlockGrid(
-    name="q4_0",
-    ggml_type="Q4_0",
-    code_min=-8,
-    code_max=7,
-    block_size=32,
-    step_bits=5,
-    bytes_per_block=18,
-    canonical=True,
-)
-Q4_0_FREE = BlockGrid(
-    name="q4_0-free", ggml_type="Q4_0", code_min=-8, code_max=7, block_size=32, step_bits=11, bytes_per_block=18
-)
-Q8_0 = BlockGrid(
-    name="q8_0", ggml_type="Q8_0", code_min=-127, code_max=127, block_size=32, step_bits=1, bytes_per_block=34
-)
-Q8_0_FREE = BlockGrid(
-    name="q8_0-free", ggml_type="Q8_0", code_min=-127, code_max=127, block_size=32, step_bits=11, bytes_per_block=34
-)
+Q4_0 = BlockGrid(name="q4_0", ggml_type="Q4_0", code_min=-8, code_max=7, block_size=32, step_bits=5, canonical=True)
+Q4_0_FREE = BlockGrid(name="q4_0-free", ggml_type="Q4_0", code_min=-8, code_max=7, block_size=32, step_bits=11)
+Q8_0 = BlockGrid(name="q8_0", ggml_type="Q8_0", code_min=-127, code_max=127, block_size=32, step_bits=1)
+Q8_0_FREE = replace(Q8_0, name="q8_0-free", step_bits=11)
 Q6_K = BlockGrid(
     name="q6_k",
     ggml_type="Q6_K",
@@ -190,23 +218,40 @@ Q6_K = BlockGrid(
     code_max=31,
     block_size=16,
     step_bits=3,
+    scale_dtype=torch.int8,
     super_block=256,
-    bytes_per_block=210,
 )
-Q6_K_FREE = BlockGrid(
-    name="q6_k-free",
-    ggml_type="Q6_K",
-    code_min=-32,
-    code_max=31,
-    block_size=16,
-    step_bits=18,
-    super_block=256,
-    bytes_per_block=210,
+Q6_K_FREE = replace(Q6_K, name="q6_k-free", step_bits=18)
+# The ranges of the Gemma mobile format; its reader is transformers' integrations/gemma_quant.py.
+INT2 = BlockGrid(
+    name="int2",
+    ggml_type=None,
+    code_min=-2,
+    code_max=1,
+    block_size=WHOLE_ROW,
+    step_bits=FLOAT_SIGNIFICANT_BITS,
+    scale_dtype=torch.float32,
+    positive=True,
 )
+INT4 = replace(INT2, name="int4", code_min=-8, code_max=7)
+INT8 = replace(INT2, name="int8", code_min=-127, code_max=127)
 F16 = FloatGrid(name="f16", ggml_type="F16", bytes_per_value=2)
 F32 = FloatGrid(name="f32", ggml_type="F32", bytes_per_value=4)
+BF16 = FloatGrid(name="bf16", ggml_type=None, bytes_per_value=2)
 
-GRIDS: dict[str, Grid] = {g.name: g for g in (Q4_0, Q4_0_FREE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE, F16, F32)}
+GRIDS: dict[str, Grid] = {
+    g.name: g for g in (Q4_0, Q4_0_FREE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE, INT2, INT4, INT8, F16, F32, BF16)
+}
+
+
+@functools.cache
+def _for_width(grid: BlockGrid, columns: int) -> BlockGrid:
+    return replace(grid, block_size=columns)
+
+
+def is_normal_positive(scales: Tensor) -> Tensor:
+    """Which float32 scales a runtime can divide by: neither zero, subnormal, negative, infinite nor NaN."""
+    return (scales >= FLOAT_SMALLEST) & torch.isfinite(scales)
 
 
 def grid_named(name: str) -> Grid:
@@ -221,7 +266,7 @@ class Quantized:
     """One tensor on a BlockGrid.
 
     codes: int8 [R, C].
-    scale: float16 [R, S]; int8 [R, S] for Q6_K.
+    scale: [R, S] in the grid's scale_dtype: float16, int8 for Q6_K, float32 for channel grids.
     super_scale: None; float16 [R, C / 256] for Q6_K.
     """
 
@@ -238,19 +283,32 @@ class Quantized:
         per_super = self.grid.super_block // self.grid.block_size  # type: ignore[operator]
         return self.super_scale.float().repeat_interleave(per_super, dim=-1) * self.scale.float()
 
-    def decode(self) -> Tensor:
-        """float32 [R, C]."""
-        return self.grid.decode(self.codes, self.step)
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[R, C] in `dtype`, as the runtime computes it."""
+        return self.grid.decode(self.codes, self.step, dtype)
+
+
+def check_steps(quantized: Quantized) -> None:
+    """Raise WeightError if the grid wants normal positive steps and has another one."""
+    bad = ~is_normal_positive(quantized.step) if quantized.grid.positive else None
+    if bad is None or not bool(bad.any()):
+        return
+    row, block = (int(i) for i in bad.nonzero()[0])
+    raise WeightError(
+        f"{int(bad.sum())} of {bad.numel()} scales of grid {quantized.grid.name} are zero, subnormal, negative or "
+        f"not finite, the first is {float(quantized.step[row, block])!r} at row {row}, block {block}: "
+        "expected normal positive float32 numbers; look for weights or gradients that are not finite"
+    )
 
 
 def from_steps(grid: BlockGrid, codes_RC: Tensor, step_RS: Tensor) -> Quantized:
     """Store codes and float32 steps in the file's scale types; exact, or WeightError."""
     if grid.super_block is None:
-        scale = step_RS.to(torch.float16)
-        quantized = Quantized(grid, codes_RC, scale)
+        quantized = Quantized(grid, codes_RC, step_RS.to(grid.scale_dtype))
     else:
         scale, super_scale = split_super_scale(grid, step_RS)
         quantized = Quantized(grid, codes_RC, scale, super_scale)
+    check_steps(quantized)
     if not torch.equal(quantized.step, step_RS):
         bad = (quantized.step != step_RS).sum().item()
         raise WeightError(

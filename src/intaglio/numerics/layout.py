@@ -28,14 +28,14 @@ def row_chunks(quantized: Quantized) -> Iterator[tuple[slice, Quantized]]:
 
 def to_blocks(quantized: Quantized) -> np.ndarray:
     """uint8 [R, bytes of a row], as ggml stores the tensor."""
-    pack = {"Q4_0": _pack_q4_0, "Q8_0": _pack_q8_0, "Q6_K": _pack_q6_k}[quantized.grid.ggml_type]
+    pack = {"Q4_0": _pack_q4_0, "Q8_0": _pack_q8_0, "Q6_K": _pack_q6_k}[str(quantized.grid.ggml_type)]
     blocks = pack(quantized)
     return blocks.reshape(quantized.codes.shape[0], -1)
 
 
 def from_blocks(grid: BlockGrid, data: np.ndarray) -> Quantized:
     """Read uint8 [R, bytes of a row] back into codes and scales."""
-    unpack = {"Q4_0": _unpack_q4_0, "Q8_0": _unpack_q8_0, "Q6_K": _unpack_q6_k}[grid.ggml_type]
+    unpack = {"Q4_0": _unpack_q4_0, "Q8_0": _unpack_q8_0, "Q6_K": _unpack_q6_k}[str(grid.ggml_type)]
     return unpack(grid, data.reshape(data.shape[0], -1, grid.bytes_per_block))
 
 

@@ -3,12 +3,13 @@
 This is what training hands over and every exporter takes. A folder with
 
     packed.safetensors    NAME.codes, NAME.scale (and NAME.super_scale) of each tensor on a
-                          BlockGrid; NAME itself, bfloat16, of each on a FloatGrid
+                          BlockGrid; NAME itself, bfloat16, of each on a FloatGrid; each static
+                          scale of activations and KV cache, a float32 scalar
     config.json, tokenizer and generation files of the source model
 
 The recipe, the text model's config and the provenance stand in the safetensors metadata, so the
-plan can be made again and compared by digest. Codes of four bits lie two in a byte, the first in
-the low half, as code - code_min. Tensors are read and written one at a time.
+plan can be made again and compared by digest. Codes of four or two bits lie two or four in a byte,
+the first in the lowest bits, as code - code_min. Tensors are read and written one at a time.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intaglio.errors import ConfigError, InputError
-from intaglio.numerics.grid import BlockGrid, Quantized
+from intaglio.errors import ConfigError, InputError, WeightError
+from intaglio.numerics.grid import BlockGrid, Quantized, check_steps, is_normal_positive
 from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsWriter, new_path, open_safetensors
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
@@ -55,39 +56,62 @@ def copy_assets(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def pack_nibbles(codes: Tensor, code_min: int) -> Tensor:
-    """int8 [R, C] of at most 16 values to uint8 [R, C / 2]."""
-    unsigned = (codes - code_min).to(torch.uint8)
-    return unsigned[:, ::2] | (unsigned[:, 1::2] << 4)
+def pack_codes(codes: Tensor, grid: BlockGrid) -> Tensor:
+    """int8 [R, C] as stored: uint8 [R, C x bits / 8] where several fit in a byte, else the codes themselves."""
+    bits = grid.code_bits
+    if bits not in (2, 4):
+        return codes
+    unsigned = (codes - grid.code_min).to(torch.uint8)
+    packed = unsigned[:, :: 8 // bits].clone()
+    for i in range(1, 8 // bits):
+        packed |= unsigned[:, i :: 8 // bits] << (bits * i)
+    return packed
 
 
-def unpack_nibbles(packed: Tensor, code_min: int) -> Tensor:
-    """uint8 [R, C / 2] back to int8 [R, C]."""
-    pairs = packed.numpy().astype("<u2")  # both nibbles of a byte end up in a byte of their own
-    pairs |= pairs << 4
-    pairs &= 0x0F0F
-    codes = pairs.view(np.int8)
-    codes += code_min
+# How a byte, widened to as many bytes as it has codes, moves each code into a byte of its own: shifts
+# to the left, each followed by "or", and the mask of what remains. The first byte is the lowest.
+_SPREAD: dict[int, tuple[str, tuple[int, ...], int]] = {4: ("<u2", (4,), 0x0F0F), 2: ("<u4", (12, 6), 0x03030303)}
+
+
+def unpack_codes(packed: Tensor, grid: BlockGrid) -> Tensor:
+    """What `pack_codes` stored, back to int8 [R, C]."""
+    if grid.code_bits not in _SPREAD:
+        return packed
+    wide, shifts, mask = _SPREAD[grid.code_bits]
+    spread = packed.numpy().astype(wide)
+    for shift in shifts:
+        spread |= spread << shift
+    spread &= mask
+    codes = spread.view(np.int8)
+    codes += grid.code_min
     return torch.from_numpy(codes)
 
 
-def fits_nibble(grid: BlockGrid) -> bool:
-    """Whether the codes of a grid take four bits."""
-    return grid.code_max - grid.code_min < 16
+def check_static(name: str, value: float) -> None:
+    """Raise WeightError for a static scale that is neither 0, off, nor a normal positive float32."""
+    if value != 0 and not bool(is_normal_positive(torch.tensor(value, dtype=torch.float32))):
+        raise WeightError(
+            f"{name} = {value!r}: expected 0, which is off, or a normal positive float32 number: "
+            "calibrate it again, or set it to 0"
+        )
 
 
-def _parts(tensor: PlannedTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Names, dtypes and shapes under which a planned tensor is stored."""
+def _parts(plan: Plan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and shapes under which a plan's tensors and static scales are stored."""
+    parts = {part: spec for tensor in plan for part, spec in _parts_of(tensor).items()}
+    return parts | {scale.name: (torch.float32, ()) for scale in plan.static_scales}
+
+
+def _parts_of(tensor: PlannedTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     grid, shape = tensor.grid, tensor.spec.shape
     if not isinstance(grid, BlockGrid):
         return {tensor.name: (torch.bfloat16, shape)}
     rows, columns = shape
-    nibbles = fits_nibble(grid)
-    codes = (torch.uint8, (rows, columns // 2)) if nibbles else (torch.int8, (rows, columns))
-    scale_dtype = torch.float16 if grid.super_block is None else torch.int8
+    packed = grid.code_bits in _SPREAD
+    codes = (torch.uint8, (rows, columns * grid.code_bits // 8)) if packed else (torch.int8, (rows, columns))
     parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         f"{tensor.name}.codes": codes,
-        f"{tensor.name}.scale": (scale_dtype, (rows, columns // grid.block_size)),
+        f"{tensor.name}.scale": (grid.scale_dtype, (rows, columns // grid.block_size)),
     }
     if grid.super_block is not None:
         parts[f"{tensor.name}.super_scale"] = (torch.float16, (rows, columns // grid.super_block))
@@ -107,8 +131,7 @@ class PackedWriter:
         if isinstance(value, Quantized):
             if value.grid != grid:
                 raise ValueError(f"{name}: on grid {value.grid.name}, planned {grid.name}")
-            codes = pack_nibbles(value.codes, value.grid.code_min) if fits_nibble(value.grid) else value.codes
-            self.writer.write(f"{name}.codes", codes)
+            self.writer.write(f"{name}.codes", pack_codes(value.codes, value.grid))
             self.writer.write(f"{name}.scale", value.scale)
             if value.super_scale is not None:
                 self.writer.write(f"{name}.super_scale", value.super_scale)
@@ -118,13 +141,29 @@ class PackedWriter:
             raise ValueError(f"{name}: float values that are not on grid {grid.name}")
         self.writer.write(name, stored)
 
+    def add_static(self, name: str, value: float) -> None:
+        """Store a static scale, and with it all that share it. WeightError for one that no runtime could use.
+
+        name: of the owner, `StaticScale.owner`; 0 leaves what it scales as floats.
+        """
+        check_static(name, value)
+        sharing = [scale for scale in self.plan.static_scales if scale.owner == name]
+        if not sharing:
+            raise ValueError(f"{name}: no static scale of this plan, or one that is another's")
+        for scale in sharing:
+            self.writer.write(scale.name, torch.tensor(value, dtype=torch.float32))
+
+    def leave_static_off(self) -> None:
+        """Store 0 for every static scale: nothing was calibrated."""
+        for scale in self.plan.static_scales:
+            self.writer.write(scale.name, torch.zeros(()))
+
 
 @contextmanager
 def write_packed(
     path: Path, plan: Plan, *, assets: Path, provenance: dict[str, Any], replace: bool = False
 ) -> Iterator[PackedWriter]:
     """Create a PackedModel folder; it appears under `path` only when every tensor was added."""
-    specs = {part: spec for tensor in plan for part, spec in _parts(tensor).items()}
     metadata = {
         "format": FORMAT,
         "recipe": plan.recipe.to_toml(),
@@ -137,7 +176,7 @@ def write_packed(
         copy_assets(assets, temporary)
         config = json.dumps(plan.model.config, indent=2) + "\n"
         (temporary / "config.json").write_text(config, "utf-8")
-        with SafetensorsWriter(temporary / FILE_NAME, specs, metadata) as writer:
+        with SafetensorsWriter(temporary / FILE_NAME, _parts(plan), metadata) as writer:
             yield PackedWriter(plan, writer)
 
 
@@ -173,8 +212,12 @@ class PackedModel:
         except (KeyError, ValueError, RecursionError) as error:
             raise ConfigError(f"{file_path}: damaged metadata: {error}") from error
         plan = make_plan(config, recipe)
-        parts = {part: spec for tensor in plan for part, spec in _parts(tensor).items()}
-        expected = {part: (SAFETENSORS_DTYPES[dtype], shape) for part, (dtype, shape) in parts.items()}
+        if metadata.get("plan") != plan.digest:
+            raise ConfigError(
+                f"{file_path}: was packed by plan {str(metadata.get('plan'))[:12]}, but its recipe and config make "
+                f"plan {plan.digest[:12]}: it is damaged or of another version of intaglio; pack the model again"
+            )
+        expected = {part: (SAFETENSORS_DTYPES[dtype], shape) for part, (dtype, shape) in _parts(plan).items()}
         if stored != expected:
             odd = sorted(set(stored.items()) ^ set(expected.items()))[0][0]
             raise ConfigError(f"{file_path}: tensor {odd} is missing, unexpected or not as planned")
@@ -195,14 +238,36 @@ class PackedModel:
         grid = self.plan[name].grid
         if not isinstance(grid, BlockGrid):
             return file.get_tensor(name)
-        codes = file.get_tensor(f"{name}.codes")
-        if fits_nibble(grid):
-            codes = unpack_nibbles(codes, grid.code_min)
+        codes = unpack_codes(file.get_tensor(f"{name}.codes"), grid)
         lowest, highest = codes.aminmax() if codes.numel() else (grid.code_min, grid.code_max)
         if not grid.code_min <= int(lowest) <= int(highest) <= grid.code_max:
             raise InputError(f"{self.path}: {name}: codes outside {grid.code_min}..{grid.code_max}")
         super_scale = file.get_tensor(f"{name}.super_scale") if grid.super_block else None
-        return Quantized(grid, codes, file.get_tensor(f"{name}.scale"), super_scale)
+        quantized = Quantized(grid, codes, file.get_tensor(f"{name}.scale"), super_scale)
+        try:
+            check_steps(quantized)
+        except WeightError as error:
+            raise InputError(f"{self.path}: {name}: {error}") from None
+        return quantized
+
+    def read_static(self) -> dict[str, float]:
+        """Every static scale by its name; 0 where nothing is to be quantized.
+
+        Raises InputError for one that no runtime could use, and for one that differs from its owner's.
+        """
+        with open_safetensors(self.path / FILE_NAME) as file:
+            values = {scale.name: float(file.get_tensor(scale.name)) for scale in self.plan.static_scales}
+        for scale in self.plan.static_scales:
+            try:
+                check_static(scale.name, values[scale.name])
+            except WeightError as error:
+                raise InputError(f"{self.path}: {error}") from None
+            if values[scale.name] != values[scale.owner]:
+                raise InputError(
+                    f"{self.path}: {scale.name} = {values[scale.name]!r}, but it is the scale of {scale.owner}, "
+                    f"which is {values[scale.owner]!r}: pack the model again"
+                )
+        return values
 
     def decode(self, name: str) -> Tensor:
         """float32 values of one tensor, equal to what every runtime decodes."""

@@ -6,6 +6,7 @@ Everything else in intaglio speaks of roles.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ ROLES: tuple[tuple[str, str], ...] = (
     (r"\.self_attn\.[qkvo]_proj\.weight$", "attention"),
     (r"\.mlp\.(gate|up|down)_proj\.weight$", "mlp"),
 )
+
+# Beside the text model: weights of linears in vision and audio towers and their embedders, and the rest of these.
+TOWER_ROLES = ("tower_linear", "tower_float")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +88,16 @@ GGUF_ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name in the state dict, shape, and role of one tensor."""
+    """Name in the state dict, shape, and role of one tensor.
+
+    slice_columns: width of the slices that a row consists of, in the table of per-layer embeddings
+        one for each layer; None where a row is one piece.
+    """
 
     name: str
     shape: tuple[int, ...]
     role: str
+    slice_columns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,27 @@ class ModelSpec:
 
     def tensor(self, name: str) -> TensorSpec:
         return next(t for t in self.tensors if t.name == name)
+
+    @functools.cached_property
+    def first_late_layer(self) -> int:
+        """Where the late layers begin: the KV-shared ones, or without any the second half."""
+        config = transformers_config(self.config)
+        layers, shared = config.num_hidden_layers, getattr(config, "num_kv_shared_layers", 0)
+        return layers - shared if shared else (layers + 1) // 2
+
+    @functools.cached_property
+    def kv_donors(self) -> tuple[int, ...]:
+        """For each layer the one whose keys and values it attends to: itself, or the last of its type that has any."""
+        config = transformers_config(self.config)
+        own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
+        kinds = config.layer_types
+        last = {kind: max(i for i in range(own) if kinds[i] == kind) for kind in set(kinds[:own])}
+        return tuple(i if i < own else last[kind] for i, kind in enumerate(kinds))
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the head is the token embedding."""
+        return all(tensor.role != "head" for tensor in self.tensors)
 
 
 def load_config(model_dir: str | Path) -> dict[str, Any]:
@@ -152,7 +182,10 @@ def describe(config: dict[str, Any]) -> ModelSpec:
     stored: dict[str, torch.Tensor] = dict(model.named_parameters())
     stored.update({n: b for n, b in model.named_buffers() if n.endswith("layer_scalar")})
     order = [name for name in model.state_dict() if name in stored]
-    tensors = tuple(TensorSpec(name, tuple(stored[name].shape), role_of(name)) for name in order)
+    slices = {"ple_embedding": getattr(model.config, "hidden_size_per_layer_input", None)}
+    tensors = tuple(
+        TensorSpec(name, tuple(stored[name].shape), role := role_of(name), slices.get(role)) for name in order
+    )
     return ModelSpec(FAMILIES[model_type], config, tensors)
 
 

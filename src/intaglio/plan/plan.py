@@ -6,6 +6,7 @@ same plan, so they cannot disagree on what a tensor is.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.errors import RecipeError
-from intaglio.numerics.grid import F32, BlockGrid, Grid
+from intaglio.numerics.grid import F32, WHOLE_ROW, BlockGrid, Grid
 from intaglio.plan.family import ModelSpec, TensorSpec, describe, read_spec
 from intaglio.plan.recipe import Recipe, WeightRule
+from intaglio.plan.static import StaticScale, activation_scales, kv_scales
+
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,16 @@ class PlannedTensor:
 
     @property
     def grid(self) -> Grid:
-        return self.rule.grid
+        """The rule's grid; a block size that it leaves open is settled by the tensor's rows."""
+        grid = self.rule.grid
+        if isinstance(grid, BlockGrid) and len(self.spec.shape) == 2:
+            return grid.for_width(self.spec.slice_columns or self.spec.shape[1])
+        return grid
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the tensor's data in GGUF, without padding; vectors are float32 there on any grid."""
-        grid = F32 if len(self.spec.shape) < 2 else self.grid
+        """Bytes of the tensor's data in the grid's format, without padding; in GGUF any vector is float32."""
+        grid = F32 if len(self.spec.shape) < 2 and self.grid.ggml_type else self.grid
         return grid.size_bytes(self.spec.shape)
 
 
@@ -65,6 +73,31 @@ class Plan:
     def size_bytes(self) -> int:
         return sum(t.size_bytes for t in self.tensors)
 
+    @functools.cached_property
+    def static_scales(self) -> tuple[StaticScale, ...]:
+        """The scalars of activations and KV cache, layer by layer as far as the recipe wants them.
+
+        The head, tied or not, has none: its logits are to stay floats.
+        """
+        activations = self.recipe.activations
+        roles = activations.roles if activations else ()
+        linears = [t.spec for t in self.tensors if t.spec.role in roles and isinstance(t.grid, BlockGrid)]
+        scales = activation_scales(linears)
+        if self.recipe.kv_cache is not None:
+            scales += kv_scales(self.model)
+        return tuple(scales)
+
+    @property
+    def mobile_bytes(self) -> int:
+        """Bytes of tensor data in the Gemma mobile format, where a head is stored beside its embedding.
+
+        Each linear there has both activation scales, used or not.
+        """
+        head = sum(t.size_bytes for t in self.tensors if t.spec.role == "token_embedding" and self.model.tied_head)
+        linears = sum(isinstance(t.grid, BlockGrid) and "embedding" not in t.spec.role for t in self.tensors)
+        kv = sum(scale.kind in ("k_cache", "v_cache") for scale in self.static_scales)
+        return self.size_bytes + head + 4 * (2 * (linears + self.model.tied_head) + kv)
+
     @property
     def digest(self) -> str:
         """SHA-256 over model config, recipe and assignment: equal plans have equal digests."""
@@ -89,22 +122,48 @@ class Plan:
 def make_plan(model: str | Path | dict[str, Any] | ModelSpec, recipe: Recipe | str) -> Plan:
     """Resolve `recipe` against a model folder, its config, or a ModelSpec.
 
-    Raises RecipeError for a tensor that no rule covers or whose columns its grid cannot hold, and
-    for a rule that fits no tensor and is not optional.
+    Raises RecipeError for a family that the recipe is not for, for a tensor that no rule covers or
+    whose columns its grid cannot hold, for a rule that fits no tensor and is not optional, and for a
+    tied head on another grid than its embedding.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
     if not isinstance(model, ModelSpec):
         model = describe(model) if isinstance(model, dict) else read_spec(model)
-    tensors = tuple(PlannedTensor(spec, _rule_for(recipe, spec)) for spec in model.tensors)
-    _check_unused_rules(recipe, tensors)
+    _check_family(recipe, model)
+    tensors = tuple(PlannedTensor(spec, _rule_for(recipe, model, spec)) for spec in model.tensors)
+    _check_unused_rules(recipe, tensors, _tied_head_rule(recipe, model, tensors))
     for rule in recipe.rules:
         _check_shapes([tensor for tensor in tensors if tensor.rule is rule])
     return Plan(recipe, model, tensors)
 
 
-def _rule_for(recipe: Recipe, spec: TensorSpec) -> WeightRule:
-    rule = recipe.rule_for(spec.name, spec.role)
+def _check_family(recipe: Recipe, model: ModelSpec) -> None:
+    model_type = model.family.model_type
+    if recipe.families and model_type not in recipe.families:
+        raise RecipeError(
+            f"recipe {recipe.name} is for {', '.join(recipe.families)}, this model is {model_type}: "
+            "choose another recipe, for example q4_0"
+        )
+
+
+def _tied_head_rule(recipe: Recipe, model: ModelSpec, tensors: tuple[PlannedTensor, ...]) -> WeightRule | None:
+    """What the recipe says of a head that is tied; RecipeError if it is not what it says of the embedding."""
+    rule = recipe.rule_for(HEAD, "head") if model.tied_head else None
+    if rule is None or ("head" not in rule.roles and "lm_head" not in rule.match):
+        return None  # nothing, or only what it says of any tensor without a rule of its own
+    embedding = next(t for t in tensors if t.spec.role == "token_embedding")
+    if rule.grid != embedding.rule.grid:
+        raise RecipeError(
+            f"recipe {recipe.name}: [weights.{rule.name}] puts {HEAD} on {rule.grid.name}, but in this model the head "
+            f"is tied to {embedding.name}, which [weights.{embedding.rule.name}] puts on {embedding.rule.grid.name}: "
+            f"say the same of both, for example --set weights.{rule.name}.grid={embedding.rule.grid.name}"
+        )
+    return rule
+
+
+def _rule_for(recipe: Recipe, model: ModelSpec, spec: TensorSpec) -> WeightRule:
+    rule = recipe.rule_for(spec.name, spec.role, model.first_late_layer)
     if rule is None:
         raise RecipeError(
             f"recipe {recipe.name}: no rule covers {spec.name} {list(spec.shape)}: "
@@ -113,8 +172,8 @@ def _rule_for(recipe: Recipe, spec: TensorSpec) -> WeightRule:
     return rule
 
 
-def _check_unused_rules(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> None:
-    used = {tensor.rule.name for tensor in tensors}
+def _check_unused_rules(recipe: Recipe, tensors: tuple[PlannedTensor, ...], head: WeightRule | None) -> None:
+    used = {tensor.rule.name for tensor in tensors} | ({head.name} if head else set())
     for rule in recipe.rules:
         if rule.name not in used and not rule.optional:
             raise RecipeError(
@@ -124,8 +183,13 @@ def _check_unused_rules(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> N
 
 
 def _fits(tensor: PlannedTensor) -> bool:
-    grid, shape = tensor.grid, tensor.spec.shape
-    return not isinstance(grid, BlockGrid) or (len(shape) == 2 and shape[1] % grid.column_multiple == 0)
+    preset, shape = tensor.rule.grid, tensor.spec.shape
+    if not isinstance(preset, BlockGrid):
+        return True
+    if len(shape) != 2:
+        return False
+    pieces = preset.block_size == WHOLE_ROW and tensor.spec.slice_columns
+    return (pieces or shape[1]) % preset.column_multiple == 0
 
 
 def _check_shapes(tensors: list[PlannedTensor]) -> None:
@@ -133,7 +197,7 @@ def _check_shapes(tensors: list[PlannedTensor]) -> None:
     odd = [tensor for tensor in tensors if not _fits(tensor)]
     if not odd:
         return
-    grid, rule, shape = odd[0].grid, odd[0].rule.name, odd[0].spec.shape
+    grid, rule, shape = odd[0].rule.grid, odd[0].rule.name, odd[0].spec.shape
     need = f"columns that are a multiple of {grid.column_multiple}" if len(shape) == 2 else "a matrix"
     other = "f16" if len(shape) == 2 else "f32"
     if len(odd) == len(tensors):

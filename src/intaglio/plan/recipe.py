@@ -1,8 +1,9 @@
 """Recipes: which grid each tensor gets, and how to train it. TOML in, TOML out.
 
 A recipe has ordered weight rules. Each names roles (see `family`) or a regular expression over
-tensor names, or both; the first rule that fits a tensor wins. A rule that fits no tensor of the
-model is an error unless it says `optional = true`, and so is any key that is not known here.
+tensor names, or both, and may keep to some layers; the first rule that fits a tensor wins. A rule
+that fits no tensor of the model is an error unless it says `optional = true`, and so is any key that
+is not known here. What a recipe says of activations and of the KV cache is in `static`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ import tomli_w
 
 from intaglio.errors import RecipeError
 from intaglio.numerics.grid import BlockGrid, Grid, grid_named
-from intaglio.plan.family import ROLES
+from intaglio.plan.checks import check_keys, one_of, typed
+from intaglio.plan.family import FAMILIES, ROLES, TOWER_ROLES
+from intaglio.plan.static import Activations, KvCache, parse_activations, parse_kv_cache
 
-FITS = ("mse", "stock")
+FITS = ("mse", "absmax", "stock")
+EARLY, LATE = "early", "late"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,8 @@ class WeightRule:
     name: the rule's table in the TOML file; `--set weights.NAME.grid=...` addresses it.
     roles: roles of the family table; empty for any.
     match: regular expression, searched in the tensor's name; empty for any.
+    layers: "early" or "late", told apart by `ModelSpec.first_late_layer`; "3-17" for these layers,
+        both included; empty for any, and for tensors outside of layers.
     trainable: whether training moves the tensor's latents.
     optional: whether a model without such a tensor is fine.
     """
@@ -39,11 +45,25 @@ class WeightRule:
     grid: Grid
     roles: tuple[str, ...] = ()
     match: str = ""
+    layers: str = ""
     trainable: bool = True
     optional: bool = False
 
-    def fits(self, tensor_name: str, role: str) -> bool:
-        return (not self.roles or role in self.roles) and re.search(self.match, tensor_name) is not None
+    def fits(self, tensor_name: str, role: str, first_late_layer: int = 0) -> bool:
+        named = (not self.roles or role in self.roles) and re.search(self.match, tensor_name) is not None
+        return named and self._has_layer(tensor_name, first_late_layer)
+
+    def _has_layer(self, tensor_name: str, first_late_layer: int) -> bool:
+        if not self.layers:
+            return True
+        layer = re.search(r"layers\.(\d+)\.", tensor_name)
+        if layer is None:
+            return False
+        number = int(layer[1])
+        if self.layers in (EARLY, LATE):
+            return (number >= first_late_layer) == (self.layers == LATE)
+        first, last = self.layers.split("-")
+        return int(first) <= number <= int(last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +100,19 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A name, a line of prose, the rules, how to fit first scales, and the schedule."""
+    """A name, a line of prose, the rules, how to fit first scales, and the schedule.
+
+    families: model types that the recipe is for; empty for any.
+    activations, kv_cache: None where these stay floats.
+    """
 
     name: str
     summary: str = ""
     fit: str = "mse"
+    families: tuple[str, ...] = ()
     rules: tuple[WeightRule, ...] = ()
+    activations: Activations | None = None
+    kv_cache: KvCache | None = None
     schedule: Schedule = field(default_factory=Schedule)
 
     @classmethod
@@ -112,20 +139,21 @@ class Recipe:
         """What `to_toml` writes: every rule and the whole schedule, defaults included."""
         schedule = asdict(self.schedule)
         schedule["betas"] = list(self.schedule.betas)
-        weights = {rule.name: _rule_table(rule) for rule in self.rules}
-        return {
-            "name": self.name,
-            "summary": self.summary,
-            "fit": self.fit,
-            "weights": weights,
-            "schedule": schedule,
-        }
+        table: dict[str, Any] = {"name": self.name, "summary": self.summary, "fit": self.fit}
+        if self.families:
+            table["families"] = list(self.families)
+        table["weights"] = {rule.name: _rule_table(rule) for rule in self.rules}
+        if self.activations is not None:
+            table["activations"] = asdict(self.activations) | {"roles": list(self.activations.roles)}
+        if self.kv_cache is not None:
+            table["kv_cache"] = asdict(self.kv_cache)
+        return table | {"schedule": schedule}
 
     def with_schedule(self, **changes: Any) -> Recipe:
         return replace(self, schedule=replace(self.schedule, **changes))
 
-    def rule_for(self, tensor_name: str, role: str) -> WeightRule | None:
-        return next((rule for rule in self.rules if rule.fits(tensor_name, role)), None)
+    def rule_for(self, tensor_name: str, role: str, first_late_layer: int = 0) -> WeightRule | None:
+        return next((rule for rule in self.rules if rule.fits(tensor_name, role, first_late_layer)), None)
 
 
 def preset_names() -> list[str]:
@@ -168,16 +196,19 @@ def _apply_override(table: dict[str, Any], override: str, source: str) -> None:
 
 
 def _parse(table: dict[str, Any], source: str) -> Recipe:
-    known = {"name", "summary", "fit", "weights", "schedule"}
-    _check_keys(table, known, source)
+    known = {"name", "summary", "fit", "families", "weights", "activations", "kv_cache", "schedule"}
+    check_keys(table, known, source)
     rules = table.get("weights")
     if not isinstance(rules, dict) or not rules:
         raise RecipeError(f"{source}: no [weights.NAME] rules: expected at least one")
     recipe = Recipe(
-        name=_typed(table, "name", str, source),
-        summary=_typed({"summary": ""} | table, "summary", str, source),
-        fit=_one_of(table, "fit", FITS, "mse", source),
+        name=typed(table, "name", str, source),
+        summary=typed({"summary": ""} | table, "summary", str, source),
+        fit=one_of(table, "fit", FITS, "mse", source),
+        families=_parse_names(table.get("families", []), "families", sorted(FAMILIES), source),
         rules=tuple(_parse_rule(name, body, source) for name, body in rules.items()),
+        activations=parse_activations(table.get("activations"), source),
+        kv_cache=parse_kv_cache(table.get("kv_cache"), source),
         schedule=_parse_schedule(table.get("schedule", {}), source),
     )
     _check_fit(recipe, source)
@@ -185,26 +216,32 @@ def _parse(table: dict[str, Any], source: str) -> Recipe:
 
 
 def _check_fit(recipe: Recipe, source: str) -> None:
-    """llama.cpp's own scales are any float16, which a portable grid does not hold."""
-    portable = [rule for rule in recipe.rules if isinstance(rule.grid, BlockGrid) and rule.grid.portable]
-    if recipe.fit == "stock" and portable:
-        raise RecipeError(
-            f"{source}: fit = 'stock' writes scales that grid {portable[0].grid.name} of "
-            f"[weights.{portable[0].name}] does not hold: use the -free grids, as recipe q4_0-stock does"
-        )
+    """llama.cpp's own scales are any float16, which a portable grid does not hold; those of absmax any float32."""
+    advice = {
+        "stock": (lambda grid: grid.ggml_type and not grid.portable, "use the -free grids, as recipe q4_0-stock does"),
+        "absmax": (lambda grid: grid.positive, "use int2, int4 and int8, as recipe mobile-absmax does"),
+    }
+    holds, instead = advice.get(recipe.fit, (lambda grid: True, ""))
+    for rule in recipe.rules:
+        if isinstance(rule.grid, BlockGrid) and not holds(rule.grid):
+            raise RecipeError(
+                f"{source}: fit = {recipe.fit!r} writes scales that grid {rule.grid.name} of "
+                f"[weights.{rule.name}] does not hold: {instead}"
+            )
 
 
 def _parse_rule(name: str, body: Any, source: str) -> WeightRule:
     where = f"{source}: [weights.{name}]"
     if not isinstance(body, dict):
         raise RecipeError(f"{where}: expected a table, got {body!r}")
-    _check_keys(body, {"grid", "roles", "match", "trainable", "optional"}, where)
+    check_keys(body, {"grid", "roles", "match", "layers", "trainable", "optional"}, where)
     match = body.get("match", "")
     try:
         re.compile(match)
     except (re.error, TypeError) as error:
         raise RecipeError(f"{where}: match {match!r} is not a regular expression: {error}") from None
-    roles = _parse_roles(body.get("roles", []), where)
+    known_roles = sorted({role for _, role in ROLES} | set(TOWER_ROLES))
+    roles = _parse_names(body.get("roles", []), "roles", known_roles, where)
     if not roles and not match:
         raise RecipeError(f"{where}: neither roles nor match: expected one of them, or both")
     flags = {"trainable": True, "optional": False} | body
@@ -213,20 +250,29 @@ def _parse_rule(name: str, body: Any, source: str) -> WeightRule:
         grid=_parse_grid(body, where),
         roles=roles,
         match=match,
-        trainable=_typed(flags, "trainable", bool, where),
-        optional=_typed(flags, "optional", bool, where),
+        layers=_parse_layers(body.get("layers", ""), where),
+        trainable=typed(flags, "trainable", bool, where),
+        optional=typed(flags, "optional", bool, where),
     )
 
 
-def _parse_roles(roles: Any, where: str) -> tuple[str, ...]:
-    known = sorted({role for _, role in ROLES})
-    if not isinstance(roles, list) or not all(role in known for role in roles):
-        raise RecipeError(f"{where}: roles = {roles!r}: expected a list of {', '.join(known)}")
-    return tuple(roles)
+def _parse_names(names: Any, key: str, known: list[str], where: str) -> tuple[str, ...]:
+    if not isinstance(names, list) or not all(name in known for name in names):
+        raise RecipeError(f"{where}: {key} = {names!r}: expected a list of {', '.join(known)}")
+    return tuple(names)
+
+
+def _parse_layers(layers: Any, where: str) -> str:
+    span = re.fullmatch(r"(\d{1,4})-(\d{1,4})", layers) if isinstance(layers, str) else None
+    if layers in ("", EARLY, LATE) or (span and int(span[1]) <= int(span[2])):
+        return layers
+    raise RecipeError(
+        f"{where}: layers = {layers!r}: expected {EARLY!r} or {LATE!r}, or the first and last layer, for example '0-14'"
+    )
 
 
 def _parse_grid(body: dict[str, Any], where: str) -> Grid:
-    name = _typed(body, "grid", str, where)
+    name = typed(body, "grid", str, where)
     try:
         return grid_named(name)
     except RecipeError as error:
@@ -237,7 +283,7 @@ def _parse_schedule(body: Any, source: str) -> Schedule:
     where = f"{source}: [schedule]"
     if not isinstance(body, dict):
         raise RecipeError(f"{where}: expected a table, got {body!r}")
-    _check_keys(body, {f.name for f in fields(Schedule)}, where)
+    check_keys(body, {f.name for f in fields(Schedule)}, where)
     defaults = Schedule()
     values: dict[str, Any] = {}
     for key, value in body.items():
@@ -291,27 +337,10 @@ def _rule_table(rule: WeightRule) -> dict[str, Any]:
         table["roles"] = list(rule.roles)
     if rule.match:
         table["match"] = rule.match
+    if rule.layers:
+        table["layers"] = rule.layers
     if not rule.trainable:
         table["trainable"] = False
     if rule.optional:
         table["optional"] = True
     return table
-
-
-def _check_keys(table: dict[str, Any], known: set[str], where: str) -> None:
-    unknown = sorted(set(table) - known)
-    if unknown:
-        raise RecipeError(f"{where}: unknown key {unknown[0]!r}: expected one of {', '.join(sorted(known))}")
-
-
-def _typed(table: dict[str, Any], key: str, kind: type, where: str) -> Any:
-    if not isinstance(table.get(key), kind):
-        raise RecipeError(f"{where}: {key} = {table.get(key)!r}: expected {kind.__name__}")
-    return table[key]
-
-
-def _one_of(table: dict[str, Any], key: str, allowed: tuple[str, ...], default: str, where: str) -> str:
-    value = table.get(key, default)
-    if value not in allowed:
-        raise RecipeError(f"{where}: {key} = {value!r}: expected one of {', '.join(allowed)}")
-    return value

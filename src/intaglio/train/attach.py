@@ -218,7 +218,7 @@ def _attach(module: nn.Module, attribute: str, tensor: PlannedTensor, fit: Fit, 
             latent.requires_grad_(False)
         return
     fitted = fit(latent.detach(), grid)
-    learned = trainable and grid.ggml_type == "Q4_0"
+    learned = trainable and (grid.positive or grid.ggml_type == "Q4_0")
     quantizer = WeightQuantizer(grid, latent, fitted, learned=learned, compiled=compiled)
     module.quantizer = quantizer
     if not trainable:
@@ -359,7 +359,7 @@ def pack_model(
     provenance: dict[str, Any] | None = None,
     replace: bool = False,
 ) -> None:
-    """Write the prepared model as a PackedModel folder.
+    """Write the prepared model as a PackedModel folder; its static scales are off.
 
     assets: the source model's folder, for tokenizer and generation files. dtype: in which the
     training forward multiplied. LoRA adapters are merged into the latents, as the forward did.
@@ -374,7 +374,12 @@ def pack_model(
     try:
         with write_packed(Path(path), plan, assets=Path(assets), provenance=record, replace=replace) as writer:
             for tensor in plan:
-                writer.add(tensor.name, packed_value(owners[tensor.name], tensor, merged.get(tensor.name)))
+                try:
+                    value = packed_value(owners[tensor.name], tensor, merged.get(tensor.name))
+                except WeightError as error:
+                    raise WeightError(f"{tensor.name}: {error}") from error
+                writer.add(tensor.name, value)
+            writer.leave_static_off()
     finally:
         drop_values(model)
 

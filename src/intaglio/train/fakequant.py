@@ -6,7 +6,7 @@ Four modes say where a block's step comes from. `z` is the learned scale latent 
 
     canonical  step = extremum / code_min x ratio(z), ratio in (0.6, 1]: clips, never widens, so
                the extremum keeps code_min and llama.cpp's quantizer finds the same grid again
-    free       step = sign x exp(z), sign fixed by the first fit
+    free       step = sign x exp(z), sign fixed by the first fit; on channel grids always positive
     fixed      step as fitted; only the codes follow the latents
     frozen     step = sign x exp(z), and the codes stand still
 
@@ -18,6 +18,7 @@ codes and steps from the latents: nothing but the latents themselves is kept bet
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -26,13 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intaglio.errors import MismatchError
-from intaglio.numerics.grid import BlockGrid, Quantized, from_steps
+from intaglio.numerics.grid import FLOAT_SMALLEST, BlockGrid, Quantized, from_steps
 
 Modes = tuple[tuple[str, BlockGrid], ...]
 
 LOWEST_RATIO = 0.6  # of the canonical step; a tighter clip would cost more than it gains
-CHUNK_BLOCKS = 1 << 13
-SMALLEST_LOG_STEP = -28.0  # exp(-28) rounds to zero on every grid: an empty block
+CHUNK_ELEMENTS = 1 << 18
+SMALLEST_LOG_STEP = -28.0  # exp(-28) rounds to zero on every grid of float16 scales: an empty block
+SMALLEST_LOG_CHANNEL_STEP = math.log(FLOAT_SMALLEST)
 
 
 def _ratio(z: Tensor) -> Tensor:
@@ -77,13 +79,6 @@ def _where_inside(grid: BlockGrid, values: Tensor, position: Tensor) -> Tensor:
     return torch.ops.aten.hardtanh_backward(values, position, lowest, highest)  # zero at the bounds too
 
 
-def _forward(mode: str, grid: BlockGrid, blocks: Tensor, z: Tensor, given: Tensor, frozen: Tensor):
-    """Values [N, K] and steps [N], float32."""
-    step = _step(mode, grid, blocks, z, given)
-    codes = frozen.float() if mode == "frozen" else _codes(grid, _position(blocks, step))
-    return codes.mul_(step.unsqueeze(-1)), step
-
-
 def _backward(mode: str, grid: BlockGrid, grad: Tensor, blocks: Tensor, z: Tensor, given: Tensor, frozen: Tensor):
     """Gradients of the latents [N, K] and of z [N] for a gradient of the values [N, K]."""
     grad = grad.float()
@@ -108,16 +103,20 @@ def _backward(mode: str, grid: BlockGrid, grad: Tensor, blocks: Tensor, z: Tenso
     return grad_latent, grad_z
 
 
-def _forward_in(dtype: torch.dtype, mode: str, grid: BlockGrid, *arguments: Tensor) -> tuple[Tensor, Tensor]:
-    values, step = _forward(mode, grid, *arguments)
-    return values.to(dtype), step
+def _forward(
+    dtype: torch.dtype, mode: str, grid: BlockGrid, blocks: Tensor, z: Tensor, given: Tensor, frozen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Values [N, K] in `dtype`, as the runtime computes them, and steps [N], float32."""
+    step = _step(mode, grid, blocks, z, given)
+    codes = frozen if mode == "frozen" else _codes(grid, _position(blocks, step))
+    return grid.product(codes, step, dtype), step
 
 
 def _forward_group(
     modes: Modes, dtype: torch.dtype, arguments: list[tuple[Tensor, ...]]
 ) -> list[tuple[Tensor, Tensor]]:
     """Values in `dtype` and steps of several weights: one compiled call for all of a decoder layer."""
-    return [_forward_in(dtype, *mode, *args) for mode, args in zip(modes, arguments, strict=True)]
+    return [_forward(dtype, *mode, *args) for mode, args in zip(modes, arguments, strict=True)]
 
 
 def _backward_group(
@@ -141,15 +140,16 @@ def _compiled(function: Callable, modes: Modes) -> Callable:
 def _in_chunks(kernel: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Run an elementwise kernel over runs of blocks whose temporaries stay in the processor's cache.
 
-    On a CPU this takes a tenth of the time of one pass over a large weight. Empty tensors stand for
-    arguments that the mode does not have.
+    On a CPU this takes a tenth of the time of one pass over a large weight. The first of `tensors` is
+    [N, K], the others [N, K] or [N]; empty ones stand for arguments that the mode does not have.
     """
-    count = max(t.shape[0] for t in tensors)
-    if count <= CHUNK_BLOCKS or tensors[0].is_cuda:
+    count, width = tensors[0].shape
+    size = max(1, CHUNK_ELEMENTS // width)
+    if count <= size or tensors[0].is_cuda:
         return kernel(*tensors)
     outputs: tuple[Tensor, ...] = ()
-    for start in range(0, count, CHUNK_BLOCKS):
-        at = slice(start, start + CHUNK_BLOCKS)
+    for start in range(0, count, size):
+        at = slice(start, start + size)
         parts = kernel(*(t[at] if t.numel() else t for t in tensors))
         outputs = outputs or tuple(part.new_empty((count if len(part) else 0, *part.shape[1:])) for part in parts)
         for output, part in zip(outputs, parts, strict=True):
@@ -184,7 +184,8 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("codes", None)
         scale_latent = None
         if learned:
-            scale_latent = _ratio_latent(grid, latent, fitted.step) if grid.canonical else _log_magnitude(fitted.step)
+            step = fitted.step
+            scale_latent = _ratio_latent(grid, latent, step) if grid.canonical else _log_magnitude(grid, step)
         self.scale_latent = None if scale_latent is None else nn.Parameter(scale_latent)
         self.values: Tensor | None = None  # decoded once for the optimizer step; see `cache_values`
         self.steps: Tensor | None = None  # of those values
@@ -220,7 +221,7 @@ class WeightQuantizer(nn.Module):
         self, latent: Tensor, rows: Tensor | None = None, *, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
         """Decoded values in the latents' shape, and float32 steps [N]."""
-        kernel = functools.partial(_forward_in, dtype, self.mode, self.grid)
+        kernel = functools.partial(_forward, dtype, self.mode, self.grid)
         values, step = _in_chunks(kernel, *self.arguments(latent, rows))
         return values.view(latent.shape), step
 
@@ -255,7 +256,7 @@ class WeightQuantizer(nn.Module):
         step = quantized.step.to(latent.device)
         self.codes = quantized.codes.to(latent.device)
         self.sign, self.mode = _signs(step), "frozen"
-        self.scale_latent = nn.Parameter(_log_magnitude(step))
+        self.scale_latent = nn.Parameter(_log_magnitude(self.grid, step))
 
     @torch.no_grad()
     def pack(self, latent: Tensor) -> Quantized:
@@ -269,14 +270,14 @@ class WeightQuantizer(nn.Module):
         else:
             values, step = self.compute(latent)
         step, values = step.view(*latent.shape[:-1], -1).cpu(), values.cpu()
-        codes = self.grid.encode(values, step)
+        codes = self.grid.codes_of(values, step)
         if self.mode == "fixed":
             super_scale = None if self.super_scale is None else self.super_scale.cpu()
             quantized = Quantized(self.grid, codes, self.scale.cpu(), super_scale)
         else:
             step = torch.where(step == 0, torch.full_like(step, -0.0), step)  # as ggml writes empty blocks
             quantized = from_steps(self.grid, codes, step)
-        if not torch.equal(quantized.decode().to(values.dtype), values):
+        if not torch.equal(quantized.decode(values.dtype), values):
             raise MismatchError("packed codes do not decode to the values of the training forward")
         return quantized
 
@@ -290,8 +291,9 @@ def _signs(step: Tensor) -> Tensor:
     return torch.where(step < 0, -1, 1).to(torch.int8)
 
 
-def _log_magnitude(step: Tensor) -> Tensor:
-    return step.abs().log().clamp_min(SMALLEST_LOG_STEP)
+def _log_magnitude(grid: BlockGrid, step: Tensor) -> Tensor:
+    smallest = SMALLEST_LOG_CHANNEL_STEP if grid.positive else SMALLEST_LOG_STEP
+    return step.abs().log().clamp_min(smallest)
 
 
 def _ratio_latent(grid: BlockGrid, latent: Tensor, step: Tensor) -> Tensor:

@@ -9,13 +9,17 @@ from typing import Any
 from torch import Tensor
 
 from intaglio.errors import WeightError
-from intaglio.numerics.fit import check_finite, fit_mse, fit_stock
+from intaglio.numerics.fit import check_finite, fit_absmax, fit_mse, fit_stock
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.packed.checkpoint import model_name, stream_tensors
 from intaglio.packed.model import PackedModel, write_packed
 from intaglio.plan.plan import Plan
 
-FITS: dict[str, Callable[[Tensor, BlockGrid], Quantized]] = {"mse": fit_mse, "stock": fit_stock}
+FITS: dict[str, Callable[[Tensor, BlockGrid], Quantized]] = {
+    "mse": fit_mse,
+    "stock": fit_stock,
+    "absmax": fit_absmax,
+}
 
 
 def fit_tensor(values: Tensor, plan: Plan, name: str) -> Quantized | Tensor:
@@ -37,7 +41,7 @@ def quantize(
     provenance: dict[str, Any] | None = None,
     on_tensor: Callable[[str], None] = lambda name: None,
 ) -> PackedModel:
-    """Write a PackedModel of `model_dir` by the recipe's fit alone.
+    """Write a PackedModel of `model_dir` by the recipe's fit alone; static scales are left off.
 
     on_tensor is called with each tensor's name when it is done. Raises ConfigError for a damaged
     checkpoint and WeightError for NaN, Inf or weights beyond a grid's reach; nothing is left behind.
@@ -48,4 +52,5 @@ def quantize(
         for name, values in stream_tensors(source, plan.model):
             writer.add(name, fit_tensor(values, plan, name))
             on_tensor(name)
+        writer.leave_static_off()
     return PackedModel.open(target)
