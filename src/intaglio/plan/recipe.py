@@ -78,6 +78,7 @@ class Schedule:
     frozen_tail: last share of the steps, in which codes stand still and only scales and float
         leftovers move; tail_lr: multiple of the learning rates in it.
     gptq_tokens: tokens of the text from which GPTQ chooses the first codes (0: rounding to nearest).
+    calibration_tokens: of the text on which static scales of activations and KV cache get first values.
     seed: of the data order.
     """
 
@@ -95,6 +96,7 @@ class Schedule:
     frozen_tail: float = 0.7
     tail_lr: float = 1.0
     gptq_tokens: int = 0
+    calibration_tokens: int = 16_384
     seed: int = 0
 
 
@@ -310,7 +312,7 @@ def _pair_of_shares(value: Any, where: str) -> tuple[float, float]:
 
 
 def _check_schedule(schedule: Schedule, where: str) -> None:
-    for key, least in (("tokens", 1), ("batch_size", 1), ("sequence_length", 2)):
+    for key, least in (("tokens", 1), ("batch_size", 1), ("sequence_length", 2), ("calibration_tokens", 1)):
         if getattr(schedule, key) < least:
             raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected {least} or more")
     for key in (

@@ -31,21 +31,25 @@ from intaglio.train.fakequant import (
     compute_dtype,
     decode_group,
 )
+from intaglio.train.kv import use_static_attention
 from intaglio.train.quantize import FITS
+from intaglio.train.static import StaticLinear, StaticScales, bare_path, latent_of, modules_by_name, read_scales, static
 
 Fit = Callable[[Tensor, BlockGrid], Quantized]
 
 
 class QuantLinear(nn.Linear):
-    """nn.Linear whose weight lies on its quantizer's grid."""
+    """nn.Linear whose weight lies on its quantizer's grid, and its input and output on their static scales."""
 
     quantizer: WeightQuantizer
 
     def forward(self, x: Tensor) -> Tensor:
         quantizer = self.quantizer
         if quantizer.decoded is not None:
-            return F.linear(x, quantizer.decoded, self.bias)
-        return FakeQuantLinear.apply(x, self.weight, quantizer.scale_latent, self.bias, quantizer)
+            x = static(self, "input", x.to(quantizer.decoded.dtype))
+            return static(self, "output", F.linear(x, quantizer.decoded, self.bias))
+        scales = latent_of(self, "input"), latent_of(self, "output")
+        return FakeQuantLinear.apply(x, self.weight, quantizer.scale_latent, self.bias, *scales, quantizer)
 
 
 class QuantEmbedding(nn.Embedding):
@@ -95,7 +99,7 @@ class QuantLoraLinear:
             raise InputError("adapter_names: one quantized weight cannot serve several adapters in a batch")
         base, latent = self.base_layer, merged_latent(self)  # type: ignore[attr-defined, arg-type]
         weight = base.quantizer(latent, compute_dtype(x, latent))
-        return F.linear(x.to(weight.dtype), weight, base.bias)
+        return static(base, "output", F.linear(static(base, "input", x.to(weight.dtype)), weight, base.bias))
 
 
 def merged_latent(lora: Any) -> Tensor:
@@ -133,7 +137,8 @@ def prepare(model: nn.Module, plan: Plan, *, fit: Fit | None = None, compiled: b
     fit: first scales; the recipe's own fit by default.
     compiled: run the quantizer through torch.compile.
 
-    Tensors that the recipe does not train are decoded once and need no further work. Raises
+    Tensors that the recipe does not train are decoded once and need no further work. Static scales of
+    activations and KV cache stay off until `calibrate` finds them. Raises
     RecipeError if the model lacks a planned tensor, WeightError for NaN or Inf, and InputError for a
     model that is prepared already or has adapters that no quantized weight can hold.
     """
@@ -155,6 +160,7 @@ def prepare(model: nn.Module, plan: Plan, *, fit: Fit | None = None, compiled: b
         except WeightError as error:
             raise WeightError(f"{tensor.name}: {error}") from error
     _share_with_tied_head(model)
+    attach_static(model, plan)
     for module in model.modules():
         if is_adapter(module) and isinstance(module.base_layer, QuantLinear):
             swap_class(module, QuantLoraLinear)
@@ -194,11 +200,24 @@ def check_adapters(model: nn.Module, arguments: Any = None) -> None:
             )
 
 
+def attach_static(model: Any, plan: Plan) -> None:
+    """Give every module of the plan's static scales its place for them; no scale is known yet."""
+    modules = modules_by_name(model)
+    for scale in plan.static_scales:
+        module = modules[scale.module]
+        if not isinstance(getattr(module, "static", None), StaticScales):
+            module.static = StaticScales()
+        if scale.kind == "input" and not isinstance(module, QuantLinear):
+            swap_class(module, StaticLinear)
+    if plan.recipe.kv_cache is not None:
+        use_static_attention(model)
+
+
 def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Tensor name of the bare model -> the module that holds it. PEFT's wrappers are looked through."""
     owners: dict[str, tuple[nn.Module, str]] = {}
     for path, module in model.named_modules():
-        path = path.removeprefix("base_model.model.").replace(".base_layer", "")
+        path = bare_path(path)
         names = [n for n, p in module._parameters.items() if p is not None]
         names += [n for n in module._buffers if n == "layer_scalar"]
         for name in names:
@@ -359,7 +378,7 @@ def pack_model(
     provenance: dict[str, Any] | None = None,
     replace: bool = False,
 ) -> None:
-    """Write the prepared model as a PackedModel folder; its static scales are off.
+    """Write the prepared model as a PackedModel folder; static scales that were never calibrated are off.
 
     assets: the source model's folder, for tokenizer and generation files. dtype: in which the
     training forward multiplied. LoRA adapters are merged into the latents, as the forward did.
@@ -379,7 +398,10 @@ def pack_model(
                 except WeightError as error:
                     raise WeightError(f"{tensor.name}: {error}") from error
                 writer.add(tensor.name, value)
-            writer.leave_static_off()
+            scales = read_scales(model, plan)
+            for scale in plan.static_scales:
+                if scale.owned:
+                    writer.add_static(scale.name, scales[scale.name])
     finally:
         drop_values(model)
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from intaglio.errors import MismatchError
 from intaglio.numerics.grid import FLOAT_SMALLEST, BlockGrid, Quantized, from_steps
+from intaglio.train.static import quantize_static, static_gradients
 
 Modes = tuple[tuple[str, BlockGrid], ...]
 
@@ -382,27 +383,38 @@ class FakeQuantizeRows(torch.autograd.Function):
 
 
 class FakeQuantLinear(torch.autograd.Function):
-    """y = x W^T with a fake-quantized W. Saves x, as a plain linear does, and no copy of W."""
+    """y = x W^T with a fake-quantized W, and x and y on their static scales where there are latents of these.
+
+    Saves x, as a plain linear does, and no copy of W, of the quantized x or of y: these are computed again.
+    """
 
     @staticmethod
-    def forward(ctx, x, latent, z, bias, quantizer):
+    def forward(ctx, x, latent, z, bias, input_z, output_z, quantizer):
         dtype = compute_dtype(x, latent)
         x = x.to(dtype)
-        ctx.quantizer, ctx.has_bias = quantizer, bias is not None
-        ctx.save_for_backward(x, latent)
-        return F.linear(x, _values(quantizer, latent, dtype), None if bias is None else bias.to(dtype))
+        bias = None if bias is None else bias.to(dtype)
+        ctx.quantizer = quantizer
+        ctx.save_for_backward(x, latent, bias, input_z, output_z)
+        y = F.linear(quantize_static(x, input_z), _values(quantizer, latent, dtype), bias)
+        return quantize_static(y, output_z)
 
     @staticmethod
     def backward(ctx, grad):
-        x, latent = ctx.saved_tensors
-        quantizer = ctx.quantizer
-        grad_x = grad @ _values(quantizer, latent, grad.dtype) if ctx.needs_input_grad[0] else None
+        x, latent, bias, input_z, output_z = ctx.saved_tensors
+        quantizer, needs = ctx.quantizer, ctx.needs_input_grad
+        quantized_x = quantize_static(x, input_z)
+        weight = _values(quantizer, latent, grad.dtype) if needs[0] or output_z is not None else None
+        grad_output_z = grad_input_z = grad_x = grad_latent = grad_z = None
+        if output_z is not None:
+            grad, grad_output_z = static_gradients(grad, F.linear(quantized_x, weight, bias), output_z)
+        if needs[0] or needs[4]:
+            grad_x, grad_input_z = static_gradients(grad @ weight, x, input_z)
         flat = grad.flatten(0, -2)
-        grad_latent = grad_z = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_latent, grad_z = quantizer.gradients(flat.T @ x.flatten(0, -2), latent)
+        if needs[1] or needs[2]:
+            grad_latent, grad_z = quantizer.gradients(flat.T @ quantized_x.flatten(0, -2), latent)
             grad_latent = grad_latent.to(latent.dtype)
-        return grad_x, grad_latent, grad_z, flat.sum(0) if ctx.has_bias else None, None
+        grad_bias = None if bias is None else flat.sum(0)
+        return grad_x, grad_latent, grad_z, grad_bias, grad_input_z, grad_output_z, None
 
 
 def _values(quantizer: WeightQuantizer, latent: Tensor, dtype: torch.dtype) -> Tensor:

@@ -36,10 +36,12 @@ from intaglio.train.attach import (
     freeze_codes,
     prepare,
 )
+from intaglio.train.calibrate import calibrate
 from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.distill import chunked_kl
 from intaglio.train.gptq import start_from_gptq
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
+from intaglio.train.static import put_scales, switch_static
 
 LOSSES_FILE = "losses.jsonl"
 RUN_FILE = "run.json"
@@ -121,11 +123,13 @@ def train(
     options: Options | None = None,
     resume: bool = False,
     on_step: Callable[[StepInfo], None] = lambda info: None,
+    on_calibration: Callable[[int, int], None] = lambda done, total: None,
 ) -> TextModel:
     """Train a copy of `teacher` to the plan's grids and return it, prepared and on the grid.
 
     teacher: float32 text model; it stays as it is. corpus: packed sequences. run_dir: receives
     losses, checkpoints and TensorBoard files; an existing run is continued only with `resume`.
+    on_calibration: tokens done and in all of the pass that calibrates static scales, if there are any.
     Raises TrainingError when the loss becomes NaN or Inf; the last checkpoint stays.
     """
     options = options or Options()
@@ -139,6 +143,10 @@ def train(
     start = checkpoint.latest(run_dir)
     if plan.recipe.schedule.gptq_tokens and start is None:
         _gptq(student, plan.recipe.schedule, corpus, accelerator)
+    if start is None:
+        calibrate_student(student, plan, corpus, accelerator, on_calibration)
+    else:  # the checkpoint knows the scales; they must only be there
+        put_scales(student, plan, {scale.name: 1.0 for scale in plan.static_scales if scale.owned})
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compiled:
@@ -149,6 +157,7 @@ def train(
     if options.tensorboard:
         accelerator.init_trackers("tensorboard")
     session.run(start, on_step)
+    switch_static(student, activations=True, kv_cache=True)
     accelerator.end_training()
     return student
 
@@ -158,6 +167,35 @@ def build_student(teacher: TextModel, plan: Plan, *, compiled: bool = False) -> 
     student = copy.deepcopy(teacher).requires_grad_(True)
     student.train()
     return prepare(student, plan, compiled=compiled)
+
+
+def calibrate_student(
+    student: TextModel,
+    plan: Plan,
+    corpus: Corpus,
+    accelerator: Accelerator,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Find the plan's static scales on the schedule's share of the corpus; every process takes its part."""
+    if not plan.static_scales:
+        return
+    schedule = plan.recipe.schedule
+    count = min(len(corpus.tokens), -(-schedule.calibration_tokens // schedule.sequence_length))
+    rows = batch_indices(len(corpus.tokens), count, schedule.seed, 0)
+    own = rows[accelerator.process_index :: accelerator.num_processes]
+    size = schedule.micro_batch or schedule.batch_size
+    batches = [own[i : i + size] for i in range(0, len(own), size)]
+    with accelerator.autocast():
+        calibrate(
+            student,
+            plan,
+            [
+                (_on_device(corpus.tokens[b], accelerator), _on_device(corpus.positions[b], accelerator))
+                for b in batches
+            ],
+            reduce=lambda counts: accelerator.reduce(counts, reduction="sum"),
+            on_progress=on_progress,
+        )
 
 
 def _gptq(student: TextModel, schedule: Schedule, corpus: Corpus, accelerator: Accelerator) -> None:
@@ -233,6 +271,7 @@ class Session:
         self.teacher_head = teacher.get_output_embeddings().weight.to(self.dtype)
         self.distiller = accelerator.prepare(Distiller(student, softcap, compiled))
         self.optimizer = make_optimizer(student, self.schedule)
+        self.dropout = plan.recipe.activations.dropout if plan.recipe.activations else 0.0
         self.seconds_before = 0.0
 
     def run(self, start: Path | None, on_step: Callable[[StepInfo], None]) -> None:
@@ -255,6 +294,9 @@ class Session:
     def step(self, step: int) -> float:
         """One optimizer step; returns the mean loss over its micro-batches."""
         schedule = self.schedule
+        if self.dropout:
+            on = bool(np.random.default_rng([schedule.seed, step]).random() >= self.dropout)
+            switch_static(self.student, activations=on, kv_cache=on)
         set_lr(self.optimizer, self.phases.lr_factor(step, schedule.tail_lr))
         indices = batch_indices(len(self.corpus.tokens), schedule.batch_size, schedule.seed, step)
         micro_batches = self.micro_batches(indices)

@@ -1,0 +1,61 @@
+"""Decoding with a KV cache that really holds int8: the check on what training only simulated.
+
+Shape suffixes: T tokens of a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from intaglio.numerics.activation import encode
+
+PREFILL_TOKENS = 16  # read at once, as a prompt is; the rest token by token
+
+
+class _Int8:
+    """Mixin for a layer of transformers' cache: holds codes, gives back codes x scale."""
+
+    k_scale: Tensor
+    v_scale: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        codes = encode(keys, self.k_scale), encode(values, self.v_scale)
+        all_keys, all_values = super().update(*codes, *args, **kwargs)  # type: ignore[misc]
+        return _decoded(all_keys, self.k_scale, keys.dtype), _decoded(all_values, self.v_scale, values.dtype)
+
+
+def _decoded(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.to(dtype) * scale.to(dtype)
+
+
+class Int8Layer(_Int8, DynamicLayer):
+    """Keys and values of a layer with full attention."""
+
+
+class Int8SlidingLayer(_Int8, DynamicSlidingWindowLayer):
+    """Keys and values of a layer with a window."""
+
+
+def int8_cache(model: Any, scales: dict[str, float]) -> DynamicCache:
+    """An empty cache for `model`. scales: static scales of a packed model, by name."""
+    cache = DynamicCache(config=model.config)
+    for number, layer in enumerate(cache.layers):
+        layer.__class__ = Int8SlidingLayer if isinstance(layer, DynamicSlidingWindowLayer) else Int8Layer
+        for kind in ("k", "v"):
+            scale = scales[f"model.layers.{number}.self_attn.{kind}_cache_scale"]
+            setattr(layer, f"{kind}_scale", torch.tensor(scale, device=model.device))
+    return cache
+
+
+@torch.no_grad()
+def decode_window(model: Any, window_T: Tensor, cache: DynamicCache) -> Tensor:
+    """float32 logits [T, V] of a window that is read through the cache."""
+    window = window_T.to(model.device).unsqueeze(0)
+    parts = [window[:, :PREFILL_TOKENS], *window[:, PREFILL_TOKENS:].split(1, dim=1)]
+    logits = [model(input_ids=part, past_key_values=cache, use_cache=True).logits[0] for part in parts if part.numel()]
+    return torch.cat(logits).float()

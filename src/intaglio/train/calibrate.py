@@ -1,0 +1,93 @@
+"""First values of static scales: one pass over training text, of its own, before any step.
+
+Observers are there for this pass alone, so no recomputed forward ever reaches them, and what they
+count is summed over processes, so that a process without data changes nothing. The first token of a
+sequence is left out: Gemma parks activations there that no other token has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intaglio.numerics.activation import BINS, fit_static_scale, magnitude_counts
+from intaglio.plan.plan import Plan
+from intaglio.train.static import modules_by_name, put_scales, switch_static
+
+Batch = tuple[Tensor, Tensor]  # input_ids and positions, int64 [B, T]
+
+
+class _Observers:
+    """Histograms of what each owner of a scale sees, but for the tokens that `counted` leaves out."""
+
+    def __init__(self, model: nn.Module, plan: Plan):
+        device = next(model.parameters()).device
+        owned = [scale for scale in plan.static_scales if scale.owned]
+        self.names = {(scale.module, scale.kind): scale.name for scale in owned}
+        self.counts = {scale.name: torch.zeros(BINS, dtype=torch.float64, device=device) for scale in owned}
+        self.modules = {name: module for name, module in modules_by_name(model).items() if hasattr(module, "static")}
+        self.counted: Tensor | None = None  # bool [B, T]
+
+    def see(self, module: str, kind: str, x_BT: Tensor) -> None:
+        name = self.names.get((module, kind))
+        if name is not None:
+            self.counts[name] += magnitude_counts(x_BT[self.counted])
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Observe all forwards inside."""
+        handles = [m.register_forward_hook(self._hook(name)) for name, m in self.modules.items() if _is_linear(m)]
+        for name, module in self.modules.items():
+            module.static.observer = lambda kind, x, name=name: self.see(name, kind, x)  # type: ignore[union-attr]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in self.modules.values():
+                module.static.observer = None  # type: ignore[union-attr]
+
+    def _hook(self, name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self.see(name, "input", inputs[0])
+            self.see(name, "output", output)
+
+        return hook
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+@torch.no_grad()
+def calibrate(
+    model: Any,
+    plan: Plan,
+    batches: list[Batch],
+    *,
+    reduce: Callable[[Tensor], Tensor] = lambda counts: counts,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """Find and set every static scale of a prepared model, and return the owners' values by name.
+
+    batches: full sequences of training text; a position of 0 marks the token to leave out. reduce: sums
+    a tensor over processes. on_progress: tokens done and in all. Raises WeightError for activations
+    that are not finite, and for a scale whose tensor the text never reached.
+    """
+    observers = _Observers(model, plan)
+    total, done = sum(ids.numel() for ids, _ in batches), 0
+    switch_static(model, activations=False, kv_cache=False)
+    with observers.watching():
+        for input_ids, positions in batches:
+            observers.counted = positions > 0
+            model.model(input_ids=input_ids, position_ids=positions, use_cache=False)
+            done += input_ids.numel()
+            on_progress(done, total)
+    switch_static(model, activations=True, kv_cache=True)
+    values = {name: fit_static_scale(reduce(counts), name) for name, counts in observers.counts.items()}
+    put_scales(model, plan, values)
+    return values

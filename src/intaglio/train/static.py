@@ -1,0 +1,151 @@
+"""Static int8 activations and KV cache in training: learned scales, straight-through gradients.
+
+A scale is one float32 parameter, its logarithm. Linears that read the same tensor, and layers that share
+keys and values, share it. The forward is the runtime's (see `numerics.activation`); the backward passes
+gradients through what is not clipped, and what clipping stops reaches the scale, as in LSQ (Esser et
+al. 2020, arXiv:1902.08153). Quantized activations are computed again in the backward, not kept.
+
+The parameter appears once calibration has found its first value (`calibrate`); until then, and where it
+is switched off, activations pass as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from intaglio.numerics.activation import (
+    CODE_MAX,
+    CODE_MIN,
+    LARGEST_LOG_SCALE,
+    SMALLEST_LOG_SCALE,
+    fake_quantize,
+    position,
+    round_scale,
+)
+from intaglio.plan.plan import Plan
+
+
+class StaticScales(nn.Module):
+    """The scales that belong to one module, by kind: "input" and "output", or "k_cache" and "v_cache".
+
+    Parameters are called KIND_scale_latent. on: whether they are used. observer: called with kind and
+    keys or values [B, T, ...] during calibration.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on = True
+        self.observer: Callable[[str, Tensor], None] | None = None
+        self.latents: dict[str, nn.Parameter] = {}
+
+    def put(self, kind: str, latent: nn.Parameter, owned: bool) -> None:
+        """Use this parameter for `kind`; only its owner registers it, so that state dicts name it once."""
+        self.latents[kind] = latent
+        if owned:
+            self.register_parameter(f"{kind}_scale_latent", latent)
+
+    def latent(self, kind: str) -> nn.Parameter | None:
+        """The parameter of a kind, if it is calibrated and in use."""
+        return self.latents.get(kind) if self.on else None
+
+
+def scale_of(latent: Tensor) -> Tensor:
+    """The stored scale of a latent: float32, no dimensions."""
+    return round_scale(latent.detach().clamp(SMALLEST_LOG_SCALE, LARGEST_LOG_SCALE).exp())
+
+
+def quantize_static(x: Tensor, latent: Tensor | None) -> Tensor:
+    """x as the runtime rounds it, without gradients; x itself where there is no scale."""
+    return x if latent is None else fake_quantize(x, scale_of(latent))
+
+
+def static_gradients(grad: Tensor, x: Tensor, latent: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and of the latent for a gradient of `quantize_static(x, latent)`."""
+    if latent is None:
+        return grad, None
+    scale = scale_of(latent)
+    where = position(x.detach(), scale)
+    inside = (where >= CODE_MIN - 0.5) & (where <= CODE_MAX + 0.5)
+    change = where.round().clamp_(CODE_MIN, CODE_MAX).sub_(where * inside)
+    grad_latent = (change.float() * grad.float()).sum() * scale
+    return grad * inside, grad_latent.to(latent.dtype)
+
+
+class StaticQuantize(torch.autograd.Function):
+    """`quantize_static` with gradients; keeps x, which whoever made it keeps as a rule."""
+
+    @staticmethod
+    def forward(ctx, x, latent):
+        ctx.save_for_backward(x, latent)
+        return quantize_static(x, latent)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, latent = ctx.saved_tensors
+        return static_gradients(grad, x, latent)
+
+
+class StaticLinear:
+    """Mixin for a linear whose weight is not trained: its input and output are quantized all the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = static(self, "input", x)
+        return static(self, "output", F.linear(x, self.weight, self.bias))  # type: ignore[attr-defined]
+
+
+def latent_of(module: Any, kind: str) -> nn.Parameter | None:
+    """The scale of a kind that this module uses at present."""
+    scales = getattr(module, "static", None)
+    return None if scales is None else scales.latent(kind)
+
+
+def static(module: Any, kind: str, x: Tensor) -> Tensor:
+    """x as this module quantizes it, with gradients."""
+    latent = latent_of(module, kind)
+    return x if latent is None else StaticQuantize.apply(x, latent)
+
+
+def bare_path(path: str) -> str:
+    """A module's name in the bare model: PEFT's wrappers are looked through."""
+    return path.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def modules_by_name(model: nn.Module) -> dict[str, Any]:
+    """Modules by their names in the bare model; of an adapted linear, the linear itself."""
+    return {bare_path(path): module for path, module in model.named_modules()}
+
+
+def put_scales(model: Any, plan: Plan, values: dict[str, float]) -> None:
+    """Make learned parameters of these first values, by the names of the scales that own them; 0 stays off."""
+    modules = modules_by_name(model)
+    device = next(model.parameters()).device
+    latents = {
+        name: nn.Parameter(torch.tensor(math.log(value), dtype=torch.float32, device=device))
+        for name, value in values.items()
+        if value
+    }
+    for scale in plan.static_scales:
+        if scale.owner in latents:
+            modules[scale.module].static.put(scale.kind, latents[scale.owner], scale.owned)
+
+
+def read_scales(model: Any, plan: Plan) -> dict[str, float]:
+    """The value of every static scale as the forward uses it, by name; 0 where there is none."""
+    modules = modules_by_name(model)
+    values = {}
+    for scale in plan.static_scales:
+        static = getattr(modules[scale.module], "static", None)
+        latent = None if static is None else static.latents.get(scale.kind)
+        values[scale.name] = 0.0 if latent is None else float(scale_of(latent))
+    return values
+
+
+def switch_static(model: nn.Module, *, activations: bool, kv_cache: bool) -> None:
+    """Turn quantization of activations, and of keys and values, on or off."""
+    for module in model.modules():
+        if isinstance(module, StaticScales):
+            module.on = kv_cache if any("cache" in kind for kind in module.latents) else activations
