@@ -35,6 +35,9 @@ RECIPES = {
         "q4_0",
         ["weights.token_embedding.trainable=false", "weights.token_embedding.grid=f16"],
     ),
+    "mobile": ("mobile", []),
+    "mobile, PLE learns": ("mobile", ["weights.ple_embedding.trainable=true"]),
+    "mobile stands still": ("mobile", [f"weights.{r}.trainable=false" for r in ("attention", "token_embedding")]),
     "linears stand still": ("q4_0", ["weights.linear.trainable=false"]),
 }
 EMBEDDING = "model.embed_tokens.weight"
@@ -84,8 +87,9 @@ def test_what_is_packed_computes_the_logits_of_the_training_forward(
     assert torch.equal(logits_of(shipped), expected)
 
 
-def test_frozen_codes_pack_the_logits_of_the_training_forward(teacher: nn.Module, tmp_path: Path) -> None:
-    plan = plan_of("q4_0")
+@pytest.mark.parametrize("recipe", ["q4_0", "mobile"])
+def test_frozen_codes_pack_the_logits_of_the_training_forward(recipe: str, teacher: nn.Module, tmp_path: Path) -> None:
+    plan = plan_of(recipe)
     student = trained(build_student(teacher, plan))
     before = logits_of(student)
     freeze_codes(student)
@@ -193,7 +197,7 @@ def test_a_tied_embedding_learns_from_the_lookup_and_from_the_head(teacher: nn.M
     assert by_head[~seen].any()
 
 
-@pytest.mark.parametrize("recipe", ["everything learns", "PLE of q4_0 learns"])
+@pytest.mark.parametrize("recipe", ["everything learns", "PLE of q4_0 learns", "mobile, PLE learns"])
 def test_rows_of_the_ple_table_are_gathered_before_they_are_decoded(
     recipe: str, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +216,15 @@ def test_rows_of_the_ple_table_are_gathered_before_they_are_decoded(
     seen = torch.zeros(256, dtype=torch.bool).index_fill(0, IDS.unique(), True)
     assert table.weight.grad[seen].any(-1).all()
     assert not table.weight.grad[~seen].any()
+
+
+def test_a_scale_that_became_nan_is_named_with_its_tensor(teacher: nn.Module, tmp_path: Path) -> None:
+    plan = plan_of("mobile")
+    student = build_student(teacher, plan)
+    student.model.layers[3].mlp.up_proj.quantizer.scale_latent.data[7] = torch.nan
+    with pytest.raises(WeightError, match=r"layers\.3\.mlp\.up_proj\.weight: 1 of .* scales .* at row 7, block 0"):
+        packed_of(student, plan, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # Float leftovers

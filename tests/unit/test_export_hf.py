@@ -54,8 +54,9 @@ def test_steps_that_bfloat16_cannot_hold_are_refused(packed_copy: PackedModel, t
     path = packed_copy.path / "packed.safetensors"
     parts = load_file(path)
     parts["model.layers.0.self_attn.q_proj.weight.scale"][5, 2] = 0.0123  # eleven significant bits
-    metadata = {"format": "intaglio-packed-1", "config": json.dumps(packed_copy.plan.model.config)}
-    save_file(parts, path, metadata | {"recipe": packed_copy.plan.recipe.to_toml(), "provenance": "{}"})
+    plan = packed_copy.plan
+    metadata = {"format": "intaglio-packed-1", "config": json.dumps(plan.model.config), "plan": plan.digest}
+    save_file(parts, path, metadata | {"recipe": plan.recipe.to_toml(), "provenance": "{}"})
     with pytest.raises(WeightError, match=r"layers\.0\.self_attn\.q_proj.*more significant bits"):
         export_hf(PackedModel.open(packed_copy.path), tmp_path / "hf")
     assert list(tmp_path.iterdir()) == [packed_copy.path]
