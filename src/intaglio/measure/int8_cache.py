@@ -23,10 +23,11 @@ class _Int8:
     k_scale: Tensor
     v_scale: Tensor
 
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        codes = encode(keys, self.k_scale), encode(values, self.v_scale)
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        codes = encode(key_states, self.k_scale), encode(value_states, self.v_scale)
         all_keys, all_values = super().update(*codes, *args, **kwargs)  # type: ignore[misc]
-        return _decoded(all_keys, self.k_scale, keys.dtype), _decoded(all_values, self.v_scale, values.dtype)
+        dtype = key_states.dtype
+        return _decoded(all_keys, self.k_scale, dtype), _decoded(all_values, self.v_scale, dtype)
 
 
 def _decoded(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,11 +45,13 @@ class Int8SlidingLayer(_Int8, DynamicSlidingWindowLayer):
 def int8_cache(model: Any, scales: dict[str, float]) -> DynamicCache:
     """An empty cache for `model`. scales: static scales of a packed model, by name."""
     cache = DynamicCache(config=model.config)
-    for number, layer in enumerate(cache.layers):
-        layer.__class__ = Int8SlidingLayer if isinstance(layer, DynamicSlidingWindowLayer) else Int8Layer
+    for number, plain in enumerate(cache.layers):
+        sliding = isinstance(plain, DynamicSlidingWindowLayer)
+        layer = Int8SlidingLayer(plain.sliding_window) if sliding else Int8Layer()
         for kind in ("k", "v"):
             scale = scales[f"model.layers.{number}.self_attn.{kind}_cache_scale"]
             setattr(layer, f"{kind}_scale", torch.tensor(scale, device=model.device))
+        cache.layers[number] = layer
     return cache
 
 

@@ -27,7 +27,7 @@ class _Observers:
     def __init__(self, model: nn.Module, plan: Plan):
         device = next(model.parameters()).device
         owned = [scale for scale in plan.static_scales if scale.owned]
-        self.names = {(scale.module, scale.kind): scale.name for scale in owned}
+        self.names: dict[tuple[str, str], str] = {(scale.module, scale.kind): scale.name for scale in owned}
         self.counts = {scale.name: torch.zeros(BINS, dtype=torch.float64, device=device) for scale in owned}
         self.modules = {name: module for name, module in modules_by_name(model).items() if hasattr(module, "static")}
         self.counted: Tensor | None = None  # bool [B, T]

@@ -403,7 +403,7 @@ class FakeQuantLinear(torch.autograd.Function):
         x, latent, bias, input_z, output_z = ctx.saved_tensors
         quantizer, needs = ctx.quantizer, ctx.needs_input_grad
         quantized_x = quantize_static(x, input_z)
-        weight = _values(quantizer, latent, grad.dtype) if needs[0] or output_z is not None else None
+        weight = _values(quantizer, latent, grad.dtype)
         grad_output_z = grad_input_z = grad_x = grad_latent = grad_z = None
         if output_z is not None:
             grad, grad_output_z = static_gradients(grad, F.linear(quantized_x, weight, bias), output_z)

@@ -16,7 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
 from intaglio.numerics.activation import (
     CODE_MAX,
     CODE_MIN,

@@ -1,0 +1,244 @@
+"""Static activations and KV cache in training: the runtime's forward, honest gradients, shared scales."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.integrations.gemma_quant import apply_srq
+
+from intaglio.errors import InputError, WeightError
+from intaglio.measure.int8_cache import decode_window, int8_cache
+from intaglio.plan.plan import Plan
+from intaglio.train.attach import QuantLinear, cache_values, pack_model, prepare
+from intaglio.train.calibrate import calibrate
+from intaglio.train.fakequant import FakeQuantLinear
+from intaglio.train.loop import Options, train
+from intaglio.train.static import StaticQuantize, put_scales, read_scales, scale_of, switch_static
+from tests.support.training import small_corpus, small_model, small_plan, straight_through
+
+PLAN = small_plan(recipe="mobile")
+CORPUS = small_corpus(sequences=8)
+IDS, POSITIONS = (torch.from_numpy(a).long() for a in (CORPUS.tokens, CORPUS.positions))
+
+
+def student(plan: Plan = PLAN) -> Any:
+    return prepare(small_model(), plan)
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> Any:
+    model = student()
+    calibrate(model, PLAN, [(IDS, POSITIONS)])
+    return model
+
+
+def logits(model: Any, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def plain_static(x: Tensor, latent: Tensor) -> Tensor:
+    """Static quantization with autograd's own gradients: straight through the rounding of codes and scale."""
+    scale = straight_through(scale_of(latent).double(), latent.exp())
+    clipped = (x / scale).clamp(-128.5, 127.5)
+    return straight_through(clipped.round().clamp(-128, 127), clipped) * scale
+
+
+@pytest.mark.parametrize("latent", [-3.0, -1.0, 0.5])
+def test_gradients_are_those_of_straight_through_rounding(latent: float) -> None:
+    x = torch.randn(500, dtype=torch.float64) * 20
+    grad = torch.randn(500, dtype=torch.float64)
+    ours = [x.float().requires_grad_(), torch.tensor(latent).requires_grad_()]
+    plain = [x.clone().requires_grad_(), torch.tensor(latent, dtype=torch.float64).requires_grad_()]
+    StaticQuantize.apply(*ours).backward(grad.float())
+    plain_static(*plain).backward(grad)
+    torch.testing.assert_close(ours[0].grad.double(), plain[0].grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[1].grad.double(), plain[1].grad, rtol=2e-2, atol=1e-3)
+
+
+def test_a_linear_computes_again_what_it_does_not_keep(calibrated: Any) -> None:
+    linear = copy.deepcopy(calibrated.model.layers[0].mlp.down_proj)
+    x = torch.randn(2, 5, linear.in_features)
+    ours, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    grad = torch.randn(2, 5, linear.out_features)
+    y = linear(ours)
+    y.backward(grad)
+    gradients = {name: parameter.grad.clone() for name, parameter in linear.named_parameters()}
+    linear.zero_grad()
+    weight = linear.quantizer(linear.weight, torch.float32)
+    static = linear.static.latents
+    expected = StaticQuantize.apply(StaticQuantize.apply(plain, static["input"]) @ weight.T, static["output"])
+    expected.backward(grad)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(ours.grad, plain.grad)
+    for name, parameter in linear.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
+
+
+def test_nothing_quantized_is_kept_for_the_backward(calibrated: Any) -> None:
+    kept: list[Tensor] = []
+    linear = calibrated.model.layers[0].mlp.down_proj
+    x = torch.randn(2, 5, linear.in_features, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear(x)
+    own = {p.data_ptr() for p in linear.parameters()} | {x.data_ptr()}
+    assert {t.data_ptr() for t in kept} <= own
+
+
+def test_the_forward_is_that_of_transformers_layer(calibrated: Any) -> None:
+    linear = calibrated.model.layers[0].self_attn.q_proj
+    scales = read_scales(calibrated, PLAN)
+    name = "model.layers.0.self_attn.q_proj"
+    x = torch.randn(3, linear.in_features)
+    inside = apply_srq(x, torch.tensor(scales[f"{name}.input_activation_scale"]))
+    product = torch.nn.functional.linear(inside, linear.quantizer(linear.weight, torch.float32))
+    expected = apply_srq(product, torch.tensor(scales[f"{name}.output_activation_scale"]))
+    assert torch.equal(linear(x), expected)
+
+
+def test_until_calibrated_and_when_off_nothing_is_quantized() -> None:
+    model = student()
+    before = logits(model)
+    calibrate(model, PLAN, [(IDS, POSITIONS)])
+    on = logits(model)
+    switch_static(model, activations=False, kv_cache=False)
+    assert torch.equal(logits(model), before)
+    assert not torch.equal(on, before)
+    for kind in ({"activations": True, "kv_cache": False}, {"activations": False, "kv_cache": True}):
+        switch_static(model, **kind)
+        assert not torch.equal(logits(model), before)
+        assert not torch.equal(logits(model), on)
+
+
+def test_every_scale_is_found_and_shared_as_planned(calibrated: Any) -> None:
+    values = read_scales(calibrated, PLAN)
+    assert set(values) == {scale.name for scale in PLAN.static_scales}
+    assert all(value > 0 for value in values.values())
+    assert all(values[scale.name] == values[scale.owner] for scale in PLAN.static_scales)
+    parameters = [n for n, _ in calibrated.named_parameters() if "static" in n]
+    assert len(parameters) == sum(scale.owned for scale in PLAN.static_scales)
+    assert len([n for n in calibrated.state_dict() if "static" in n]) == len(parameters)
+
+
+def test_the_first_token_is_not_calibrated_on() -> None:
+    """Its activations are made a thousand times larger: without effect on the scales."""
+    plain, loud = small_model(), small_model()
+    found = []
+    with torch.no_grad():
+        loud.model.embed_tokens.weight[2] *= 1000
+    ids = IDS.clone()
+    ids[POSITIONS == 0] = 2
+    for model in (plain, loud):
+        prepared = prepare(model, small_plan("weights.ple_embedding.trainable=true", recipe="mobile"))
+        name = "model.layers.0.self_attn.q_proj.input_activation_scale"
+        found.append(calibrate(prepared, PLAN, [(ids, POSITIONS)])[name])
+    assert found[0] == found[1]
+
+
+def test_calibration_does_not_depend_on_how_text_is_cut(calibrated: Any) -> None:
+    model = student()
+    pieces = [(IDS[i : i + 3], POSITIONS[i : i + 3]) for i in range(0, len(IDS), 3)]
+    seen: list[tuple[int, int]] = []
+    values = calibrate(model, PLAN, pieces, on_progress=lambda done, total: seen.append((done, total)))
+    expected = read_scales(calibrated, PLAN)
+    assert all(values[name] == pytest.approx(expected[name], rel=0.1) for name in values)
+    assert seen[-1] == (IDS.numel(), IDS.numel())
+    assert len(seen) == len(pieces)
+
+
+def test_a_process_without_data_changes_nothing(calibrated: Any) -> None:
+    """Two processes, the second with no text: each ends with the first one's scales."""
+    first, second = student(), student()
+    counts: list[Tensor] = []
+    calibrate(first, PLAN, [(IDS, POSITIONS)], reduce=lambda c: counts.append(c) or c)
+    remaining = iter(counts)
+    values = calibrate(second, PLAN, [], reduce=lambda c: c + next(remaining))
+    assert values == {name: v for name, v in read_scales(first, PLAN).items() if name in values}
+
+
+def test_observers_are_gone_after_calibration(calibrated: Any) -> None:
+    assert not any(m._forward_hooks for m in calibrated.modules() if isinstance(m, QuantLinear))
+    assert all(m.static.observer is None for m in calibrated.modules() if hasattr(m, "static"))
+
+
+def test_activations_that_are_not_finite_are_refused() -> None:
+    model = student()
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm._parameters["weight"].fill_(float("nan"))
+    with pytest.raises(WeightError, match=r"layers\.1\.self_attn.*NaN or Inf"):
+        calibrate(model, PLAN, [(IDS, POSITIONS)])
+
+
+def test_packed_scales_are_those_of_the_forward(calibrated: Any, gemma4: Any, tmp_path: Any) -> None:
+    from intaglio.packed.model import PackedModel
+
+    pack_model(calibrated, PLAN, tmp_path / "packed", assets=gemma4.checkpoint)
+    assert PackedModel.open(tmp_path / "packed").read_static() == read_scales(calibrated, PLAN)
+
+
+def test_an_int8_cache_decodes_what_training_simulates(calibrated: Any) -> None:
+    switch_static(calibrated, activations=True, kv_cache=True)
+    simulated = logits(calibrated, IDS[:1])[0]
+    switch_static(calibrated, activations=True, kv_cache=False)
+    cache = int8_cache(calibrated, read_scales(calibrated, PLAN))
+    decoded = decode_window(calibrated, IDS[0], cache)
+    floats = logits(calibrated, IDS[:1])[0]
+    switch_static(calibrated, activations=True, kv_cache=True)
+    assert {layer.keys.dtype for layer in cache.layers if layer.is_initialized} == {torch.int8}
+    # the order of sums differs, and a value that lies between two codes may fall on either side
+    assert float((decoded - simulated).abs().mean()) < 0.1 * float((floats - simulated).abs().mean())
+
+
+def test_another_attention_is_refused() -> None:
+    model = small_model()
+    model.set_attn_implementation("eager")
+    with pytest.raises(InputError, match="attends by 'eager', expected 'sdpa'"):
+        prepare(model, PLAN)
+
+
+def test_gradient_reaches_every_scale(calibrated: Any) -> None:
+    model = copy.deepcopy(calibrated)
+    cache_values(model, torch.float32)
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    silent = [n for n, p in model.named_parameters() if "static" in n and (p.grad is None or not p.grad.abs().sum())]
+    assert not silent
+
+
+def test_training_learns_the_scales_and_dropout_leaves_steps_out(tmp_path: Any) -> None:
+    plans = [small_plan(*overrides(d), recipe="mobile") for d in (0, 1)]
+    teacher = small_model()
+    with_static, without = (
+        read_scales(train(teacher, plan, CORPUS, tmp_path / str(i), options=Options(precision="no")), plan)
+        for i, plan in enumerate(plans)
+    )
+    start = prepare(copy.deepcopy(teacher), plans[0])
+    first = calibrate(start, plans[0], [(IDS, POSITIONS)])
+    assert any(with_static[name] != first[name] for name in first)
+    assert all(without[name] == pytest.approx(first[name], rel=0.1) for name in first)
+
+
+def overrides(dropout: float) -> list[str]:
+    schedule = {"tokens": 192, "batch_size": 4, "sequence_length": 16, "scale_lr": 0.05, "calibration_tokens": 128}
+    return [f"schedule.{k}={v}" for k, v in schedule.items()] + [f"activations.dropout={dropout}"]
+
+
+def test_scales_that_are_put_by_hand_are_used() -> None:
+    model = student()
+    owner = next(scale for scale in PLAN.static_scales if scale.owned)
+    put_scales(model, PLAN, {owner.name: 0.25})
+    assert read_scales(model, PLAN)[owner.name] == pytest.approx(0.25, rel=2**-8)
+
+
+def test_the_function_is_differentiable_without_scales() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    model = student()
+    linear = model.model.layers[0].mlp.gate_proj
+    x = torch.randn(4, linear.in_features, requires_grad=True)
+    y = FakeQuantLinear.apply(x, linear.weight, linear.quantizer.scale_latent, None, None, None, linear.quantizer)
+    y.sum().backward()
+    assert isinstance(linear, nn.Linear)
+    assert x.grad is not None
