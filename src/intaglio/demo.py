@@ -8,9 +8,11 @@ from pathlib import Path
 from intaglio.errors import OutputError
 from intaglio.measure.report import Report
 from intaglio.plan.recipe import Recipe
+from intaglio.progress import Progress
+from intaglio.proof import Evaluation
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.loop import RUN_FILE, Options
-from intaglio.workflow import Evaluation, Progress, run
+from intaglio.workflow import run
 
 # A short run for a small machine: GPTQ brings the codes near, small batches make 400 steps of the rest, and
 # there is no time for a long tail.

@@ -13,8 +13,8 @@ from intaglio.measure.metrics import Comparison
 from intaglio.measure.render import percent, size, with_ci
 from intaglio.measure.report import Report
 from intaglio.plan.plan import Plan
+from intaglio.progress import Progress as Callbacks
 from intaglio.train.loop import StepInfo
-from intaglio.workflow import Progress as Callbacks
 
 console = Console()
 

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from intaglio.errors import InputError
 from intaglio.export.hf import export_hf
+from intaglio.measure.simulate import decoded_model
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
 from intaglio.train.attach import cache_values, drop_values, merged_latent, pack_model, prepare
-from intaglio.workflow import decoded_model
 from tests.support.training import small_corpus, small_model, small_plan
 
 Q_PROJ = "layers.0.self_attn.q_proj"

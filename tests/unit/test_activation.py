@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 from transformers.integrations.gemma_quant import apply_srq
 
 from intaglio.errors import WeightError
-from intaglio.numerics.activation import (
-    BINS,
-    encode,
-    fake_quantize,
-    fit_static_scale,
-    magnitude_counts,
-    round_scale,
-)
+from intaglio.numerics.activation import encode, fake_quantize, round_scale
+from intaglio.numerics.fit_static import BINS, fit_static_scale, magnitude_counts
 
 
 def error_of(x: torch.Tensor, scale: float) -> float:

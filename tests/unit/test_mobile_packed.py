@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 import intaglio.tiny as tiny
 from intaglio.errors import ConfigError, InputError, RecipeError, WeightError
 from intaglio.export.gguf import export_gguf
+from intaglio.measure.simulate import decoded_model
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.checkpoint import load_model, stream_tensors
 from intaglio.packed.model import FILE_NAME, PackedModel, write_packed
 from intaglio.packed.store import open_safetensors
 from intaglio.plan.plan import make_plan
 from intaglio.train.quantize import fit_tensor, quantize
-from intaglio.workflow import decoded_model
 from tests.support.tiny import GEMMA4, make_checkpoint, pack
 
 DOWN = "model.layers.2.mlp.down_proj"

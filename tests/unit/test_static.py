@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.integrations.gemma_quant import apply_srq
 
 from intaglio.errors import InputError, WeightError
-from intaglio.measure.int8_cache import decode_window, int8_cache
+from intaglio.measure.int8_cache import decode_windows, int8_cache
 from intaglio.plan.plan import Plan
 from intaglio.train.attach import QuantLinear, cache_values, pack_model, prepare
 from intaglio.train.calibrate import calibrate
@@ -185,7 +185,7 @@ def test_an_int8_cache_decodes_what_training_simulates(calibrated: Any) -> None:
     simulated = logits(calibrated, IDS[:1])[0]
     switch_static(calibrated, activations=True, kv_cache=False)
     cache = int8_cache(calibrated, read_scales(calibrated, PLAN))
-    decoded = decode_window(calibrated, IDS[0], cache)
+    decoded = decode_windows(calibrated, IDS[:1], cache)[0]
     floats = logits(calibrated, IDS[:1])[0]
     switch_static(calibrated, activations=True, kv_cache=True)
     assert {layer.keys.dtype for layer in cache.layers if layer.is_initialized} == {torch.int8}

@@ -1,10 +1,11 @@
 """Decoding with a KV cache that really holds int8: the check on what training only simulated.
 
-Shape suffixes: T tokens of a window, V vocabulary.
+Shape suffixes: N windows, T tokens of a window, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def int8_cache(model: Any, scales: dict[str, float]) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     for number, plain in enumerate(cache.layers):
         sliding = isinstance(plain, DynamicSlidingWindowLayer)
-        layer = Int8SlidingLayer(plain.sliding_window) if sliding else Int8Layer()
+        layer = Int8SlidingLayer(plain.sliding_window) if sliding else Int8Layer()  # type: ignore[union-attr]
         for kind in ("k", "v"):
             scale = scales[f"model.layers.{number}.self_attn.{kind}_cache_scale"]
             setattr(layer, f"{kind}_scale", torch.tensor(scale, device=model.device))
@@ -56,9 +57,16 @@ def int8_cache(model: Any, scales: dict[str, float]) -> DynamicCache:
 
 
 @torch.no_grad()
-def decode_window(model: Any, window_T: Tensor, cache: DynamicCache) -> Tensor:
-    """float32 logits [T, V] of a window that is read through the cache."""
-    window = window_T.to(model.device).unsqueeze(0)
-    parts = [window[:, :PREFILL_TOKENS], *window[:, PREFILL_TOKENS:].split(1, dim=1)]
-    logits = [model(input_ids=part, past_key_values=cache, use_cache=True).logits[0] for part in parts if part.numel()]
-    return torch.cat(logits).float()
+def decode_windows(model: Any, windows_NT: Tensor, cache: DynamicCache) -> Tensor:
+    """Logits [N, T, V] of windows that are read side by side through the cache."""
+    windows = windows_NT.to(model.device)
+    parts = [windows[:, :PREFILL_TOKENS], *windows[:, PREFILL_TOKENS:].split(1, dim=1)]
+    logits = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in parts if part.numel()]
+    return torch.cat(logits, dim=1)
+
+
+def int8_source(model: Any, windows_NT: Tensor, scales: dict[str, float], batch: int = 16) -> Iterator[Tensor]:
+    """float32 logits [T, V] of each window, `batch` windows read side by side, each batch with a new cache."""
+    for windows in windows_NT.split(batch):
+        for logits_TV in decode_windows(model, windows, int8_cache(model, scales)):
+            yield logits_TV.float()

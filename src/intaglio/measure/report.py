@@ -40,12 +40,14 @@ class ComparisonRow:
 
     kind: "original" (the reference), "stock" (the runtime's own rounding), "fitted" (our best
         without training) or "trained". Shares are recovered by "trained" from "stock" and "fitted".
+    variant: how it computes, if not as it is meant to; rows of a variant are compared with each other.
     comparison: None for the reference itself. size_bytes: of its file, None without one.
     """
 
     label: str
     kind: Kind
     comparison: Comparison | None
+    variant: str = ""
     size_bytes: int | None = None
 
 
@@ -149,9 +151,10 @@ class Report:
             )
             for trained, a in measured
             for baseline, b in measured
-            if trained.kind == "trained" and baseline.kind in ("stock", "fitted") and _comparable(a, b)
+            if trained.kind == "trained" and baseline.kind in ("stock", "fitted")
+            if trained.variant == baseline.variant and _comparable(a, b)
         ]
-        return sorted(pairs, key=lambda pair: (pair.measured.simulated, pair.baseline.kind == "fitted"))
+        return sorted(pairs, key=_by_weight)
 
     def lead(self) -> Recovery | None:
         """The pair of the headline: against stock, in the artifact's own runtime if it was run there."""
@@ -238,6 +241,11 @@ def _template_values(report: Report) -> dict[str, Any]:
         "heat": charts.heat(report.layers),
         "rosette": charts.rosette(report.artifacts[0].sha256 if report.artifacts else report.title),
     }
+
+
+def _by_weight(pair: Recovery) -> tuple[bool, bool, bool]:
+    """Artifacts before simulations, what is meant before its variants, stock before fitted."""
+    return pair.measured.simulated, bool(pair.trained.variant), pair.baseline.kind == "fitted"
 
 
 def _comparable(trained: Comparison, baseline: Comparison) -> bool:

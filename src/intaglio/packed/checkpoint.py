@@ -55,6 +55,23 @@ def load_model(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> Tex
     return model.eval()
 
 
+def load_quantized(model_dir: str | Path) -> TextModel:
+    """A folder whose config names a quantization that transformers reads, float32, in eval mode: nothing of ours.
+
+    Raises ConfigError where transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = Path(model_dir)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise ConfigError(f"{path}: transformers cannot load this folder: {one_line(error)}") from error
+    return model.eval()
+
+
 def load_tokenizer(model_dir: str | Path) -> Any:
     """The folder's tokenizer. ConfigError if there is none or it cannot be read."""
     from transformers import AutoTokenizer

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intaglio.numerics.activation import BINS, fit_static_scale, magnitude_counts
+from intaglio.numerics.fit_static import BINS, fit_static_scale, magnitude_counts
 from intaglio.plan.plan import Plan
 from intaglio.train.static import modules_by_name, put_scales, switch_static
 

@@ -251,6 +251,12 @@ class WeightQuantizer(nn.Module):
         return FakeQuantizeRows.apply(latent_rows, z_rows, self, rows, None if table is None else table.detach())
 
     @torch.no_grad()
+    def set_steps(self, step: Tensor) -> None:
+        """Begin with other steps than the fitted ones, float32 [R, S]; in free mode, whose signs stay."""
+        assert self.scale_latent is not None and self.mode == "free"
+        self.scale_latent.copy_(_log_magnitude(self.grid, step))
+
+    @torch.no_grad()
     def freeze(self, latent: Tensor) -> None:
         """Fix the codes of the present forward; only the scales go on learning."""
         quantized = self.pack(latent)

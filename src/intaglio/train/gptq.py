@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from intaglio.errors import InputError
+from intaglio.numerics.fit import fit_mse
 from intaglio.numerics.gptq import gptq_latents
 from intaglio.train.attach import QuantLinear
+from intaglio.train.fakequant import WeightQuantizer
 
 
 @torch.no_grad()
@@ -16,7 +18,8 @@ def start_from_gptq(model: nn.Module, input_ids: Tensor, positions: Tensor) -> N
 
     One forward of the prepared `model` over input_ids, int64 [B, T]: each linear sees its inputs,
     moves its latents, and goes on with them, so that the layers behind make up for what the ones
-    before lost. The scales stay as fitted. Raises InputError if inputs are not finite.
+    before lost. Scales of blocks stay as fitted; those of channels are fitted again, with each column weighed by
+    its mean square. Raises InputError if inputs are not finite.
     """
     linears = [m for m in model.modules() if isinstance(m, QuantLinear) and m.quantizer.scale_latent is not None]
     names = {id(module): name for name, module in model.named_modules()}
@@ -32,10 +35,12 @@ def start_from_gptq(model: nn.Module, input_ids: Tensor, positions: Tensor) -> N
             moments = x.T @ x
         if not bool(torch.isfinite(moments).all()):
             raise InputError(f"{names[id(module)]}: its inputs are NaN or Inf on the text: check the checkpoint")
-        quantizer = module.quantizer
-        _, step = quantizer.compute(latent)  # type: ignore[operator, union-attr]
+        quantizer: WeightQuantizer = module.quantizer  # type: ignore[assignment]
+        if quantizer.grid.positive:  # few steps of many columns: which columns matter decides them
+            quantizer.set_steps(fit_mse(latent, quantizer.grid, moments.diagonal() / len(x)).step)
+        _, step = quantizer.compute(latent)
         step = step.view(*latent.shape[:-1], -1)
-        latent.copy_(gptq_latents(latent.float(), step, moments, quantizer.grid))  # type: ignore[union-attr, arg-type]
+        latent.copy_(gptq_latents(latent.float(), step, moments, quantizer.grid))
 
     hooks = [linear.register_forward_pre_hook(move) for linear in linears]
     try:

@@ -136,7 +136,7 @@ def train(
     run_dir = Path(run_dir)
     identity = {"plan": plan.digest, "corpus": corpus.digest}
     check_run_dir(run_dir, identity, resume)
-    accelerator = _accelerator(options, run_dir)
+    accelerator = make_accelerator(options, run_dir)
     compiled = accelerator.device.type == "cuda" if options.compiled is None else options.compiled
     teacher = teacher.to(accelerator.device).requires_grad_(False)
     student = build_student(teacher, plan, compiled=compiled)
@@ -211,7 +211,8 @@ def _on_device(array: NDArray[np.int32], accelerator: Accelerator) -> Tensor:
     return torch.from_numpy(array).long().to(accelerator.device)
 
 
-def _accelerator(options: Options, run_dir: Path) -> Accelerator:
+def make_accelerator(options: Options, run_dir: Path | None) -> Accelerator:
+    """accelerate with the precision that the options ask for."""
     precision = options.precision or ("bf16" if torch.cuda.is_available() else "no")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # of an earlier run in this process

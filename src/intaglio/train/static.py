@@ -34,7 +34,8 @@ from intaglio.plan.plan import Plan
 class StaticScales(nn.Module):
     """The scales that belong to one module, by kind: "input" and "output", or "k_cache" and "v_cache".
 
-    Parameters are called KIND_scale_latent. on: whether they are used. observer: called with kind and
+    Parameters are called KIND_scale_latent; `fixed` holds scales that are not learned, as they are
+    stored. on: whether any are used. observer: called with kind and
     keys or values [B, T, ...] during calibration.
     """
 
@@ -43,6 +44,7 @@ class StaticScales(nn.Module):
         self.on = True
         self.observer: Callable[[str, Tensor], None] | None = None
         self.latents: dict[str, nn.Parameter] = {}
+        self.fixed: dict[str, Tensor] = {}
 
     def put(self, kind: str, latent: nn.Parameter, owned: bool) -> None:
         """Use this parameter for `kind`; only its owner registers it, so that state dicts name it once."""
@@ -100,15 +102,19 @@ class StaticLinear:
 
 
 def latent_of(module: Any, kind: str) -> nn.Parameter | None:
-    """The scale of a kind that this module uses at present."""
+    """The learned scale of a kind that this module uses at present."""
     scales = getattr(module, "static", None)
     return None if scales is None else scales.latent(kind)
 
 
 def static(module: Any, kind: str, x: Tensor) -> Tensor:
-    """x as this module quantizes it, with gradients."""
-    latent = latent_of(module, kind)
-    return x if latent is None else StaticQuantize.apply(x, latent)
+    """x as this module quantizes it, with gradients where the scale is learned."""
+    scales = getattr(module, "static", None)
+    if scales is None or not scales.on:
+        return x
+    if kind in scales.latents:
+        return StaticQuantize.apply(x, scales.latents[kind])
+    return fake_quantize(x, scales.fixed[kind]) if kind in scales.fixed else x
 
 
 def bare_path(path: str) -> str:
@@ -123,8 +129,7 @@ def modules_by_name(model: nn.Module) -> dict[str, Any]:
 
 def put_scales(model: Any, plan: Plan, values: dict[str, float]) -> None:
     """Make learned parameters of these first values, by the names of the scales that own them; 0 stays off."""
-    modules = modules_by_name(model)
-    device = next(model.parameters()).device
+    modules, device = modules_by_name(model), next(model.parameters()).device
     latents = {
         name: nn.Parameter(torch.tensor(math.log(value), dtype=torch.float32, device=device))
         for name, value in values.items()
@@ -133,6 +138,14 @@ def put_scales(model: Any, plan: Plan, values: dict[str, float]) -> None:
     for scale in plan.static_scales:
         if scale.owner in latents:
             modules[scale.module].static.put(scale.kind, latents[scale.owner], scale.owned)
+
+
+def fix_scales(model: Any, plan: Plan, values: dict[str, float]) -> None:
+    """Compute with these values as they are, by the names of all static scales; 0 is off."""
+    modules, device = modules_by_name(model), next(model.parameters()).device
+    for scale in plan.static_scales:
+        if values[scale.name]:
+            modules[scale.module].static.fixed[scale.kind] = torch.tensor(values[scale.name], device=device)
 
 
 def read_scales(model: Any, plan: Plan) -> dict[str, float]:
@@ -150,4 +163,5 @@ def switch_static(model: nn.Module, *, activations: bool, kv_cache: bool) -> Non
     """Turn quantization of activations, and of keys and values, on or off."""
     for module in model.modules():
         if isinstance(module, StaticScales):
-            module.on = kv_cache if any("cache" in kind for kind in module.latents) else activations
+            kinds = module.latents.keys() | module.fixed.keys()
+            module.on = kv_cache if any("cache" in kind for kind in kinds) else activations

@@ -1,0 +1,83 @@
+"""Formats: what a recipe's grids are shipped as, and what they are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from intaglio.export.gguf import check_exportable, check_grids, export_gguf
+from intaglio.export.hf import export_hf
+from intaglio.export.mobile import export_mobile
+from intaglio.numerics.grid import BlockGrid
+from intaglio.plan.plan import Plan
+from intaglio.plan.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """A file or folder that a run leaves.
+
+    name: in the run folder. kind: of the packed model that it is made from, "trained" or "stock".
+    runs: whether it is measured in its runtime; one that says nothing new is not.
+    """
+
+    name: str
+    kind: str
+    write: Callable[..., Any]
+    runs: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How a plan ends.
+
+    label: what the report calls the rounding. stock_label, stock_recipe: what anyone's tool would do
+    without training, for a recipe. exports: what a run writes. check: raises before training what an
+    export would raise after it, for a plan and the source model's folder.
+    """
+
+    label: str
+    stock_label: str
+    stock_recipe: Callable[[Recipe], Recipe]
+    exports: tuple[Export, ...]
+    check: Callable[[Plan, Path], None]
+
+
+def _check_gguf(plan: Plan, model_dir: Path) -> None:
+    check_grids(plan)
+    check_exportable(plan.model, model_dir)
+
+
+def _absmax(recipe: Recipe) -> Recipe:
+    return replace(recipe, name=f"{recipe.name}-absmax", fit="absmax")
+
+
+GGUF = Format(
+    label="Q4_0",
+    stock_label="Stock rounding",
+    stock_recipe=lambda recipe: Recipe.load("q4_0-stock"),
+    exports=(
+        Export(name="model.gguf", kind="trained", write=export_gguf),
+        Export(name="stock.gguf", kind="stock", write=export_gguf),
+        Export(name="hf", kind="trained", write=export_hf, runs=False),
+    ),
+    check=_check_gguf,
+)
+MOBILE = Format(
+    label="mobile",
+    stock_label="Absmax rounding",
+    stock_recipe=_absmax,
+    exports=(
+        Export(name="mobile", kind="trained", write=export_mobile),
+        Export(name="stock-mobile", kind="stock", write=export_mobile),
+    ),
+    check=lambda plan, model_dir: None,
+)
+
+
+def format_of(plan: Plan) -> Format:
+    """The format that holds the plan's grids."""
+    channels = any(isinstance(tensor.grid, BlockGrid) and tensor.grid.positive for tensor in plan)
+    return MOBILE if channels else GGUF
