@@ -117,6 +117,19 @@ def test_training_moves_what_the_recipe_trains_and_nothing_else(teacher: nn.Modu
 # What stays
 
 
+@pytest.mark.parametrize("recipe", ["q4_0", "mobile"])
+def test_a_table_that_is_not_trained_is_kept_as_codes(recipe: str, teacher: nn.Module) -> None:
+    """No float copy of it, the teacher's own is left alone, and the logits are those of the ordinary way."""
+    before = teacher.get_submodule(PLE.removesuffix(".weight")).weight.clone()
+    plan = plan_of(recipe)
+    student = build_student(teacher, plan)
+    module = student.get_submodule(PLE.removesuffix(".weight"))
+    assert {t.dtype for t in module.buffers() if t.shape == before.shape} == {torch.int8}
+    assert not any(t.shape == before.shape for t in module.parameters())
+    assert torch.equal(teacher.get_submodule(PLE.removesuffix(".weight")).weight, before)
+    assert torch.equal(logits_of(student), logits_of(prepare(copy.deepcopy(teacher), plan)))
+
+
 def test_names_types_and_shapes_stay(teacher: nn.Module) -> None:
     student = build_student(teacher, plan_of("everything learns"))
     before, after = teacher.state_dict(), student.state_dict()
@@ -163,7 +176,7 @@ def plain_gradients(model: nn.Module) -> dict[str, Tensor]:
 def test_gradients_of_a_grid_without_learned_scales_pass_straight_through(recipe: str, teacher: nn.Module) -> None:
     """Through the lookup and through the tied head, to norms, and to gathered rows of the PLE table."""
     plan = plan_of(recipe)
-    student = build_student(teacher, plan).eval()
+    student = prepare(copy.deepcopy(teacher).requires_grad_(True), plan)
     decoded = copy.deepcopy(teacher).requires_grad_(True)
     parameters = dict(decoded.named_parameters()) | dict(decoded.named_buffers())
     inside: dict[str, Tensor] = {}

@@ -62,6 +62,41 @@ class QuantEmbedding(nn.Embedding):
         return _scaled(self, self.quantizer.forward_rows(rows, input_ids, self.weight))
 
 
+class FrozenEmbedding:
+    """Mixin for an embedding that is not trained and kept as codes: no table of floats, and no `weight`."""
+
+    frozen: FrozenCodes
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return _scaled(self, self.frozen.rows(input_ids))  # type: ignore[arg-type]
+
+
+class FrozenCodes(nn.Module):
+    """A Quantized as buffers, which no checkpoint holds: the original says what they are."""
+
+    def __init__(self, quantized: Quantized, dtype: torch.dtype):
+        super().__init__()
+        self.grid, self.dtype = quantized.grid, dtype
+        for name in ("codes", "scale", "super_scale"):
+            self.register_buffer(name, getattr(quantized, name), persistent=False)
+
+    def quantized(self) -> Quantized:
+        """All of it, on the CPU."""
+        parts = (self.codes, self.scale, self.super_scale)
+        return Quantized(self.grid, *(None if part is None else part.cpu() for part in parts))  # type: ignore[arg-type, operator]
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Decoded rows [..., C] of an int64 index [...]."""
+        parts = (self.codes, self.scale, self.super_scale)
+        return Quantized(self.grid, *(None if part is None else part[index] for part in parts)).decode(self.dtype)  # type: ignore[arg-type, index]
+
+
+def is_frozen_table(tensor: PlannedTensor) -> bool:
+    """Whether `prepare(compact=True)` keeps it as codes: a table that no head is tied to and no gradient reaches."""
+    grid, rule = tensor.grid, tensor.rule
+    return tensor.spec.role == "ple_embedding" and isinstance(grid, BlockGrid) and not rule.trainable
+
+
 def _scaled(embedding: nn.Module, rows: Tensor) -> Tensor:
     scale = getattr(embedding, "embed_scale", None)  # Gemma scales by sqrt(width), after the lookup
     return rows if scale is None else rows * scale.to(rows.dtype)
@@ -128,7 +163,9 @@ def swap_class(module: nn.Module, mixin: type) -> None:
     module.__class__ = _mixed(mixin, type(module))  # type: ignore[arg-type]
 
 
-def prepare(model: nn.Module, plan: Plan, *, fit: Fit | None = None, compiled: bool = False) -> nn.Module:
+def prepare(
+    model: nn.Module, plan: Plan, *, fit: Fit | None = None, compiled: bool = False, compact: bool = False
+) -> nn.Module:
     """Put every planned tensor of `model` on its grid, in place, and return the model.
 
     model: the transformers text model of the plan's config, or a PEFT LoRA model around it, with
@@ -136,6 +173,8 @@ def prepare(model: nn.Module, plan: Plan, *, fit: Fit | None = None, compiled: b
         Latents should be float32; gradients flow to latents, scales and float leftovers.
     fit: first scales; the recipe's own fit by default.
     compiled: run the quantizer through torch.compile.
+    compact: keep the table of per-layer embeddings, if the recipe does not train it, as codes. The
+        state dict then lacks it, and the floats are left as they are: another model may share them.
 
     Tensors that the recipe does not train are decoded once and need no further work. Static scales of
     activations and KV cache stay off until `calibrate` finds them. Raises
@@ -156,7 +195,7 @@ def prepare(model: nn.Module, plan: Plan, *, fit: Fit | None = None, compiled: b
             raise RecipeError(f"{tensor.name}: planned as {planned}, but {list(shape)} in this model: plan this model")
         check_finite(getattr(module, attribute), tensor.name)
         try:
-            _attach(module, attribute, tensor, fit, compiled)
+            _attach(module, attribute, tensor, fit, compiled, compact)
         except WeightError as error:
             raise WeightError(f"{tensor.name}: {error}") from error
     _share_with_tied_head(model)
@@ -220,12 +259,13 @@ def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         path = bare_path(path)
         names = [n for n, p in module._parameters.items() if p is not None]
         names += [n for n in module._buffers if n == "layer_scalar"]
+        names += ["weight"] if isinstance(module, FrozenEmbedding) else []
         for name in names:
             owners.setdefault(f"{path}.{name}" if path else name, (module, name))
     return owners
 
 
-def _attach(module: nn.Module, attribute: str, tensor: PlannedTensor, fit: Fit, compiled: bool) -> None:
+def _attach(module: nn.Module, attribute: str, tensor: PlannedTensor, fit: Fit, compiled: bool, compact: bool) -> None:
     latent: Tensor = getattr(module, attribute)
     grid, trainable = tensor.grid, tensor.rule.trainable and isinstance(latent, nn.Parameter)
     if isinstance(grid, FloatGrid):
@@ -237,6 +277,11 @@ def _attach(module: nn.Module, attribute: str, tensor: PlannedTensor, fit: Fit, 
             latent.requires_grad_(False)
         return
     fitted = fit(latent.detach(), grid)
+    if compact and is_frozen_table(tensor):
+        del module._parameters["weight"]
+        module.frozen = FrozenCodes(fitted, latent.dtype)
+        swap_class(module, FrozenEmbedding)
+        return
     learned = trainable and (grid.positive or grid.ggml_type == "Q4_0")
     quantizer = WeightQuantizer(grid, latent, fitted, learned=learned, compiled=compiled)
     module.quantizer = quantizer
@@ -360,6 +405,8 @@ def freeze_codes(model: nn.Module) -> None:
 def packed_value(model_owner: tuple[nn.Module, str], tensor: PlannedTensor, merged: Tensor | None = None) -> Any:
     """Quantized or float32 tensor, as the forward uses it."""
     module, attribute = model_owner
+    if isinstance(module, FrozenEmbedding):
+        return module.frozen.quantized()
     stored = module._parameters.get(attribute)
     latent = merged if merged is not None else stored if stored is not None else module._buffers[attribute]
     assert latent is not None

@@ -398,10 +398,9 @@ class FakeQuantLinear(torch.autograd.Function):
     def forward(ctx, x, latent, z, bias, input_z, output_z, quantizer):
         dtype = compute_dtype(x, latent)
         x = x.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        ctx.quantizer = quantizer
-        ctx.save_for_backward(x, latent, bias, input_z, output_z)
-        y = F.linear(quantize_static(x, input_z), _values(quantizer, latent, dtype), bias)
+        ctx.quantizer, ctx.has_bias = quantizer, bias is not None
+        ctx.save_for_backward(x, latent, None if output_z is None else bias, input_z, output_z)
+        y = F.linear(quantize_static(x, input_z), _values(quantizer, latent, dtype), _in(dtype, bias))
         return quantize_static(y, output_z)
 
     @staticmethod
@@ -412,15 +411,19 @@ class FakeQuantLinear(torch.autograd.Function):
         weight = _values(quantizer, latent, grad.dtype)
         grad_output_z = grad_input_z = grad_x = grad_latent = grad_z = None
         if output_z is not None:
-            grad, grad_output_z = static_gradients(grad, F.linear(quantized_x, weight, bias), output_z)
+            grad, grad_output_z = static_gradients(grad, F.linear(quantized_x, weight, _in(grad.dtype, bias)), output_z)
         if needs[0] or needs[4]:
             grad_x, grad_input_z = static_gradients(grad @ weight, x, input_z)
         flat = grad.flatten(0, -2)
         if needs[1] or needs[2]:
             grad_latent, grad_z = quantizer.gradients(flat.T @ quantized_x.flatten(0, -2), latent)
             grad_latent = grad_latent.to(latent.dtype)
-        grad_bias = None if bias is None else flat.sum(0)
+        grad_bias = flat.sum(0) if ctx.has_bias else None
         return grad_x, grad_latent, grad_z, grad_bias, grad_input_z, grad_output_z, None
+
+
+def _in(dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
 
 
 def _values(quantizer: WeightQuantizer, latent: Tensor, dtype: torch.dtype) -> Tensor:

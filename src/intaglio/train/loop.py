@@ -34,6 +34,7 @@ from intaglio.train.attach import (
     decoded_in_graph,
     drop_values,
     freeze_codes,
+    is_frozen_table,
     prepare,
 )
 from intaglio.train.calibrate import calibrate
@@ -163,10 +164,18 @@ def train(
 
 
 def build_student(teacher: TextModel, plan: Plan, *, compiled: bool = False) -> TextModel:
-    """A copy of the teacher with every planned tensor on its grid, ready to train."""
-    student = copy.deepcopy(teacher).requires_grad_(True)
+    """A copy of the teacher with every planned tensor on its grid, ready to train.
+
+    Of the table of per-layer embeddings no copy is made where it is not trained: the student has codes of it.
+    """
+    frozen = {tensor.name for tensor in plan if is_frozen_table(tensor)}
+    tables = [parameter for name, parameter in teacher.named_parameters() if name in frozen]
+    student = copy.deepcopy(teacher, {id(table): table for table in tables}).requires_grad_(True)
     student.train()
-    return prepare(student, plan, compiled=compiled)
+    prepare(student, plan, compiled=compiled, compact=True)
+    for table in tables:
+        table.requires_grad_(False)
+    return student
 
 
 def calibrate_student(
