@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, PreTrainedTokenizerFast
 
 from intaglio.errors import ConfigError, CorpusError
-from intaglio.train import corpus as module
+from intaglio.train import text as module
 from intaglio.train.corpus import Corpus, batch_indices, held_out_windows, load_corpus, sample_corpus
 
 PAD, EOS, BOS, LINE_ENDS = 0, 1, 2, 3
