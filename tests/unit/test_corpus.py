@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, PreTrainedTokenizerFast
 
 from intaglio.errors import ConfigError, CorpusError
+from intaglio.train import corpus as packing
 from intaglio.train import text as module
 from intaglio.train.corpus import Corpus, batch_indices, held_out_windows, load_corpus, sample_corpus
 
@@ -134,13 +135,13 @@ def test_packed_documents_do_not_see_each_other(tmp_path: Path, teacher: Gemma4F
 def test_pieces_change_no_token(text: str, piece_characters: int, batch_pieces: int) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(module, "PIECE_CHARACTERS", piece_characters)
-        patch.setattr(module, "BATCH_PIECES", batch_pieces)
+        patch.setattr(packing, "BATCH_PIECES", batch_pieces)
         for path in (Path(folder) / "a.txt", Path(folder) / "a.jsonl"):
             path.write_text(text if path.suffix == ".txt" else json.dumps({"text": text}))
             expected = [BOS, *ids(text), EOS] if text.strip() else []
             if expected:
                 assert load(path, len(expected)).tokens.tolist() == [expected]
-            pieces = list(module._read(path, TOKENIZER))
+            pieces = list(module.read_pieces(path, TOKENIZER))
             assert "".join(piece.text for piece in pieces) == (text if expected else "")
             assert [piece.starts for piece in pieces] == [i == 0 for i in range(len(pieces))]
             assert all(len(piece.text) < piece_characters + 60 for piece in pieces)
@@ -150,7 +151,7 @@ def test_a_long_text_is_cut_into_pieces(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "PIECE_CHARACTERS", 4)
     path = tmp_path / "a.txt"
     path.write_text("abc\n\nde\nf\ngh\f\n\fij")
-    assert [tuple(piece) for piece in module._read(path, TOKENIZER)] == [
+    assert [tuple(piece) for piece in module.read_pieces(path, TOKENIZER)] == [
         ("abc\n\n", True, False),
         ("de\nf\n", False, False),
         ("gh", False, True),
@@ -220,7 +221,7 @@ def test_messages_go_through_the_chat_template(tmp_path: Path, template: str, ki
 
 
 def test_reading_stops_at_max_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH_PIECES", 2)
+    monkeypatch.setattr(packing, "BATCH_PIECES", 2)
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "abcdefgh"}] * 4)
     with path.open("a") as file:
         file.write("{broken\n")
