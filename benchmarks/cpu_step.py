@@ -42,7 +42,7 @@ from intaglio.plan.family import build_meta_model, load_config
 from intaglio.plan.plan import Plan
 from intaglio.plan.recipe import Recipe
 from intaglio.tiny import MODEL_DIR
-from intaglio.train.attach import cache_values, drop_values
+from intaglio.train.decode import cache_values, drop_values
 from intaglio.train.distill import chunked_kl
 from intaglio.train.loop import build_student, final_hidden, head_weight
 from intaglio.train.optimizer import make_optimizer

@@ -28,19 +28,13 @@ from intaglio.packed.store import new_path, write_error
 from intaglio.plan.plan import Plan
 from intaglio.plan.recipe import Schedule
 from intaglio.train import checkpoint
-from intaglio.train.attach import (
-    QuantLinear,
-    cache_values,
-    decoded_in_graph,
-    drop_values,
-    freeze_codes,
-    is_frozen_table,
-    prepare,
-)
+from intaglio.train.attach import is_frozen_table, prepare
 from intaglio.train.calibrate import calibrate
 from intaglio.train.corpus import Corpus, batch_indices
+from intaglio.train.decode import cache_values, decoded_in_graph, drop_values, freeze_codes
 from intaglio.train.distill import chunked_kl
 from intaglio.train.gptq import start_from_gptq
+from intaglio.train.modules import QuantLinear
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
 from intaglio.train.static import put_scales, switch_static
 
