@@ -26,7 +26,8 @@ from intaglio.tiny import MODEL_DIR
 from intaglio.train.attach import prepare
 from intaglio.train.corpus import Corpus
 from intaglio.train.decode import drop_values
-from intaglio.train.loop import Options, StepInfo, read_losses, train
+from intaglio.train.loop import Options, StepInfo, train
+from intaglio.train.run_folder import read_losses
 
 BOS = 2
 

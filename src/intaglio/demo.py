@@ -12,7 +12,8 @@ from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.proof import Evaluation
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
-from intaglio.train.loop import RUN_FILE, Options
+from intaglio.train.loop import Options
+from intaglio.train.run_folder import RUN_FILE
 from intaglio.workflow import run
 
 # Short runs for a small machine: GPTQ brings the codes near, small batches make hundreds of steps of the rest,
