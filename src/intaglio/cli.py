@@ -63,14 +63,15 @@ def _fail(message: str, code: int) -> NoReturn:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.")] = Path("intaglio-demo"),
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="q4_0 or mobile.")] = "q4_0",
     replace: Replace = False,
 ) -> None:
-    """Train the bundled tiny Gemma 4 to Q4_0, export it, run it, and show the proof. A few minutes."""
+    """Train the bundled tiny Gemma 4, export it, run it, and show the proof. A few minutes."""
     from intaglio.demo import run_demo
     from intaglio.terminal import Bars, print_report
 
     with Bars() as bars:
-        report = run_demo(out, replace=replace, progress=bars.progress)
+        report = run_demo(out, recipe=recipe, replace=replace, progress=bars.progress)
     print_report(report, out)
 
 

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
-from intaglio.errors import OutputError
+from intaglio.errors import OutputError, RecipeError
 from intaglio.measure.report import Report
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.proof import Evaluation
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
-from intaglio.train.loop import RUN_FILE, Options
+from intaglio.train.loop import Options
+from intaglio.train.run_folder import RUN_FILE
 from intaglio.workflow import run
 
-# A short run for a small machine: GPTQ brings the codes near, small batches make 400 steps of the rest, and
-# there is no time for a long tail.
-SCHEDULE = {
-    "tokens": 409_600,
+# Short runs for a small machine: GPTQ brings the codes near, small batches make hundreds of steps of the rest,
+# and there is no time for a long tail.
+SHORT = {
     "batch_size": 4,
     "sequence_length": 256,
     "gptq_tokens": 32_768,
-    "lr": 1e-4,
     "scale_lr": 1e-3,
     "frozen_tail": 0.1,
     "tail_lr": 0.5,
+}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "q4_0": SHORT | {"tokens": 409_600, "lr": 1e-4},
+    "mobile": SHORT | {"tokens": 307_200, "lr": 5e-4},
 }
 PROMPTS = (
     "It was a bright morning, and the whole family",
@@ -33,15 +37,17 @@ PROMPTS = (
 )
 
 
-def run_demo(out: Path, *, replace: bool = False, progress: Progress | None = None) -> Report:
+def run_demo(out: Path, *, recipe: str = "q4_0", replace: bool = False, progress: Progress | None = None) -> Report:
     """Train, export, verify and measure the bundled model in `out`."""
+    if recipe not in SCHEDULES:
+        raise RecipeError(f"the demo has no schedule for recipe {recipe!r}: expected {' or '.join(SCHEDULES)}")
     if out.exists():
         if not (replace and (out / RUN_FILE).is_file()):
             raise OutputError(f"{out}: already exists: remove it, name another with --out, or give --replace")
         shutil.rmtree(out)
     return run(
         MODEL_DIR,
-        Recipe.load("q4_0").with_schedule(**SCHEDULE),
+        Recipe.load(recipe).with_schedule(**SCHEDULES[recipe]),
         out,
         data=TRAIN_TEXT,
         evaluation=Evaluation(text=HELDOUT_TEXT, tokens=12288, window=256, prompts=PROMPTS),

@@ -41,7 +41,7 @@ from intaglio.packed.verify import Verification, verify
 from intaglio.plan.family import load_config
 from intaglio.plan.plan import Plan
 from intaglio.progress import Progress
-from intaglio.train.loop import read_losses
+from intaglio.train.run_folder import read_losses
 from intaglio.train.static import switch_static
 
 PACKED = {"stock": "stock", "fitted": "fitted", "trained": "packed"}  # kind -> folder of the run

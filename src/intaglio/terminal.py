@@ -98,15 +98,13 @@ def print_plan(plan: Plan) -> None:
 
 def print_report(report: Report, out: Path) -> None:
     """The comparison table, the headline, and where the files are."""
-    table = Table(title=report.headline(), title_justify="left")
-    for header in ("model", "KL, nats", "median", "99%", "same top", "perplexity", "size"):
-        table.add_column(header, justify="left" if header == "model" else "right")
+    table = _table(report.headline(), ("model", *_headers(), "size"))
     for row in report.comparisons:
         bytes_ = "" if row.size_bytes is None else size(row.size_bytes)
         if row.comparison is None:
             measured = next((r.comparison for r in report.comparisons if r.comparison), None)
             perplexity = f"{measured.perplexity_reference:.3f}" if measured else ""
-            table.add_row(row.label, "0", "", "", "", perplexity, bytes_)
+            table.add_row(row.label, "0", *[""] * (len(_headers()) - 2), perplexity, bytes_)
         else:
             table.add_row(row.label, *_figures(row.comparison), bytes_)
     console.print(table)
@@ -117,18 +115,28 @@ def print_report(report: Report, out: Path) -> None:
 
 def print_comparison(name: str, comparison: Comparison) -> None:
     """What was measured of one artifact, as a table."""
-    table = Table(title=f"{name} in {comparison.runtime}, {comparison.tokens:,} tokens", title_justify="left")
-    for header in ("KL, nats", "median", "99%", "same top", "perplexity"):
-        table.add_column(header, justify="right")
+    table = _table(f"{name} in {comparison.runtime}, {comparison.tokens:,} tokens", _headers())
     table.add_row(*_figures(comparison))
     console.print(table)
 
 
+WIDE = 100  # columns of a terminal that has room for the whole distribution
+
+
+def _headers() -> tuple[str, ...]:
+    spread = ("median", "99%") if console.width >= WIDE else ()
+    return ("KL, nats", *spread, "same top", "perplexity")
+
+
 def _figures(c: Comparison) -> tuple[str, ...]:
-    return (
-        with_ci(c.kl_mean_nats, c.kl_mean_ci_nats),
-        f"{c.kl_median_nats:.4f}",
-        f"{c.kl_99_nats:.3f}",
-        percent(c.same_top_share, 1),
-        f"{c.perplexity_candidate:.3f}",
-    )
+    spread = (f"{c.kl_median_nats:.4f}", f"{c.kl_99_nats:.3f}") if console.width >= WIDE else ()
+    mean = with_ci(c.kl_mean_nats, c.kl_mean_ci_nats)
+    return (mean, *spread, percent(c.same_top_share, 1), f"{c.perplexity_candidate:.3f}")
+
+
+def _table(title: str, headers: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for header in headers:
+        words = header == "model"
+        table.add_column(header, justify="left" if words else "right", no_wrap=not words)
+    return table

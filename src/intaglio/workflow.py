@@ -37,11 +37,12 @@ from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.proof import PACKED, Bench, Evaluation, artifact_candidate, prove
-from intaglio.train.attach import pack_model
 from intaglio.train.corpus import Corpus, held_out_windows, load_corpus, sample_corpus
-from intaglio.train.loop import Options, check_run_dir, train
+from intaglio.train.loop import Options, train
+from intaglio.train.pack import pack_model
 from intaglio.train.ptq import quantize_calibrated
 from intaglio.train.quantize import quantize
+from intaglio.train.run_folder import check_run_dir
 from intaglio.train.static import switch_static
 
 SHARE_HELD_OUT = 0.02  # of the training sequences, when no held-out text is given

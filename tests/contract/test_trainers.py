@@ -23,7 +23,10 @@ from intaglio.export.hf import export_hf
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
-from intaglio.train.attach import cache_values, drop_values, merged_latent, pack_model, prepare
+from intaglio.train.attach import prepare
+from intaglio.train.decode import cache_values, drop_values
+from intaglio.train.modules import merged_latent
+from intaglio.train.pack import pack_model
 from tests.support.training import small_corpus, small_model, small_plan
 
 Q_PROJ = "layers.0.self_attn.q_proj"

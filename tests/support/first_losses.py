@@ -10,7 +10,8 @@ import tempfile
 
 import torch
 
-from intaglio.train.loop import Options, read_losses, train
+from intaglio.train.loop import Options, train
+from intaglio.train.run_folder import read_losses
 from tests.support.training import small_corpus, small_model, small_plan
 
 # Kernels of the oldest processors, for vectors, matrices and MKL alike, on one thread.

@@ -14,8 +14,11 @@ from intaglio.measure.simulate import decoded_model
 from intaglio.numerics.grid import BlockGrid, FloatGrid
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
-from intaglio.train.attach import QuantEmbedding, QuantLinear, freeze_codes, pack_model, prepare, quantized_linears
-from intaglio.train.loop import build_student
+from intaglio.train.attach import prepare
+from intaglio.train.decode import freeze_codes, quantized_linears
+from intaglio.train.modules import QuantEmbedding, QuantLinear
+from intaglio.train.pack import pack_model
+from intaglio.train.student import build_student
 from tests.support.tiny import GEMMA4_DENSE
 from tests.support.training import SMALL, small_model, small_plan
 

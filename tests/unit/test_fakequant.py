@@ -18,9 +18,10 @@ from intaglio.errors import MismatchError
 from intaglio.numerics.fit import fit_mse
 from intaglio.numerics.grid import GRIDS, Q4_0, Q4_0_FREE, BlockGrid, grid_named
 from intaglio.numerics.layout import to_blocks
-from intaglio.train import fakequant
-from intaglio.train.attach import QuantLinear, cache_values, decoded_in_graph, drop_values
+from intaglio.train import kernels
+from intaglio.train.decode import cache_values, decoded_in_graph, drop_values
 from intaglio.train.fakequant import FakeQuantizeGroup, WeightQuantizer, decode_group
+from intaglio.train.modules import QuantLinear
 from tests.support import ggml
 from tests.support.samples import samples
 from tests.support.training import plain_fake_quantize
@@ -283,7 +284,7 @@ def chunked_and_whole(case: str, monkeypatch: pytest.MonkeyPatch, blocks: int) -
     upstream = torch.randn(latent.shape, generator=torch.Generator().manual_seed(2))
     results = []
     for size in (blocks, 1 << 30):
-        monkeypatch.setattr(fakequant, "CHUNK_ELEMENTS", size * made.grid.block_size)
+        monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", size * made.grid.block_size)
         grad_latent, grad_z = made.gradients(upstream, latent)
         results.append([*made.compute(latent), grad_latent, torch.zeros(0) if grad_z is None else grad_z])
     return results

@@ -13,10 +13,11 @@ from intaglio.errors import InputError
 from intaglio.numerics.fit import fit_mse
 from intaglio.numerics.gptq import DAMPING, gptq_codes, gptq_latents
 from intaglio.numerics.grid import Q4_0, Q4_0_FREE, BlockGrid
-from intaglio.train.attach import QuantLinear, prepare
+from intaglio.train.attach import prepare
 from intaglio.train.fakequant import WeightQuantizer
 from intaglio.train.gptq import start_from_gptq
 from intaglio.train.loop import Options, StepInfo, train
+from intaglio.train.modules import QuantLinear
 from tests.support.training import small_corpus, small_model, small_plan
 
 each_grid = pytest.mark.parametrize("grid", [Q4_0, Q4_0_FREE], ids=lambda grid: grid.name)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
 from intaglio.plan.recipe import Recipe, Schedule
 from intaglio.train import checkpoint, loop
-from intaglio.train.attach import freeze_codes, quantized_linears
-from intaglio.train.loop import Options, StepInfo, read_losses, train
+from intaglio.train.decode import freeze_codes, quantized_linears
+from intaglio.train.loop import Options, StepInfo, train
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
+from intaglio.train.run_folder import read_losses
 from tests.support import first_losses
 from tests.support.training import small_corpus, small_model, small_plan
 

@@ -13,10 +13,13 @@ from transformers.integrations.gemma_quant import apply_srq
 from intaglio.errors import InputError, WeightError
 from intaglio.measure.int8_cache import decode_windows, int8_cache
 from intaglio.plan.plan import Plan
-from intaglio.train.attach import QuantLinear, cache_values, pack_model, prepare
+from intaglio.train.attach import prepare
 from intaglio.train.calibrate import calibrate
+from intaglio.train.decode import cache_values
 from intaglio.train.fakequant import FakeQuantLinear
 from intaglio.train.loop import Options, train
+from intaglio.train.modules import QuantLinear
+from intaglio.train.pack import pack_model
 from intaglio.train.static import StaticQuantize, put_scales, read_scales, scale_of, switch_static
 from tests.support.training import small_corpus, small_model, small_plan, straight_through
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from intaglio.errors import InputError
 from intaglio.numerics.fit import fit_mse
 from intaglio.numerics.gptq import gptq_latents
-from intaglio.train.attach import QuantLinear
 from intaglio.train.fakequant import WeightQuantizer
+from intaglio.train.modules import QuantLinear
 
 
 @torch.no_grad()

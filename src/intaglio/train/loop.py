@@ -7,7 +7,6 @@ the KL to the teacher.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import time
@@ -19,33 +18,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
+from intaglio.errors import InputError, TrainingError
 from intaglio.packed.checkpoint import TextModel
-from intaglio.packed.store import new_path, write_error
 from intaglio.plan.plan import Plan
-from intaglio.plan.recipe import Schedule
 from intaglio.train import checkpoint
-from intaglio.train.attach import (
-    QuantLinear,
-    cache_values,
-    decoded_in_graph,
-    drop_values,
-    freeze_codes,
-    is_frozen_table,
-    prepare,
-)
-from intaglio.train.calibrate import calibrate
 from intaglio.train.corpus import Corpus, batch_indices
+from intaglio.train.decode import cache_values, decoded_in_graph, drop_values, freeze_codes
 from intaglio.train.distill import chunked_kl
-from intaglio.train.gptq import start_from_gptq
+from intaglio.train.modules import QuantLinear
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
+from intaglio.train.run_folder import LOSSES_FILE, append_line, check_run_dir, claim, keep_lines
 from intaglio.train.static import put_scales, switch_static
-
-LOSSES_FILE = "losses.jsonl"
-RUN_FILE = "run.json"
+from intaglio.train.student import build_student, calibrate_student, gptq_start, on_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +129,7 @@ def train(
     student = build_student(teacher, plan, compiled=compiled)
     start = checkpoint.latest(run_dir)
     if plan.recipe.schedule.gptq_tokens and start is None:
-        _gptq(student, plan.recipe.schedule, corpus, accelerator)
+        gptq_start(student, plan.recipe.schedule, corpus, accelerator)
     if start is None:
         calibrate_student(student, plan, corpus, accelerator, on_calibration)
     else:  # the checkpoint knows the scales; they must only be there
@@ -154,70 +140,13 @@ def train(
         for layer in (*teacher.model.layers, *student.model.layers):
             layer.compile(dynamic=False)
     session = Session(teacher, student, plan, corpus, run_dir, accelerator, compiled, options)
-    _claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
+    claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
     if options.tensorboard:
         accelerator.init_trackers("tensorboard")
     session.run(start, on_step)
     switch_static(student, activations=True, kv_cache=True)
     accelerator.end_training()
     return student
-
-
-def build_student(teacher: TextModel, plan: Plan, *, compiled: bool = False) -> TextModel:
-    """A copy of the teacher with every planned tensor on its grid, ready to train.
-
-    Of the table of per-layer embeddings no copy is made where it is not trained: the student has codes of it.
-    """
-    frozen = {tensor.name for tensor in plan if is_frozen_table(tensor)}
-    tables = [parameter for name, parameter in teacher.named_parameters() if name in frozen]
-    student = copy.deepcopy(teacher, {id(table): table for table in tables}).requires_grad_(True)
-    student.train()
-    prepare(student, plan, compiled=compiled, compact=True)
-    for table in tables:
-        table.requires_grad_(False)
-    return student
-
-
-def calibrate_student(
-    student: TextModel,
-    plan: Plan,
-    corpus: Corpus,
-    accelerator: Accelerator,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Find the plan's static scales on the schedule's share of the corpus; every process takes its part."""
-    if not plan.static_scales:
-        return
-    schedule = plan.recipe.schedule
-    count = min(len(corpus.tokens), -(-schedule.calibration_tokens // schedule.sequence_length))
-    rows = batch_indices(len(corpus.tokens), count, schedule.seed, 0)
-    own = rows[accelerator.process_index :: accelerator.num_processes]
-    size = schedule.micro_batch or schedule.batch_size
-    batches = [own[i : i + size] for i in range(0, len(own), size)]
-    with accelerator.autocast():
-        calibrate(
-            student,
-            plan,
-            [
-                (_on_device(corpus.tokens[b], accelerator), _on_device(corpus.positions[b], accelerator))
-                for b in batches
-            ],
-            reduce=lambda counts: accelerator.reduce(counts, reduction="sum"),
-            on_progress=on_progress,
-        )
-
-
-def _gptq(student: TextModel, schedule: Schedule, corpus: Corpus, accelerator: Accelerator) -> None:
-    count = min(len(corpus.tokens), -(-schedule.gptq_tokens // schedule.sequence_length))
-    rows = batch_indices(len(corpus.tokens), count, schedule.seed, 0)
-    with accelerator.autocast():
-        start_from_gptq(
-            student, _on_device(corpus.tokens[rows], accelerator), _on_device(corpus.positions[rows], accelerator)
-        )
-
-
-def _on_device(array: NDArray[np.int32], accelerator: Accelerator) -> Tensor:
-    return torch.from_numpy(array).long().to(accelerator.device)
 
 
 def make_accelerator(options: Options, run_dir: Path | None) -> Accelerator:
@@ -227,34 +156,6 @@ def make_accelerator(options: Options, run_dir: Path | None) -> Accelerator:
         AcceleratorState._reset_state()  # of an earlier run in this process
     log_with = "tensorboard" if options.tensorboard else None
     return Accelerator(mixed_precision=precision, log_with=log_with, project_dir=run_dir)
-
-
-def check_run_dir(run_dir: Path, identity: dict[str, str], resume: bool) -> None:
-    """Raise OutputError unless a run of this identity may begin in the folder, or go on there with `resume`."""
-    record = run_dir / RUN_FILE
-    if not record.is_file():
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-            raise OutputError(f"{run_dir}: is not empty and holds no run: choose another folder")
-        return
-    if not resume:
-        raise OutputError(f"{run_dir}: holds another run: choose another folder, or continue it with --resume")
-    try:
-        found = dict(json.loads(record.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
-        raise OutputError(f"{record}: damaged: {error}: choose another folder") from None
-    for key, value in identity.items():
-        if found.get(key) != value:
-            raise OutputError(
-                f"{run_dir}: cannot resume: the run there has another {key} ({found.get(key)}): "
-                f"give it the {key} that it began with, or choose another folder"
-            )
-
-
-def _claim(run_dir: Path, identity: dict[str, str]) -> None:
-    """Make the folder this run's."""
-    if not (run_dir / RUN_FILE).is_file():
-        with new_path(run_dir / RUN_FILE) as temporary:
-            temporary.write_text(json.dumps(identity), "utf-8")
 
 
 class Session:
@@ -288,14 +189,14 @@ class Session:
         """Train from `start`, a checkpoint, or from the beginning, to the end."""
         first = self.restore(start) if start else 0
         log = self.run_dir / LOSSES_FILE
-        _keep_lines(log, first)
+        keep_lines(log, first)
         began = time.perf_counter()
         for step in range(first, self.phases.total):
             if step == self.phases.tail:
                 self.enter_tail()
             loss = self.step(step)
             info = self.record(step, loss, self.seconds_before + time.perf_counter() - began)
-            _append(log, json.dumps({"step": info.step, "tokens": info.tokens, "loss": loss}) + "\n")
+            append_line(log, json.dumps({"step": info.step, "tokens": info.tokens, "loss": loss}) + "\n")
             on_step(info)
             every = self.options.checkpoint_every
             if every and info.step % every == 0 and info.step < self.phases.total:
@@ -334,7 +235,7 @@ class Session:
         parts = [indices[i : i + size] for i in range(0, len(indices), size)]
 
         tokens, positions = self.corpus.tokens, self.corpus.positions
-        return [(_on_device(tokens[p], accelerator), _on_device(positions[p], accelerator)) for p in parts]
+        return [(on_device(tokens[p], accelerator), on_device(positions[p], accelerator)) for p in parts]
 
     def backward(self, input_ids: Tensor, positions: Tensor, weight: float) -> Tensor:
         """Loss of one micro-batch, its gradients times `weight` added to the parameters'."""
@@ -371,31 +272,3 @@ class Session:
         if self.options.tensorboard:
             self.accelerator.log({"loss": loss, "tokens": tokens}, step=step + 1)
         return StepInfo(step + 1, self.phases.total, loss, tokens, seconds, phase)
-
-
-def _keep_lines(log: Path, count: int) -> None:
-    """Cut a log of an interrupted run back to where its checkpoint is."""
-    lines = log.read_text("utf-8").splitlines(keepends=True) if log.is_file() else []
-    with new_path(log, replace=True) as temporary:
-        temporary.write_text("".join(lines[:count]), "utf-8")
-
-
-def _append(log: Path, line: str) -> None:
-    try:
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(line)
-    except OSError as error:
-        raise write_error(log, error) from error
-
-
-def read_losses(run_dir: Path) -> list[dict[str, float]]:
-    """Rows {step, tokens, loss} of a run; none if it has not begun. ConfigError for a damaged log."""
-    path = Path(run_dir) / LOSSES_FILE
-    rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.is_file() else [], 1):
-        try:
-            row = json.loads(line)
-            rows.append({"step": int(row["step"]), "tokens": int(row["tokens"]), "loss": float(row["loss"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}:{number}: not a line of a loss log: {error!r}: remove it or the run") from None
-    return rows

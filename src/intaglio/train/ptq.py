@@ -8,9 +8,10 @@ from typing import Any
 
 from intaglio.packed.checkpoint import TextModel
 from intaglio.plan.plan import Plan
-from intaglio.train.attach import pack_model
 from intaglio.train.corpus import Corpus
-from intaglio.train.loop import Options, build_student, calibrate_student, make_accelerator
+from intaglio.train.loop import Options, make_accelerator
+from intaglio.train.pack import pack_model
+from intaglio.train.student import build_student, calibrate_student
 
 
 def quantize_calibrated(

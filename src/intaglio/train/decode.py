@@ -1,0 +1,109 @@
+"""Decoded weights shared by all forwards of an optimizer step, and codes that stand still in the tail."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intaglio.numerics.grid import FloatGrid
+from intaglio.train.fakequant import (
+    FakeQuantizeGroup,
+    WeightQuantizer,
+    decode_group,
+)
+from intaglio.train.modules import QuantLinear, RoundedEmbedding, RoundedWeight
+
+
+def _quantized(model: nn.Module) -> Iterator[nn.Module]:
+    return (m for m in model.modules() if isinstance(getattr(m, "quantizer", None), WeightQuantizer))
+
+
+def quantized_linears(model: nn.Module) -> dict[WeightQuantizer, nn.Module]:
+    """Each quantizer that a linear decodes as a whole, with one module that owns its latent."""
+    return {m.quantizer: m for m in model.modules() if isinstance(m, QuantLinear)}  # type: ignore[misc]
+
+
+def _layer(path: str) -> str:
+    """The decoder layer that a module is in; the module itself outside of all layers."""
+    layer = re.match(r"(.*?\.\d+)\.", path)
+    return layer[1] if layer else path
+
+
+def weight_groups(model: nn.Module) -> list[tuple[list[WeightQuantizer], list[Tensor]]]:
+    """Quantizers that linears decode as a whole, with their latents, by decoder layer."""
+    groups: dict[str, dict[WeightQuantizer, Tensor]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear) and not path.endswith(".base_layer"):  # an adapter changes the weight
+            group = groups.setdefault(_layer(path), {})
+            group[module.quantizer] = module._parameters["weight"]  # type: ignore[assignment]
+    return [(list(group), list(group.values())) for group in groups.values()]
+
+
+@torch.no_grad()
+def cache_values(model: nn.Module, dtype: torch.dtype) -> None:
+    """Decode every weight once; forwards and recomputations until `drop_values` share it."""
+    for quantizers, latents in weight_groups(model):
+        for quantizer, decoded in zip(quantizers, decode_group(quantizers, latents, dtype), strict=True):
+            quantizer.values, quantizer.steps = decoded
+    if not any(quantizer.compiled for quantizer in quantized_linears(model)):  # a compiler merges the rounding in
+        _cache_rounded(model)
+
+
+def _rounded_weights(model: nn.Module) -> list[Any]:
+    """Modules that use a rounded weight as a whole."""
+    return [m for m in model.modules() if isinstance(m, RoundedWeight) and not isinstance(m, RoundedEmbedding)]
+
+
+def _cache_rounded(model: nn.Module) -> None:
+    """All float leftovers of a grid at once, since one by one these many small vectors take their time."""
+    by_grid: dict[FloatGrid, list[Any]] = {}
+    for module in _rounded_weights(model):
+        by_grid.setdefault(module.float_grid, []).append(module)
+    for grid, modules in by_grid.items():
+        latents = [module._parameters["weight"] for module in modules]
+        rounded = grid.round(torch.cat([latent.flatten() for latent in latents]))
+        for module, latent, values in zip(modules, latents, rounded.split([w.numel() for w in latents]), strict=True):
+            module.rounded = values.view(latent.shape).to(latent.dtype)
+
+
+def drop_values(model: nn.Module) -> None:
+    """Forget cached weights; must follow every change of a latent."""
+    for quantizer in quantized_linears(model):
+        quantizer.values = quantizer.steps = quantizer.decoded = None
+    for module in _rounded_weights(model):
+        module.rounded = None
+
+
+@contextmanager
+def decoded_in_graph(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """For the forward and backward inside, hand compiled layers plain tensors to multiply with."""
+    groups = weight_groups(model)
+    for quantizers, latents in groups:
+        scales = [q.scale_latent for q in quantizers]
+        decoded = FakeQuantizeGroup.apply(quantizers, dtype, *latents, *scales)
+        for quantizer, weight in zip(quantizers, decoded, strict=True):
+            quantizer.decoded = weight
+    try:
+        yield
+    finally:
+        for quantizers, _ in groups:
+            for quantizer in quantizers:
+                quantizer.decoded = None
+
+
+def freeze_codes(model: nn.Module) -> None:
+    """Fix the codes of every weight whose scales are learned; only these go on: the start of the frozen tail.
+
+    Embeddings on a finer grid keep learning: theirs are the codes that can still make up for the others'.
+    """
+    for module in _quantized(model):
+        quantizer: WeightQuantizer = module.quantizer  # type: ignore[assignment]
+        if quantizer.scale_latent is not None and quantizer.mode != "frozen":
+            latent: nn.Parameter = module._parameters["weight"]  # type: ignore[assignment]
+            quantizer.freeze(latent)
+            latent.requires_grad_(False)
