@@ -21,7 +21,8 @@ from intaglio.packed.verify import verify
 from intaglio.plan.carried import whole_name
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.train.attach import pack_model, prepare
+from intaglio.train.attach import prepare
+from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
 from intaglio.train.static import put_scales, switch_static
 from tests.support.tiny import GEMMA4_DENSE, MULTIMODAL, add_unused, make_checkpoint, pack
