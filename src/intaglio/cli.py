@@ -106,20 +106,27 @@ def quantize(
     recipe: RecipeName = "q4_0",
     overrides: Overrides = (),  # type: ignore[assignment]
     text_only: TextOnly = False,
+    trained: Annotated[
+        Path | None,
+        typer.Option(help="Take text model and recipe from this packed model; fit towers only.", show_default=False),
+    ] = None,
     replace: Replace = False,
 ) -> None:
     """Fit scales without training and write a packed model; then `export` it."""
     from intaglio.packed.checkpoint import checkpoint_spec
+    from intaglio.packed.model import PackedModel
     from intaglio.plan.plan import make_plan
     from intaglio.plan.recipe import Recipe
     from intaglio.terminal import Bars
     from intaglio.train.quantize import quantize as run_quantize
 
-    made = make_plan(checkpoint_spec(model, text_only=text_only), Recipe.load(recipe, overrides))
+    text = None if trained is None else PackedModel.open(trained)
+    chosen = Recipe.load(recipe, overrides) if text is None else text.plan.recipe
+    made = make_plan(checkpoint_spec(model, text_only=text_only), chosen)
     count = len(made.everything)
     with Bars() as bars:
         bars.progress.stage(f"Fitting {count} tensors")
-        run_quantize(model, made, out, replace=replace, on_tensor=bars.counter(count))
+        run_quantize(model, made, out, trained=text, replace=replace, on_tensor=bars.counter(count))
     typer.echo(f"{out}: {made.size_bytes:,} bytes of tensors on recipe {made.recipe.name}")
 
 
@@ -192,6 +199,19 @@ def export(
     model = PackedModel.open(packed)
     EXPORTERS[target](model.text_only() if text_only else model, out, replace=replace)
     _verify(packed, out, as_json=False)
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="Folder in the Gemma mobile format.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the packed model.", show_default=False)],
+    replace: Replace = False,
+) -> None:
+    """Read a mobile folder, ours or Google's, into a packed model: the same codes and scales."""
+    from intaglio.packed.import_mobile import import_mobile
+
+    packed = import_mobile(folder, out, replace=replace)
+    typer.echo(f"{out}: {len(packed.plan.everything)} tensors on recipe {packed.plan.recipe.name}")
 
 
 @app.command()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations.gemma_quant import QuantizedEmbedding, QuantizedLinear, _unpack_int2, _unpack_int4
@@ -17,7 +19,7 @@ from intaglio.measure.simulate import decoded_model
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.checkpoint import checkpoint_spec, load_model, load_quantized
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
+from intaglio.packed.verify import read_gguf, verify
 from intaglio.plan.carried import whole_name
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
@@ -25,6 +27,7 @@ from intaglio.train.attach import prepare
 from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
 from intaglio.train.static import put_scales, switch_static
+from tests.support.cli import intaglio
 from tests.support.tiny import GEMMA4_DENSE, MULTIMODAL, add_unused, make_checkpoint, pack
 
 IDS = torch.randint(3, 4089, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -172,3 +175,50 @@ def test_text_only_loads_as_a_text_model(multimodal: tuple[Path, PackedModel], t
     assert type(model).__name__ == "Gemma4ForCausalLM"
     assert torch.equal(logits(model), logits(exported(packed, tmp_path / "whole")))
     assert verify(packed, tmp_path / "mobile").exact
+
+
+def test_towers_join_a_trained_text_model(multimodal: tuple[Path, PackedModel], tmp_path: Path) -> None:
+    checkpoint, packed = multimodal
+    plan = make_plan(checkpoint, packed.plan.recipe)
+    student = prepare(load_model(checkpoint), plan)
+    put_scales(student, plan, {scale.name: 0.05 for scale in plan.static_scales if scale.owned})
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+    pack_model(student, plan, tmp_path / "text", assets=checkpoint)
+    joined = intaglio("quantize", checkpoint, f"--trained={tmp_path / 'text'}", f"--out={tmp_path / 'whole'}")
+    assert joined.code == 0, joined.err
+    text, whole = PackedModel.open(tmp_path / "text"), PackedModel.open(tmp_path / "whole")
+    for tensor in whole.plan.everything:
+        origin = text if tensor in text.plan.tensors else packed
+        assert torch.equal(whole.decode(tensor.name), origin.decode(tensor.name))
+    assert whole.read_static() == packed.read_static() | text.read_static()
+    other = intaglio("quantize", checkpoint, f"--trained={pack_dense(tmp_path)}", f"--out={tmp_path / 'other'}")
+    assert other.code == 2 and "of another text model or with other grids" in other.error
+
+
+def pack_dense(folder: Path) -> Path:
+    """Another model, packed."""
+    return pack(make_checkpoint(folder / "dense", GEMMA4_DENSE), folder / "packed-dense", "mobile").path
+
+
+def test_gguf_takes_the_text_alone(multimodal: tuple[Path, PackedModel], tmp_path: Path) -> None:
+    checkpoint, _ = multimodal
+    for name, options in (("whole", []), ("text", ["--text-only"])):
+        assert intaglio("quantize", checkpoint, f"--out={tmp_path / name}", *options).code == 0
+        exported = intaglio("export", tmp_path / name, "gguf", f"--out={tmp_path / name}.gguf")
+        assert exported.code == 0 and ": exact" in exported.out
+    tensors = [
+        [(t.name, t.data.tobytes()) for t in read_gguf(tmp_path / f"{n}.gguf").tensors] for n in ("whole", "text")
+    ]
+    assert tensors[0] == tensors[1]
+
+
+def test_a_checkpoint_without_its_towers_needs_to_be_told(multimodal: tuple[Path, PackedModel], tmp_path: Path) -> None:
+    text = Path(shutil.copytree(multimodal[0], tmp_path / "text"))
+    tensors = load_file(text / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "tower" not in name}
+    save_file(kept, text / "model.safetensors", {"format": "pt"})
+    refused = intaglio("quantize", text, f"--out={tmp_path / 'packed'}")
+    assert refused.code == 2 and "tensors are missing" in refused.error and "--text-only" in refused.error
+    assert intaglio("quantize", text, f"--out={tmp_path / 'packed'}", "--text-only").code == 0

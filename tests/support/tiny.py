@@ -123,7 +123,10 @@ def make_checkpoint(folder: Path, config: dict[str, Any] = GEMMA4, *, seed: int 
 
 
 def add_unused(folder: Path) -> list[str]:
-    """Give the KV-shared layers of a saved GEMMA4 the tensors that published checkpoints keep; return their names."""
+    """Give the KV-shared layers of a saved GEMMA4 the tensors that published checkpoints keep.
+
+    Returns the names of those that are carried along: not the norm.
+    """
     path = folder / "model.safetensors"
     tensors = load_file(path)
     prefix = "model.language_model." if any("language_model" in name for name in tensors) else "model."
@@ -132,7 +135,7 @@ def add_unused(folder: Path) -> list[str]:
         for name in ("k_proj", "v_proj", "k_norm"):
             source = tensors[f"{prefix}layers.{donor}.self_attn.{name}.weight"]
             tensors[f"{prefix}layers.{layer}.self_attn.{name}.weight"] = source.flip(0).contiguous()
-            unused.append(f"model.layers.{layer}.self_attn.{name}.weight")
+            unused += [f"model.layers.{layer}.self_attn.{name}.weight"] if name != "k_norm" else []
     save_file(tensors, path, {"format": "pt"})
     return unused
 

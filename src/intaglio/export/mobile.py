@@ -27,6 +27,7 @@ from intaglio.plan.mobile import StoredTensor, stored_tensors
 from intaglio.plan.plan import Plan
 
 FILE_NAME = "model.safetensors"
+DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 
 
 def export_mobile(
@@ -44,7 +45,7 @@ def export_mobile(
     """
     plan = packed.plan
     stored = stored_tensors(plan)
-    specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in stored}
+    specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in sorted(stored, key=_place)}
     config = json.dumps(mobile_config(plan), indent=2) + "\n"
     total, done = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in specs.values()), 0
     with new_path(Path(path), replace=replace) as temporary:
@@ -56,6 +57,11 @@ def export_mobile(
                 writer.write(tensor.name, data, rows)
                 done += data.nbytes
                 on_progress(done, total)
+
+
+def _place(tensor: StoredTensor) -> tuple[int, str]:
+    """A tensor's place in the file: where safetensors itself would put it, so that each is aligned."""
+    return DTYPES.index(tensor.dtype), tensor.name
 
 
 def mobile_config(plan: Plan) -> dict[str, Any]:

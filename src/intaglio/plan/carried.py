@@ -1,8 +1,9 @@
 """What a checkpoint holds beside its text model: towers with their embedders, and keys and values nobody reads.
 
 A multimodal Gemma 4 nests its text model; vision and audio towers stand beside it and are carried
-along: planned and quantized by the recipe, never trained. The k_proj, v_proj and k_norm of KV-shared
-layers have no use, and transformers makes no module of them, but published checkpoints keep them.
+along: planned and quantized by the recipe, never trained. The k_proj and v_proj of KV-shared layers
+have no use, and transformers makes no module of them, but Google's mobile files keep them. (Other
+checkpoints also have a k_norm there, which is left out as it is in these files.)
 """
 
 from __future__ import annotations
@@ -21,13 +22,18 @@ from intaglio.plan.family import ModelSpec, TensorSpec, build_meta_model, descri
 MULTIMODAL = ("gemma4",)
 TEXT_PREFIX = "model.language_model."  # of the text model's tensors within the whole; alone they begin with "model."
 TOWERS = ("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio.")
-UNUSED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.weight")
+UNUSED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj)\.weight")
 
 
 def whole_name(name: str) -> str:
     """What a multimodal checkpoint calls a tensor, module or static scale that we call `name`."""
     inside = name.startswith("model.") and not name.startswith(TOWERS)
     return TEXT_PREFIX + name.removeprefix("model.") if inside else name
+
+
+def text_name(name: str) -> str:
+    """The other way round: our name of what a checkpoint of either kind calls `name`."""
+    return "model." + name.removeprefix(TEXT_PREFIX) if name.startswith(TEXT_PREFIX) else name
 
 
 def describe_whole(config: dict[str, Any], unused: Iterable[str] = ()) -> ModelSpec:

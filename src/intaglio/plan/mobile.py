@@ -21,6 +21,17 @@ from intaglio.plan.static import kv_scales
 
 FORMAT_BITS = (2, 4, 8)
 FAMILY = "gemma4_text"
+# Roles of tensors that are weights of linears and embeddings; the reader looks at no other.
+LINEAR_OR_EMBEDDING = (
+    "attention",
+    "mlp",
+    "ple_linear",
+    "ple_model_projection",
+    "token_embedding",
+    "ple_embedding",
+    "head",
+    "tower_linear",
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,7 @@ def module_bits(plan: Plan) -> dict[str, int | None]:
     """Bits of every linear and embedding by its module's name in the folder; None for one that stays float."""
     bits = {}
     for tensor in plan.everything:
-        if tensor.spec.role not in ("norm", "layer_scalar", "tower_float"):
+        if tensor.spec.role in LINEAR_OR_EMBEDDING:
             bits[stored_name(plan, tensor.name)] = _bits(tensor)
     if plan.model.tied_head:
         bits[HEAD] = _bits(_embedding(plan))

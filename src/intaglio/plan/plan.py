@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -243,7 +243,7 @@ def _check_shapes(tensors: list[PlannedTensor]) -> None:
     if len(odd) == len(tensors):
         advice = f"give the rule another one, for example with --set weights.{rule}.grid={other}"
     else:
-        body = f"match = '{_expression(odd)}' and grid = '{other}'"
+        body = f"match = '{expression(odd)}' and grid = '{other}'"
         advice = f"put a rule before [weights.{rule}], for example [weights.odd] with {body}"
     more = f", nor do {len(odd) - 1} more of the rule's {len(tensors)} tensors" if len(odd) > 1 else ""
     raise RecipeError(
@@ -252,7 +252,7 @@ def _check_shapes(tensors: list[PlannedTensor]) -> None:
     )
 
 
-def _expression(tensors: list[PlannedTensor]) -> str:
+def expression(tensors: Sequence[PlannedTensor | TensorSpec]) -> str:
     """A regular expression that matches these tensors and no other."""
     layers: dict[str, list[str]] = {}
     for tensor in tensors:

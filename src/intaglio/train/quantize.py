@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from intaglio.errors import WeightError
+from intaglio.errors import ConfigError, WeightError
 from intaglio.numerics.fit import check_finite, fit_absmax, fit_mse, fit_stock
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.packed.checkpoint import model_name, stream_chunks
-from intaglio.packed.model import PackedModel, write_packed
+from intaglio.packed.model import PackedModel, PackedWriter, write_packed
 from intaglio.plan.plan import Plan
 
 FITS: dict[str, Callable[[Tensor, BlockGrid], Quantized]] = {
@@ -40,21 +41,52 @@ def quantize(
     plan: Plan,
     out: str | Path,
     *,
+    trained: PackedModel | None = None,
     replace: bool = False,
     provenance: dict[str, Any] | None = None,
     on_tensor: Callable[[str], None] = lambda name: None,
 ) -> PackedModel:
     """Write a PackedModel of `model_dir` by the recipe's fit alone; static scales are left off.
 
+    trained: a packed model of the same text model and recipe, whose codes and scales are taken as they
+        are; what is left to fit is what the plan carries beside it, such as towers.
+
     on_tensor is called with each tensor's name when it is done. Raises ConfigError for a damaged
     checkpoint and WeightError for NaN, Inf or weights beyond a grid's reach; nothing is left behind.
     """
     source, target = Path(model_dir), Path(out)
     record = {"name": model_name(source), "method": f"fit {plan.recipe.fit}", **(provenance or {})}
+    if trained is not None:
+        _check_trained(trained, plan)
+        record |= trained.provenance
     with write_packed(target, plan, assets=source, provenance=record, replace=replace) as writer:
-        for name, rows, values in stream_chunks(source, plan.model):
+        writer.leave_static_off()
+        to_fit = plan.model
+        if trained is not None:
+            _copy(trained, writer, on_tensor)
+            to_fit = dataclasses.replace(plan.model, tensors=())
+        for name, rows, values in stream_chunks(source, to_fit):
             writer.add(name, fit_tensor(values, plan, name, rows), rows)
             if rows is None or rows.stop == plan[name].spec.shape[0]:
                 on_tensor(name)
-        writer.leave_static_off()
     return PackedModel.open(target)
+
+
+def _check_trained(trained: PackedModel, plan: Plan) -> None:
+    if trained.plan.tensors != plan.tensors or trained.plan.static_scales != plan.static_scales:
+        raise ConfigError(
+            f"{trained.path}: holds recipe {trained.plan.recipe.name} of another text model or with other grids: "
+            "expected that of this checkpoint and recipe"
+        )
+
+
+def _copy(trained: PackedModel, writer: PackedWriter, on_tensor: Callable[[str], None]) -> None:
+    """All of a packed model's text into another one that is being written."""
+    for tensor in trained.plan:
+        for rows, value in trained.chunks(tensor.name):
+            writer.add(tensor.name, value, rows)
+        on_tensor(tensor.name)
+    values = trained.read_static()
+    for scale in trained.plan.static_scales:
+        if scale.owned:
+            writer.add_static(scale.name, values[scale.name])
