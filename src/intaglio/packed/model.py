@@ -168,7 +168,7 @@ def write_packed(
         "format": FORMAT,
         "recipe": plan.recipe.to_toml(),
         "config": json.dumps(plan.model.config),
-        "plan": plan.digest,
+        "plan": plan.layout_digest,
         "provenance": json.dumps(provenance),
     }
     with new_path(path, replace=replace) as temporary:
@@ -212,10 +212,10 @@ class PackedModel:
         except (KeyError, ValueError, RecursionError) as error:
             raise ConfigError(f"{file_path}: damaged metadata: {error}") from error
         plan = make_plan(config, recipe)
-        if metadata.get("plan") != plan.digest:
+        if metadata.get("plan") != plan.layout_digest:
             raise ConfigError(
                 f"{file_path}: was packed by plan {str(metadata.get('plan'))[:12]}, but its recipe and config make "
-                f"plan {plan.digest[:12]}: it is damaged or of another version of intaglio; pack the model again"
+                f"plan {plan.layout_digest[:12]}: it is damaged or of another version of intaglio; pack the model again"
             )
         expected = {part: (SAFETENSORS_DTYPES[dtype], shape) for part, (dtype, shape) in _parts(plan).items()}
         if stored != expected:

@@ -101,8 +101,12 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 over model config, recipe and assignment: equal plans have equal digests."""
-        text = json.dumps([self.model.config, self.recipe.to_dict(), self.rows()], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _sha256([self.model.config, self.recipe.to_dict(), self.rows()])
+
+    @property
+    def layout_digest(self) -> str:
+        """SHA-256 over what stored tensors mean: model config, assignment and static scales, but no schedule."""
+        return _sha256([self.model.config, self.rows(), [[s.name, s.owner] for s in self.static_scales]])
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON-ready row a tensor."""
@@ -117,6 +121,10 @@ class Plan:
             }
             for t in self.tensors
         ]
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def make_plan(model: str | Path | dict[str, Any] | ModelSpec, recipe: Recipe | str) -> Plan:
