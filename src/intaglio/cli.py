@@ -27,6 +27,7 @@ RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A preset, or th
 Overrides = Annotated[list[str], typer.Option("--set", help="Change a recipe key: schedule.lr=1e-4.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Replace an existing output.")]
+TextOnly = Annotated[bool, typer.Option("--text-only", help="Leave out vision and audio towers.")]
 Text = Annotated[Path | None, typer.Option("--text", help="Held-out text (.txt, .jsonl, .parquet).")]
 EvalTokens = Annotated[int, typer.Option("--eval-tokens", help="Held-out tokens to measure on.")]
 
@@ -79,13 +80,15 @@ def plan(
     model: ModelDir,
     recipe: RecipeName = "q4_0",
     overrides: Overrides = (),  # type: ignore[assignment]
+    text_only: TextOnly = False,
     as_json: Json = False,
 ) -> None:
-    """Show every tensor's grid and bytes, from the config alone."""
+    """Show every tensor's grid and bytes; no weights are read."""
+    from intaglio.packed.checkpoint import checkpoint_spec
     from intaglio.plan.plan import make_plan
     from intaglio.plan.recipe import Recipe
 
-    made = make_plan(model, Recipe.load(recipe, overrides))
+    made = make_plan(checkpoint_spec(model, text_only=text_only), Recipe.load(recipe, overrides))
     if as_json:
         static = [scale.name for scale in made.static_scales]
         tensors = made.rows()
@@ -102,18 +105,21 @@ def quantize(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the packed model.", show_default=False)],
     recipe: RecipeName = "q4_0",
     overrides: Overrides = (),  # type: ignore[assignment]
+    text_only: TextOnly = False,
     replace: Replace = False,
 ) -> None:
     """Fit scales without training and write a packed model; then `export` it."""
+    from intaglio.packed.checkpoint import checkpoint_spec
     from intaglio.plan.plan import make_plan
     from intaglio.plan.recipe import Recipe
     from intaglio.terminal import Bars
     from intaglio.train.quantize import quantize as run_quantize
 
-    made = make_plan(model, Recipe.load(recipe, overrides))
+    made = make_plan(checkpoint_spec(model, text_only=text_only), Recipe.load(recipe, overrides))
+    count = len(made.everything)
     with Bars() as bars:
-        bars.progress.stage(f"Fitting {len(made.tensors)} tensors")
-        run_quantize(model, made, out, replace=replace, on_tensor=bars.counter(len(made.tensors)))
+        bars.progress.stage(f"Fitting {count} tensors")
+        run_quantize(model, made, out, replace=replace, on_tensor=bars.counter(count))
     typer.echo(f"{out}: {made.size_bytes:,} bytes of tensors on recipe {made.recipe.name}")
 
 
@@ -169,8 +175,12 @@ def train(
 @app.command()
 def export(
     packed: PackedDir,
-    target: Annotated[str, typer.Argument(help="gguf, or hf for a transformers checkpoint.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Argument(help="gguf, gemma-mobile, or hf for a transformers checkpoint of floats.", show_default=False),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="File or folder to write.", show_default=False)],
+    text_only: TextOnly = False,
     replace: Replace = False,
 ) -> None:
     """Write a packed model in a runtime's format and read it back. Nothing is re-quantized."""
@@ -179,7 +189,8 @@ def export(
 
     if target not in EXPORTERS:
         raise typer.BadParameter(f"{target!r}: expected one of {', '.join(EXPORTERS)}")
-    EXPORTERS[target](PackedModel.open(packed), out, replace=replace)
+    model = PackedModel.open(packed)
+    EXPORTERS[target](model.text_only() if text_only else model, out, replace=replace)
     _verify(packed, out, as_json=False)
 
 

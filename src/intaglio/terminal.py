@@ -87,13 +87,13 @@ def print_plan(plan: Plan) -> None:
     table.add_column("grid", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("rule", overflow="fold")
-    for tensor in plan:
+    for tensor in plan.everything:
         shape = " x ".join(map(str, tensor.spec.shape))
         table.add_row(tensor.name, shape, tensor.grid.name, f"{tensor.size_bytes:,}", tensor.rule.name)
     console.print(table)
     total = f"{plan.size_bytes:,} bytes ({size(plan.size_bytes)})"
     static = f", {len(plan.static_scales)} static scales" if plan.static_scales else ""
-    console.print(f"{len(plan.tensors)} tensors, {total}{static}, plan {plan.digest[:12]}", highlight=False)
+    console.print(f"{len(plan.everything)} tensors, {total}{static}, plan {plan.digest[:12]}", highlight=False)
 
 
 def print_report(report: Report, out: Path) -> None:

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from intaglio import errors
+from intaglio.packed import checkpoint
 from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import verify
-from intaglio.plan import plan as plan_module
 from intaglio.plan.plan import make_plan
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
@@ -83,19 +83,19 @@ ERRORS = [e for e in vars(errors).values() if isinstance(e, type) and issubclass
 def test_each_error_has_its_exit_code(kind: type[errors.IntaglioError], monkeypatch: pytest.MonkeyPatch) -> None:
     message = "[weights.linear] is [bold]wrong[/bold], " + "and this line is not wrapped " * 10
 
-    def fail(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise kind(message)
 
-    monkeypatch.setattr(plan_module, "make_plan", fail)
+    monkeypatch.setattr(checkpoint, "checkpoint_spec", fail)
     outcome = intaglio("plan", "x")
     assert (outcome.code, outcome.error, outcome.out) == (kind.exit_code, message, "")
 
 
 def test_a_mistake_of_ours_stays_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(plan_module, "make_plan", fail)
+    monkeypatch.setattr(checkpoint, "checkpoint_spec", fail)
     with pytest.raises(ZeroDivisionError):
         intaglio("plan", "x")
 
@@ -118,7 +118,7 @@ def test_plan_prints_every_tensor(gemma4: Case, monkeypatch: pytest.MonkeyPatch)
 def test_plan_as_json_with_overrides(gemma4: Case) -> None:
     outcome = intaglio("plan", gemma4.checkpoint, "--set=weights.token_embedding.grid=q8_0", "--json")
     found = json.loads(outcome.out)
-    assert set(found) == {"digest", "bytes", "tensors"}
+    assert set(found) == {"digest", "bytes", "tensors", "static_scales"}
     grids = {row["tensor"]: row["grid"] for row in found["tensors"]}
     assert grids["model.embed_tokens.weight"] == "q8_0"
     assert found["bytes"] == sum(row["bytes"] for row in found["tensors"])

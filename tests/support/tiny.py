@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from intaglio.packed.model import PackedModel
@@ -74,6 +75,39 @@ GEMMA3 = {
     "pad_token_id": 0,
 }
 
+# A text model between a vision and an audio tower, clipped linears and all.
+MULTIMODAL = {
+    "model_type": "gemma4",
+    "text_config": GEMMA4,
+    "vision_config": {
+        "model_type": "gemma4_vision",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "position_embedding_size": 64,
+        "use_clipped_linears": True,
+    },
+    "audio_config": {
+        "model_type": "gemma4_audio",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "subsampling_conv_channels": [128, 4],
+        "output_proj_dims": 96,
+        "use_clipped_linears": True,
+    },
+    "image_token_id": 4090,
+    "video_token_id": 4091,
+    "audio_token_id": 4092,
+    "boi_token_id": 4093,
+    "eoi_token_id": 4094,
+    "boa_token_id": 4095,
+    "eoa_token_index": 4089,
+}
+
 
 def make_checkpoint(folder: Path, config: dict[str, Any] = GEMMA4, *, seed: int = 0) -> Path:
     """Save a random bfloat16 model of this config, with the bundled tokenizer; return the folder."""
@@ -86,6 +120,21 @@ def make_checkpoint(folder: Path, config: dict[str, Any] = GEMMA4, *, seed: int 
     if config["model_type"] == "gemma3_text":
         complete_merges(folder / "tokenizer.json")
     return folder
+
+
+def add_unused(folder: Path) -> list[str]:
+    """Give the KV-shared layers of a saved GEMMA4 the tensors that published checkpoints keep; return their names."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    prefix = "model.language_model." if any("language_model" in name for name in tensors) else "model."
+    unused = []
+    for layer, donor in ((2, 0), (3, 1)):
+        for name in ("k_proj", "v_proj", "k_norm"):
+            source = tensors[f"{prefix}layers.{donor}.self_attn.{name}.weight"]
+            tensors[f"{prefix}layers.{layer}.self_attn.{name}.weight"] = source.flip(0).contiguous()
+            unused.append(f"model.layers.{layer}.self_attn.{name}.weight")
+    save_file(tensors, path, {"format": "pt"})
+    return unused
 
 
 @torch.no_grad()

@@ -5,5 +5,6 @@ from typing import Any
 
 from intaglio.export.gguf import export_gguf
 from intaglio.export.hf import export_hf
+from intaglio.export.mobile import export_mobile
 
-EXPORTERS: dict[str, Callable[..., Any]] = {"gguf": export_gguf, "hf": export_hf}
+EXPORTERS: dict[str, Callable[..., Any]] = {"gguf": export_gguf, "hf": export_hf, "gemma-mobile": export_mobile}

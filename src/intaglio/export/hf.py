@@ -18,7 +18,9 @@ from intaglio.numerics.grid import Quantized
 from intaglio.numerics.layout import row_chunks
 from intaglio.packed.model import PackedModel, copy_assets
 from intaglio.packed.store import SafetensorsWriter, new_path
-from intaglio.plan.family import ModelSpec, build_meta_model, transformers_config
+from intaglio.plan.carried import whole_name
+from intaglio.plan.family import TOWER_ROLES, ModelSpec, build_meta_model, transformers_config
+from intaglio.plan.plan import PlannedTensor
 
 
 def export_hf(packed: PackedModel, path: str | Path, *, replace: bool = False) -> None:
@@ -27,19 +29,28 @@ def export_hf(packed: PackedModel, path: str | Path, *, replace: bool = False) -
     The weights are bfloat16 if the plan is portable, that is, if bfloat16 holds each code times its
     step exactly; and float32 if it is not, because a product of a 4-bit code and a float16 scale
     has up to 15 significant bits, and rounding it would move the codes that others find again.
-    Raises WeightError rather than round a weight; OutputError if the folder cannot be written.
+    Towers of a multimodal model go along, each tensor in a dtype that holds it. Raises WeightError
+    rather than round a weight; OutputError if the folder cannot be written.
     """
     plan = packed.plan
     dtype = torch.bfloat16 if plan.portable else torch.float32
-    specs = {tensor.name: (dtype, tensor.spec.shape) for tensor in plan}
+    dtypes = {tensor.name: dtype for tensor in plan}
+    dtypes |= {t.name: _tower_dtype(t) for t in plan.carried if t.spec.role in TOWER_ROLES}
+    names = {name: whole_name(name) if plan.model.whole else name for name in dtypes}
+    specs = {names[name]: (dtype, plan[name].spec.shape) for name, dtype in dtypes.items()}
+    config = whole_config(plan.model, dtype) if plan.model.whole else hf_config(plan.model, dtype)
     with new_path(Path(path), replace=replace) as temporary:
         temporary.mkdir()
         copy_assets(packed.path, temporary)
-        config = json.dumps(hf_config(plan.model, dtype), indent=2, sort_keys=True) + "\n"
-        (temporary / "config.json").write_text(config, "utf-8")
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (temporary / "config.json").write_text(text, "utf-8")
         with SafetensorsWriter(temporary / "model.safetensors", specs, {"format": "pt"}) as writer:
-            for tensor, value in packed:
-                writer.write(tensor.name, _decoded(value, dtype, tensor.name))
+            for name, exact_in in dtypes.items():
+                writer.write(names[name], _decoded(packed.read(name), exact_in, name))
+
+
+def _tower_dtype(tensor: PlannedTensor) -> torch.dtype:
+    return torch.bfloat16 if tensor.grid.portable and not tensor.full_floats else torch.float32
 
 
 def hf_config(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
@@ -57,6 +68,16 @@ def hf_config(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
         own_heads = full.num_key_value_heads != spec.config["num_key_value_heads"]
         config["num_global_key_value_heads"] = full.num_key_value_heads if own_heads else None
     return config
+
+
+def whole_config(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
+    """`hf_config` for the multimodal model that the text model is part of."""
+    assert spec.whole is not None
+    name = str(dtype).removeprefix("torch.")
+    architecture = type(build_meta_model(spec.whole)).__name__
+    text = hf_config(spec, dtype)
+    del text["architectures"]
+    return spec.whole | {"architectures": [architecture], "dtype": name, "text_config": text}
 
 
 def _decoded(value: Quantized | Tensor, dtype: torch.dtype, name: str) -> Tensor:

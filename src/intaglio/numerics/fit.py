@@ -32,11 +32,12 @@ Q6_K_EMPTY = 1e-15  # ggml: GROUP_MAX_EPS
 CHUNK_ELEMENTS = 1 << 18  # a chunk and its temporaries stay in the processor's cache
 
 
-def check_finite(values: Tensor, name: str) -> None:
-    """Raise WeightError naming the tensor and the first bad index."""
+def check_finite(values: Tensor, name: str, first_row: int = 0) -> None:
+    """Raise WeightError naming the tensor and the first bad index; its rows begin with `first_row`."""
     finite = torch.isfinite(values)
     if not bool(finite.all()):
-        index = tuple(int(i) for i in (~finite).nonzero()[0])
+        first, *others = (int(i) for i in (~finite).nonzero()[0])
+        index = (first_row + first, *others)
         raise WeightError(
             f"{name}: {int((~finite).sum())} values are NaN or Inf, the first at index {index}: "
             "repair or re-export the checkpoint"

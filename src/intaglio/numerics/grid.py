@@ -288,15 +288,18 @@ class Quantized:
         return self.grid.decode(self.codes, self.step, dtype)
 
 
-def check_steps(quantized: Quantized) -> None:
-    """Raise WeightError if the grid wants normal positive steps and has another one."""
+def check_steps(quantized: Quantized, first_row: int = 0) -> None:
+    """Raise WeightError if the grid wants normal positive steps and has another one.
+
+    first_row: where in the whole tensor these rows begin, for the message.
+    """
     bad = ~is_normal_positive(quantized.step) if quantized.grid.positive else None
     if bad is None or not bool(bad.any()):
         return
     row, block = (int(i) for i in bad.nonzero()[0])
     raise WeightError(
         f"{int(bad.sum())} of {bad.numel()} scales of grid {quantized.grid.name} are zero, subnormal, negative or "
-        f"not finite, the first is {float(quantized.step[row, block])!r} at row {row}, block {block}: "
+        f"not finite, the first is {float(quantized.step[row, block])!r} at row {first_row + row}, block {block}: "
         "expected normal positive float32 numbers; look for weights or gradients that are not finite"
     )
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError
-from intaglio.packed.store import open_safetensors
-from intaglio.plan.family import ModelSpec, one_line, read_spec
+from intaglio.packed.store import SafetensorsReader, open_safetensors, row_slices
+from intaglio.plan.carried import describe_whole, unused_names
+from intaglio.plan.family import TOWER_ROLES, ModelSpec, TensorSpec, load_config, one_line, read_spec, text_config
 
 # A transformers causal language model: its `model`, `config` and `generate` have no static types.
 TextModel = Any
@@ -38,9 +42,10 @@ def load_model(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> Tex
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = Path(model_dir)
+    if is_mobile(path):
+        raise ConfigError(f"{path}: is in the mobile format, whose weights are no floats: import it first")
     spec = read_spec(path)
-    for _ in _entries(path, spec):  # transformers would only say that something does not fit
-        pass
+    _entries(path, spec.tensors)  # transformers would only say that something does not fit
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
@@ -55,21 +60,69 @@ def load_model(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> Tex
     return model.eval()
 
 
-def load_quantized(model_dir: str | Path) -> TextModel:
-    """A folder whose config names a quantization that transformers reads, float32, in eval mode: nothing of ours.
+def is_mobile(model_dir: str | Path) -> bool:
+    """Whether a folder's config says that its weights are in the Gemma mobile format."""
+    path = Path(model_dir)
+    quantization = load_config(path).get("quantization_config") if (path / "config.json").is_file() else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "gemma"
 
-    Raises ConfigError where transformers cannot load it.
+
+def load_quantized(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> TextModel:
+    """A folder whose config names a quantization that transformers reads, in eval mode, opened by its own reader.
+
+    From 5.23 on, transformers wants a scale of shape [V, 1] for every embedding, though its reader
+    computes with [V, L] as the table of per-layer embeddings has; Google's files are refused too.
+    There the model is loaded without these scales, which then take their places. ConfigError where
+    transformers cannot load it.
     """
     from transformers import AutoModelForCausalLM
 
     path = Path(model_dir)
+    loaded: Any
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        with _quietly("transformers.modeling_utils"):  # which reports what is mended below
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # as in load_model
+        raise ConfigError(f"{path}: transformers cannot load this checkpoint: {one_line(error)}") from error
+    model, info = loaded
+    odd = {name for name, *_ in info["mismatched_keys"]}
+    mended = {name for name in odd if name.endswith(".embedding_scale")}
+    wrong = sorted(info["missing_keys"] | info["unexpected_keys"] | odd - mended)
+    if wrong:
+        raise ConfigError(
+            f"{path}: {len(wrong)} tensors are missing, unexpected or of a wrong shape, the first is {wrong[0]}"
         )
-    except Exception as error:
-        raise ConfigError(f"{path}: transformers cannot load this folder: {one_line(error)}") from error
+    for shard in shards(path) if odd else []:
+        with open_safetensors(shard) as file:
+            for name in odd & set(file.keys()):
+                scale = torch.nn.Parameter(file.get_tensor(name).clone(), requires_grad=False)
+                module = model.get_submodule(name.rpartition(".")[0])
+                if scale.ndim != 2 or scale.shape[0] != module.num_embeddings or module.embedding_dim % scale.shape[1]:
+                    raise ConfigError(f"{path}: {name} has shape {list(scale.shape)}, which does not fit its table")
+                module.embedding_scale = scale
     return model.eval()
+
+
+@contextmanager
+def _quietly(logger_name: str) -> Iterator[None]:
+    """Let this logger say nothing but errors meanwhile."""
+    logger = logging.getLogger(logger_name)
+
+    def only_errors(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger.addFilter(only_errors)  # its level is left alone: transformers does other things at other levels
+    try:
+        yield
+    finally:
+        logger.removeFilter(only_errors)
 
 
 def load_tokenizer(model_dir: str | Path) -> Any:
@@ -101,35 +154,77 @@ def shards(model_dir: Path) -> list[Path]:
     return [model_dir / name for name in names]
 
 
+def checkpoint_spec(model_dir: str | Path, *, text_only: bool = False) -> ModelSpec:
+    """The model of a folder with all that its files hold beside the text model; `text_only` leaves towers out.
+
+    Without weights, what the config alone tells. Raises ConfigError as `describe` does.
+    """
+    path = Path(model_dir)
+    config = load_config(path)
+    try:
+        alone = describe_whole(config)
+        unused = unused_names(map(_text_name, _stored_names(path)), alone) if path.is_dir() else []
+        model = replace(alone, carried=describe_whole(text_config(config), unused).carried + alone.carried)
+    except ConfigError as error:
+        raise ConfigError(f"{model_dir}: {error}") from error
+    return model.text_only() if text_only else model
+
+
+def _stored_names(model_dir: Path) -> Iterator[str]:
+    if not any(model_dir.glob("model*.safetensors*")):
+        return
+    for shard in shards(model_dir):
+        with open_safetensors(shard) as file:
+            yield from file.keys()
+
+
 def stream_tensors(model_dir: Path, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
     """Each tensor of the text model under its own name, one at a time, in the order of the files.
 
     Tensors that the model does not use (towers, unused k/v of KV-shared layers) are passed over.
     Raises ConfigError for a tensor that is missing or has another shape than the config says.
     """
-    for name, file, stored_name in _entries(model_dir, spec):
-        yield name, file.get_tensor(stored_name)
+    for shard, entries in _entries(model_dir, spec.tensors).items():
+        with SafetensorsReader(shard) as file:
+            for tensor, stored_name in entries:
+                yield tensor.name, file.read(stored_name)
 
 
-def _entries(model_dir: Path, spec: ModelSpec) -> Iterator[tuple[str, Any, str]]:
-    """Name of each tensor, the open file that holds it and its name there; the headers alone are read."""
-    wanted = {t.name: t.shape for t in spec.tensors}
+def stream_chunks(model_dir: Path, spec: ModelSpec) -> Iterator[tuple[str, slice | None, Tensor]]:
+    """Each tensor of the model and of what is carried with it, a few rows at a time: name, rows and values.
+
+    The rows are None where they are all. Order and errors as in `stream_tensors`.
+    """
+    for shard, entries in _entries(model_dir, spec.tensors + spec.carried).items():
+        with SafetensorsReader(shard) as file:
+            for tensor, stored_name in entries:
+                for rows in row_slices(tensor.shape):
+                    yield tensor.name, rows, file.read(stored_name, rows)
+
+
+def _entries(model_dir: Path, tensors: tuple[TensorSpec, ...]) -> dict[Path, list[tuple[TensorSpec, str]]]:
+    """In which file each tensor is, and its name there; the headers alone are read."""
+    wanted = {t.name: t for t in tensors}
+    found: dict[Path, list[tuple[TensorSpec, str]]] = {}
     for shard in shards(model_dir):
+        found[shard] = []
         with open_safetensors(shard) as file:
             for stored_name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
-                name = _text_name(stored_name)
-                if name not in wanted:
+                tensor = wanted.pop(_text_name(stored_name), None)
+                if tensor is None:
                     continue
                 shape = file.get_slice(stored_name).get_shape()
-                if tuple(shape) != wanted[name]:
+                if tuple(shape) != tensor.shape:
                     raise ConfigError(
-                        f"{shard}: {stored_name} has shape {shape}, the config says {list(wanted[name])}: "
+                        f"{shard}: {stored_name} has shape {shape}, the config says {list(tensor.shape)}: "
                         "config and weights are of different models"
                     )
-                del wanted[name]
-                yield name, file, stored_name
+                found[shard].append((tensor, stored_name))
     if wanted:
-        raise ConfigError(f"{model_dir}: {len(wanted)} tensors are missing, the first is {sorted(wanted)[0]}")
+        first = wanted[min(wanted)]
+        advice = ": to do without towers, say --text-only" if first.role in TOWER_ROLES else ""
+        raise ConfigError(f"{model_dir}: {len(wanted)} tensors are missing, the first is {first.name}{advice}")
+    return found
 
 
 def _text_name(stored_name: str) -> str:

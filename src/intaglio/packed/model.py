@@ -3,11 +3,12 @@
 This is what training hands over and every exporter takes. A folder with
 
     packed.safetensors    NAME.codes, NAME.scale (and NAME.super_scale) of each tensor on a
-                          BlockGrid; NAME itself, bfloat16, of each on a FloatGrid; each static
-                          scale of activations and KV cache, a float32 scalar
+                          BlockGrid; NAME itself, bfloat16, of each on a FloatGrid (float32 of
+                          towers on f32); each static scale of activations and KV cache, a
+                          float32 scalar
     config.json, tokenizer and generation files of the source model
 
-The recipe, the text model's config and the provenance stand in the safetensors metadata, so the
+The recipe, the model's config and the provenance stand in the safetensors metadata, so the
 plan can be made again and compared by digest. Codes of four or two bits lie two or four in a byte,
 the first in the lowest bits, as code - code_min. Tensors are read and written one at a time.
 """
@@ -19,7 +20,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,16 @@ from torch import Tensor
 
 from intaglio.errors import ConfigError, InputError, WeightError
 from intaglio.numerics.grid import BlockGrid, Quantized, check_steps, is_normal_positive
-from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsWriter, new_path, open_safetensors
+from intaglio.packed.store import (
+    SAFETENSORS_DTYPES,
+    SafetensorsReader,
+    SafetensorsWriter,
+    new_path,
+    open_safetensors,
+    row_slices,
+)
+from intaglio.plan.carried import describe_whole
+from intaglio.plan.family import TOWER_ROLES
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
 
@@ -98,14 +108,18 @@ def check_static(name: str, value: float) -> None:
 
 def _parts(plan: Plan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Names, dtypes and shapes under which a plan's tensors and static scales are stored."""
-    parts = {part: spec for tensor in plan for part, spec in _parts_of(tensor).items()}
-    return parts | {scale.name: (torch.float32, ()) for scale in plan.static_scales}
+    parts = {part: spec for tensor in plan.everything for part, spec in _parts_of(tensor).items()}
+    return parts | {name: (torch.float32, ()) for name in _static_names(plan)}
+
+
+def _static_names(plan: Plan) -> list[str]:
+    return [scale.name for scale in plan.static_scales] + list(plan.carried_scales)
 
 
 def _parts_of(tensor: PlannedTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     grid, shape = tensor.grid, tensor.spec.shape
     if not isinstance(grid, BlockGrid):
-        return {tensor.name: (torch.bfloat16, shape)}
+        return {tensor.name: (_float_dtype(tensor), shape)}
     rows, columns = shape
     packed = grid.code_bits in _SPREAD
     codes = (torch.uint8, (rows, columns * grid.code_bits // 8)) if packed else (torch.int8, (rows, columns))
@@ -118,6 +132,10 @@ def _parts_of(tensor: PlannedTensor) -> dict[str, tuple[torch.dtype, tuple[int, 
     return parts
 
 
+def _float_dtype(tensor: PlannedTensor) -> torch.dtype:
+    return torch.float32 if tensor.full_floats else torch.bfloat16
+
+
 class PackedWriter:
     """Fills a new PackedModel; made by `write_packed`."""
 
@@ -125,21 +143,25 @@ class PackedWriter:
         self.plan = plan
         self.writer = writer
 
-    def add(self, name: str, value: Quantized | Tensor) -> None:
-        """Store one planned tensor: a Quantized for a BlockGrid, a float tensor for a FloatGrid."""
-        grid = self.plan[name].grid
+    def add(self, name: str, value: Quantized | Tensor, rows: slice | None = None) -> None:
+        """Store one planned tensor: a Quantized for a BlockGrid, a float tensor for a FloatGrid.
+
+        rows: which of the tensor's these are, if not all; they come in order.
+        """
+        tensor = self.plan[name]
+        grid = tensor.grid
         if isinstance(value, Quantized):
             if value.grid != grid:
                 raise ValueError(f"{name}: on grid {value.grid.name}, planned {grid.name}")
-            self.writer.write(f"{name}.codes", pack_codes(value.codes, value.grid))
-            self.writer.write(f"{name}.scale", value.scale)
+            self.writer.write(f"{name}.codes", pack_codes(value.codes, value.grid), rows)
+            self.writer.write(f"{name}.scale", value.scale, rows)
             if value.super_scale is not None:
-                self.writer.write(f"{name}.super_scale", value.super_scale)
+                self.writer.write(f"{name}.super_scale", value.super_scale, rows)
             return
-        stored = value.to(torch.bfloat16)
+        stored = value.to(_float_dtype(tensor))
         if isinstance(grid, BlockGrid) or not torch.equal(stored.float(), value.float()):
             raise ValueError(f"{name}: float values that are not on grid {grid.name}")
-        self.writer.write(name, stored)
+        self.writer.write(name, stored, rows)
 
     def add_static(self, name: str, value: float) -> None:
         """Store a static scale, and with it all that share it. WeightError for one that no runtime could use.
@@ -147,16 +169,17 @@ class PackedWriter:
         name: of the owner, `StaticScale.owner`; 0 leaves what it scales as floats.
         """
         check_static(name, value)
-        sharing = [scale for scale in self.plan.static_scales if scale.owner == name]
+        sharing = [scale.name for scale in self.plan.static_scales if scale.owner == name]
+        sharing += [carried for carried in self.plan.carried_scales if carried == name]
         if not sharing:
             raise ValueError(f"{name}: no static scale of this plan, or one that is another's")
-        for scale in sharing:
-            self.writer.write(scale.name, torch.tensor(value, dtype=torch.float32))
+        for shared in sharing:
+            self.writer.write(shared, torch.tensor(value, dtype=torch.float32))
 
     def leave_static_off(self) -> None:
         """Store 0 for every static scale: nothing was calibrated."""
-        for scale in self.plan.static_scales:
-            self.writer.write(scale.name, torch.zeros(()))
+        for name in _static_names(self.plan):
+            self.writer.write(name, torch.zeros(()))
 
 
 @contextmanager
@@ -167,14 +190,15 @@ def write_packed(
     metadata = {
         "format": FORMAT,
         "recipe": plan.recipe.to_toml(),
-        "config": json.dumps(plan.model.config),
+        "config": json.dumps(plan.model.whole or plan.model.config),
+        "unused": json.dumps([tensor.name for tensor in plan.carried if tensor.spec.role not in TOWER_ROLES]),
         "plan": plan.layout_digest,
         "provenance": json.dumps(provenance),
     }
     with new_path(path, replace=replace) as temporary:
         temporary.mkdir()
         copy_assets(assets, temporary)
-        config = json.dumps(plan.model.config, indent=2) + "\n"
+        config = json.dumps(plan.model.whole or plan.model.config, indent=2) + "\n"
         (temporary / "config.json").write_text(config, "utf-8")
         with SafetensorsWriter(temporary / FILE_NAME, _parts(plan), metadata) as writer:
             yield PackedWriter(plan, writer)
@@ -206,12 +230,13 @@ class PackedModel:
             raise ConfigError(f"{file_path}: format {metadata.get('format')!r}: expected {FORMAT!r}")
         try:
             config, provenance = json.loads(metadata["config"]), json.loads(metadata["provenance"])
+            unused = json.loads(metadata.get("unused", "[]"))
             recipe = Recipe.from_toml(metadata["recipe"], source=f"{file_path} recipe")
-            if not isinstance(config, dict) or not isinstance(provenance, dict):
-                raise ValueError("config and provenance are expected to be JSON objects")
+            if not isinstance(config, dict) or not isinstance(provenance, dict) or not isinstance(unused, list):
+                raise ValueError("config and provenance are expected to be JSON objects, unused a list")
         except (KeyError, ValueError, RecursionError) as error:
             raise ConfigError(f"{file_path}: damaged metadata: {error}") from error
-        plan = make_plan(config, recipe)
+        plan = make_plan(describe_whole(config, map(str, unused)), recipe)
         if metadata.get("plan") != plan.layout_digest:
             raise ConfigError(
                 f"{file_path}: was packed by plan {str(metadata.get('plan'))[:12]}, but its recipe and config make "
@@ -223,45 +248,60 @@ class PackedModel:
             raise ConfigError(f"{file_path}: tensor {odd} is missing, unexpected or not as planned")
         return cls(path, plan, provenance)
 
+    def text_only(self) -> PackedModel:
+        """The same without towers and their embedders."""
+        return replace(self, plan=self.plan.text_only())
+
     def read(self, name: str) -> Quantized | Tensor:
-        """A Quantized for a tensor on a BlockGrid, a bfloat16 tensor for one on a FloatGrid."""
-        with open_safetensors(self.path / FILE_NAME) as file:
-            return self._read(file, name)
+        """A Quantized for a tensor on a BlockGrid, a float tensor, as stored, for one on a FloatGrid."""
+        with self._reader() as file:
+            return self._read(file, self.plan[name])
+
+    def chunks(self, name: str) -> Iterator[tuple[slice | None, Quantized | Tensor]]:
+        """What `read` gives, a few rows at a time, with their numbers; None and all of a tensor that is small."""
+        tensor = self.plan[name]
+        with self._reader() as file:
+            for rows in row_slices(tensor.spec.shape):
+                yield rows, self._read(file, tensor, rows)
 
     def __iter__(self) -> Iterator[tuple[PlannedTensor, Quantized | Tensor]]:
-        """Every planned tensor with its value, in plan order, one at a time."""
-        with open_safetensors(self.path / FILE_NAME) as file:
+        """Every tensor of the text model with its value, in plan order, one at a time."""
+        with self._reader() as file:
             for tensor in self.plan:
-                yield tensor, self._read(file, tensor.name)
+                yield tensor, self._read(file, tensor)
 
-    def _read(self, file: Any, name: str) -> Quantized | Tensor:
-        grid = self.plan[name].grid
+    def _reader(self) -> SafetensorsReader:
+        return SafetensorsReader(self.path / FILE_NAME)
+
+    def _read(self, file: SafetensorsReader, tensor: PlannedTensor, rows: slice | None = None) -> Quantized | Tensor:
+        name, grid = tensor.name, tensor.grid
         if not isinstance(grid, BlockGrid):
-            return file.get_tensor(name)
-        codes = unpack_codes(file.get_tensor(f"{name}.codes"), grid)
+            return file.read(name, rows)
+        codes = unpack_codes(file.read(f"{name}.codes", rows), grid)
         lowest, highest = codes.aminmax() if codes.numel() else (grid.code_min, grid.code_max)
         if not grid.code_min <= int(lowest) <= int(highest) <= grid.code_max:
             raise InputError(f"{self.path}: {name}: codes outside {grid.code_min}..{grid.code_max}")
-        super_scale = file.get_tensor(f"{name}.super_scale") if grid.super_block else None
-        quantized = Quantized(grid, codes, file.get_tensor(f"{name}.scale"), super_scale)
+        super_scale = file.read(f"{name}.super_scale", rows) if grid.super_block else None
+        quantized = Quantized(grid, codes, file.read(f"{name}.scale", rows), super_scale)
         try:
-            check_steps(quantized)
+            check_steps(quantized, rows.start if rows else 0)
         except WeightError as error:
             raise InputError(f"{self.path}: {name}: {error}") from None
         return quantized
 
     def read_static(self) -> dict[str, float]:
-        """Every static scale by its name; 0 where nothing is to be quantized.
+        """Every static scale by its name, those of what is carried too; 0 where nothing is to be quantized.
 
         Raises InputError for one that no runtime could use, and for one that differs from its owner's.
         """
-        with open_safetensors(self.path / FILE_NAME) as file:
-            values = {scale.name: float(file.get_tensor(scale.name)) for scale in self.plan.static_scales}
+        with self._reader() as file:
+            values = {name: float(file.read(name)) for name in _static_names(self.plan)}
+        try:
+            for name, value in values.items():
+                check_static(name, value)
+        except WeightError as error:
+            raise InputError(f"{self.path}: {error}") from None
         for scale in self.plan.static_scales:
-            try:
-                check_static(scale.name, values[scale.name])
-            except WeightError as error:
-                raise InputError(f"{self.path}: {error}") from None
             if values[scale.name] != values[scale.owner]:
                 raise InputError(
                     f"{self.path}: {scale.name} = {values[scale.name]!r}, but it is the scale of {scale.owner}, "

@@ -8,8 +8,9 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from intaglio.errors import ConfigError, OutputError
+
+CHUNK_ELEMENTS = 1 << 24  # of a large tensor that is read, and worked on, a few rows at a time
+REMAP_BYTES = 1 << 28
 
 SAFETENSORS_DTYPES = {
     torch.float32: "F32",
@@ -85,6 +89,7 @@ class SafetensorsWriter:
         header: dict[str, object] = {"__metadata__": metadata}
         self.offsets: dict[str, tuple[int, int]] = {}
         self.pending = set(specs)
+        self.next_row: dict[str, int] = {}
         position = 0
         for name, (dtype, shape) in specs.items():
             end = position + torch.Size(shape).numel() * dtype.itemsize
@@ -102,8 +107,11 @@ class SafetensorsWriter:
         self.file.write(len(text).to_bytes(8, "little") + text)
         self.file.truncate(self.data_start + position)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor of the announced size into its place."""
+    def write(self, name: str, tensor: Tensor, rows: slice | None = None) -> None:
+        """Put a tensor of the announced size into its place, or its next rows: these come in order."""
+        if rows is not None:
+            self._write_rows(name, tensor, rows)
+            return
         start, end = self.offsets[name]
         data = bytes_of(tensor)
         if data.nbytes != end - start:
@@ -111,6 +119,18 @@ class SafetensorsWriter:
         self.file.seek(self.data_start + start)
         self.file.write(data)
         self.pending.discard(name)
+
+    def _write_rows(self, name: str, tensor: Tensor, rows: slice) -> None:
+        start, end = self.offsets[name]
+        data = bytes_of(tensor)
+        start += rows.start * (data.nbytes // len(tensor))
+        if rows.start != self.next_row.get(name, 0) or start + data.nbytes > end:
+            raise ValueError(f"{name}: rows {rows.start} to {rows.stop}, expected those from {self.next_row.get(name)}")
+        self.file.seek(self.data_start + start)
+        self.file.write(data)
+        self.next_row[name] = rows.stop
+        if start + data.nbytes == end:
+            self.pending.discard(name)
 
     def close(self) -> None:
         self.file.close()
@@ -144,3 +164,44 @@ def open_safetensors(path: Path) -> Iterator[safe_open]:
             yield file
     except SafetensorError as error:
         raise ConfigError(f"{path}: not a valid safetensors file ({error}): download or export it again") from error
+
+
+class SafetensorsReader:
+    """Tensors of a safetensors file, whole or a few rows at a time.
+
+    The file is mapped anew now and then: the pages of a mapping count as memory of the process until it
+    is closed, those too that are done with. ConfigError as from `open_safetensors`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.stack = ExitStack()
+        self.file: Any = None
+        self.read_bytes = 0
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor of the file, or these of its rows."""
+        if self.file is None or self.read_bytes > REMAP_BYTES:
+            self.close()
+            self.file = self.stack.enter_context(open_safetensors(self.path))
+        tensor = self.file.get_tensor(name) if rows is None else self.file.get_slice(name)[rows]
+        self.read_bytes += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        self.stack.close()
+        self.file, self.read_bytes = None, 0
+
+    def __enter__(self) -> SafetensorsReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def row_slices(shape: tuple[int, ...]) -> list[slice | None]:
+    """The rows of a matrix, about `CHUNK_ELEMENTS` at a time; None, which is all, for a small one or anything else."""
+    if len(shape) != 2 or shape[0] * shape[1] <= CHUNK_ELEMENTS:
+        return [None]
+    step = max(1, CHUNK_ELEMENTS // shape[1])
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]

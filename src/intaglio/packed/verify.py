@@ -6,7 +6,6 @@ names in `plan/family.py`. Everything is compared by its bits.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +20,29 @@ from torch import Tensor
 from intaglio.errors import ConfigError
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.numerics.layout import from_blocks, row_chunks
-from intaglio.packed.checkpoint import shards
+from intaglio.packed.checkpoint import is_mobile, shards
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import open_safetensors
-from intaglio.plan.family import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors
+from intaglio.packed.tally import Tally
+from intaglio.packed.verify_mobile import compare_mobile
+from intaglio.plan.carried import whole_name
+from intaglio.plan.family import GGUF_ROPE_FACTORS, TOWER_ROLES, gguf_name, gguf_rope_factors, load_config
 from intaglio.plan.plan import PlannedTensor
+
+KINDS = ("codes", "scales", "static_scales", "values")
+
+
+def _words(kind: str) -> str:
+    return kind.replace("_", " ")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
     """What was compared and what differs.
 
-    codes, scales, values: how many were compared; values are floats outside of blocks, or all
-        weights of an artifact that stores floats. differing_*: how many of them have other bits.
+    codes, scales, static_scales, values: how many were compared; static scales are those of activations
+        and KV cache, values are floats outside of blocks, or all weights of an artifact that stores
+        floats. differing_*: how many of them have other bits.
     missing, extra: names of tensors, as the artifact spells them. unlike: tensors of another type
         or shape than planned, whose content was not compared.
     """
@@ -42,9 +51,11 @@ class Verification:
     tensors: int
     codes: int
     scales: int
+    static_scales: int
     values: int
     differing_codes: int
     differing_scales: int
+    differing_static_scales: int
     differing_values: int
     missing: tuple[str, ...]
     extra: tuple[str, ...]
@@ -52,18 +63,17 @@ class Verification:
 
     @property
     def exact(self) -> bool:
-        differing = self.differing_codes + self.differing_scales + self.differing_values
+        differing = sum(getattr(self, f"differing_{kind}") for kind in KINDS)
         return not (differing or self.missing or self.extra or self.unlike)
 
     def summary(self) -> str:
         """One line for a person."""
-        kinds = ("codes", "scales", "values")
         if self.exact:
-            counts = ", ".join(f"{getattr(self, kind):,} {kind}" for kind in kinds if getattr(self, kind))
+            counts = ", ".join(f"{getattr(self, kind):,} {_words(kind)}" for kind in KINDS if getattr(self, kind))
             return f"{self.artifact.name}: exact: {self.tensors} tensors, {counts}, 0 bits differ"
         wrong = [
-            f"{getattr(self, f'differing_{kind}'):,} of {getattr(self, kind):,} {kind} differ"
-            for kind in kinds
+            f"{getattr(self, f'differing_{kind}'):,} of {getattr(self, kind):,} {_words(kind)} differ"
+            for kind in KINDS
             if getattr(self, f"differing_{kind}")
         ]
         for kind in ("missing", "extra", "unlike"):
@@ -80,38 +90,26 @@ def verify(packed: PackedModel, artifact: str | Path) -> Verification:
     A difference is counted, not raised. Raises ConfigError for an artifact that cannot be read.
     """
     artifact = Path(artifact)
-    tally = _Tally()
+    tally = Tally()
     if artifact.is_dir():
-        _compare_folder(packed, artifact, tally)
+        if packed.plan.model.whole and "text_config" not in load_config(artifact):
+            packed = packed.text_only()
+        compare = compare_mobile if is_mobile(artifact) else _compare_folder
+        compare(packed, artifact, tally)
     else:
         _compare_gguf(packed, artifact, tally)
     return Verification(
         artifact=artifact,
         tensors=tally.counts["tensors"],
-        **{kind: tally.counts[kind] for kind in ("codes", "scales", "values")},
-        **{f"differing_{kind}": tally.differing[kind] for kind in ("codes", "scales", "values")},
+        **{kind: tally.counts[kind] for kind in KINDS},
+        **{f"differing_{kind}": tally.differing[kind] for kind in KINDS},
         missing=tuple(tally.missing),
         extra=tuple(tally.extra),
         unlike=tuple(tally.unlike),
     )
 
 
-class _Tally:
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.differing: Counter[str] = Counter()
-        self.missing: list[str] = []
-        self.extra: list[str] = []
-        self.unlike: list[str] = []
-
-    def compare(self, kind: str, expected: Tensor, found: Tensor) -> None:
-        """Count the elements of two tensors of one dtype and shape whose bits differ."""
-        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[expected.element_size()]
-        self.counts[kind] += expected.numel()
-        self.differing[kind] += int((expected.contiguous().view(bits) != found.contiguous().view(bits)).sum())
-
-
-def _compare_gguf(packed: PackedModel, path: Path, tally: _Tally) -> None:
+def _compare_gguf(packed: PackedModel, path: Path, tally: Tally) -> None:
     found = {tensor.name: tensor for tensor in read_gguf(path).tensors}
     factors = gguf_rope_factors(packed.plan.model)
     expected = {gguf_name(tensor.name) for tensor in packed.plan} | ({GGUF_ROPE_FACTORS} if factors else set())
@@ -131,7 +129,7 @@ def _compare_gguf(packed: PackedModel, path: Path, tally: _Tally) -> None:
             _compare_floats(value.float() + offset if shifted else value.float(), stored, tally)
 
 
-def _compare_blocks(tensor: PlannedTensor, value: Quantized, stored: ReaderTensor, tally: _Tally) -> None:
+def _compare_blocks(tensor: PlannedTensor, value: Quantized, stored: ReaderTensor, tally: Tally) -> None:
     tally.counts["tensors"] += 1
     shape = tuple(int(size) for size in reversed(stored.shape))
     if stored.tensor_type.name != value.grid.ggml_type or shape != tensor.spec.shape:
@@ -145,7 +143,7 @@ def _compare_blocks(tensor: PlannedTensor, value: Quantized, stored: ReaderTenso
             tally.compare("scales", part.super_scale, found.super_scale)
 
 
-def _compare_floats(expected: Tensor, stored: ReaderTensor, tally: _Tally) -> None:
+def _compare_floats(expected: Tensor, stored: ReaderTensor, tally: Tally) -> None:
     tally.counts["tensors"] += 1
     data = np.asarray(stored.data)
     if stored.tensor_type.name not in ("F16", "F32") or data.shape != tuple(expected.shape):
@@ -154,8 +152,10 @@ def _compare_floats(expected: Tensor, stored: ReaderTensor, tally: _Tally) -> No
     tally.compare("values", expected, torch.from_numpy(data.astype(np.float32)))
 
 
-def _compare_folder(packed: PackedModel, folder: Path, tally: _Tally) -> None:
-    planned = {tensor.name: tensor for tensor in packed.plan}
+def _compare_folder(packed: PackedModel, folder: Path, tally: Tally) -> None:
+    whole = packed.plan.model.whole is not None
+    towers = [tensor for tensor in packed.plan.carried if tensor.spec.role in TOWER_ROLES]
+    planned = {whole_name(t.name) if whole else t.name: t for t in (*packed.plan.tensors, *towers)}
     seen: set[str] = set()
     for shard in shards(folder):
         with open_safetensors(shard) as file:
@@ -169,14 +169,15 @@ def _compare_folder(packed: PackedModel, folder: Path, tally: _Tally) -> None:
                     tally.unlike.append(name)
                     continue
                 for rows, values in _decoded(packed, planned[name]):
-                    tally.compare("values", values, file.get_slice(name)[rows].float())
+                    found = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+                    tally.compare("values", values, found.float())
     tally.missing += sorted(set(planned) - seen)
 
 
 def _decoded(packed: PackedModel, tensor: PlannedTensor) -> Iterator[tuple[Any, Tensor]]:
     """float32 values of a planned tensor with their rows, a few rows at a time."""
     if not isinstance(tensor.grid, BlockGrid):
-        yield slice(None), packed.decode(tensor.name)
+        yield None, packed.decode(tensor.name)
         return
     value = packed.read(tensor.name)
     assert isinstance(value, Quantized)

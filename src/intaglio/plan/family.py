@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +104,25 @@ class TensorSpec:
 class ModelSpec:
     """A model as its config alone describes it.
 
-    config: the text model's config, as JSON holds it. tensors: every stored tensor, in state-dict
-    order; a head tied to the embedding is not listed.
+    config: the text model's config, as JSON holds it. tensors: every stored tensor of the text model, in
+    state-dict order; a head tied to the embedding is not listed.
+    carried: what a checkpoint holds beside these (see `carried`), and whole: the config of the multimodal
+    model that the text model is part of. Both are empty for a model that is described by itself.
     """
 
     family: Family
     config: dict[str, Any]
     tensors: tuple[TensorSpec, ...]
+    carried: tuple[TensorSpec, ...] = ()
+    whole: dict[str, Any] | None = None
 
     def tensor(self, name: str) -> TensorSpec:
         return next(t for t in self.tensors if t.name == name)
+
+    def text_only(self) -> ModelSpec:
+        """The text model by itself; of what is carried, only what lies in its layers."""
+        carried = tuple(t for t in self.carried if t.role not in TOWER_ROLES)
+        return replace(self, carried=carried, whole=None)
 
     @functools.cached_property
     def first_late_layer(self) -> int:

@@ -11,17 +11,19 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from intaglio.errors import RecipeError
-from intaglio.numerics.grid import F32, WHOLE_ROW, BlockGrid, Grid
-from intaglio.plan.family import ModelSpec, TensorSpec, describe, read_spec
+from intaglio.numerics.grid import BF16, F32, WHOLE_ROW, BlockGrid, Grid
+from intaglio.plan.family import TOWER_ROLES, ModelSpec, TensorSpec, describe, read_spec
 from intaglio.plan.recipe import Recipe, WeightRule
 from intaglio.plan.static import StaticScale, activation_scales, kv_scales
 
 HEAD = "lm_head.weight"
+# Of towers that a recipe says nothing of.
+LEFT_ALONE = WeightRule(name="(no rule)", grid=BF16, trainable=False)
 
 
 @dataclass(frozen=True)
@@ -46,32 +48,59 @@ class PlannedTensor:
     @property
     def size_bytes(self) -> int:
         """Bytes of the tensor's data in the grid's format, without padding; in GGUF any vector is float32."""
-        grid = F32 if len(self.spec.shape) < 2 and self.grid.ggml_type else self.grid
+        in_gguf = self.grid.ggml_type and self.spec.role not in TOWER_ROLES
+        grid = F32 if len(self.spec.shape) < 2 and in_gguf else self.grid
         return grid.size_bytes(self.spec.shape)
+
+    @property
+    def full_floats(self) -> bool:
+        """Whether float32 values are kept as they are; other floats are rounded to bfloat16 (see `FloatGrid`)."""
+        return self.grid == F32 and self.spec.role in TOWER_ROLES
+
+    @property
+    def quantized_linear(self) -> bool:
+        return isinstance(self.grid, BlockGrid) and "embedding" not in self.spec.role
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe makes of a model. Frozen; iterate for its tensors in state-dict order."""
+    """What a recipe makes of a model. Frozen; iterate for the text model's tensors in state-dict order.
+
+    carried: what the checkpoint holds beside these: towers, and unused tensors of KV-shared layers.
+    """
 
     recipe: Recipe
     model: ModelSpec
     tensors: tuple[PlannedTensor, ...]
+    carried: tuple[PlannedTensor, ...] = ()
 
     def __iter__(self) -> Iterator[PlannedTensor]:
         return iter(self.tensors)
 
     def __getitem__(self, name: str) -> PlannedTensor:
-        return next(t for t in self.tensors if t.name == name)
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, PlannedTensor]:
+        return {t.name: t for t in self.everything}
+
+    @property
+    def everything(self) -> tuple[PlannedTensor, ...]:
+        return self.tensors + self.carried
+
+    def text_only(self) -> Plan:
+        """The plan without towers and their embedders."""
+        carried = tuple(t for t in self.carried if t.spec.role not in TOWER_ROLES)
+        return replace(self, model=self.model.text_only(), carried=carried)
 
     @property
     def portable(self) -> bool:
-        """Whether a bfloat16 checkpoint can hold every value exactly."""
+        """Whether a bfloat16 checkpoint can hold every value of the text model exactly."""
         return all(t.grid.portable for t in self.tensors)
 
     @property
     def size_bytes(self) -> int:
-        return sum(t.size_bytes for t in self.tensors)
+        return sum(t.size_bytes for t in self.everything)
 
     @functools.cached_property
     def static_scales(self) -> tuple[StaticScale, ...]:
@@ -87,26 +116,36 @@ class Plan:
             scales += kv_scales(self.model)
         return tuple(scales)
 
+    @functools.cached_property
+    def carried_scales(self) -> tuple[str, ...]:
+        """Names of the activation scales of what is carried; each has its own value, 0 unless it was imported."""
+        linears = [t.spec for t in self.carried if t.quantized_linear and getattr(t.grid, "positive", False)]
+        return tuple(scale.name for scale in activation_scales(linears))
+
     @property
     def mobile_bytes(self) -> int:
         """Bytes of tensor data in the Gemma mobile format, where a head is stored beside its embedding.
 
-        Each linear there has both activation scales, used or not.
+        Each linear there has both activation scales, and each layer those of its KV, used or not.
         """
         head = sum(t.size_bytes for t in self.tensors if t.spec.role == "token_embedding" and self.model.tied_head)
-        linears = sum(isinstance(t.grid, BlockGrid) and "embedding" not in t.spec.role for t in self.tensors)
-        kv = sum(scale.kind in ("k_cache", "v_cache") for scale in self.static_scales)
+        linears = sum(t.quantized_linear for t in self.everything)
+        kv = 2 * len(self.model.kv_donors)
         return self.size_bytes + head + 4 * (2 * (linears + self.model.tied_head) + kv)
 
     @property
     def digest(self) -> str:
         """SHA-256 over model config, recipe and assignment: equal plans have equal digests."""
-        return _sha256([self.model.config, self.recipe.to_dict(), self.rows()])
+        return _sha256([*self._config, self.recipe.to_dict(), self.rows()])
 
     @property
     def layout_digest(self) -> str:
         """SHA-256 over what stored tensors mean: model config, assignment and static scales, but no schedule."""
-        return _sha256([self.model.config, self.rows(), [[s.name, s.owner] for s in self.static_scales]])
+        return _sha256([*self._config, self.rows(), [[s.name, s.owner] for s in self.static_scales]])
+
+    @property
+    def _config(self) -> list[dict[str, Any]]:
+        return [self.model.config] + ([self.model.whole] if self.model.whole else [])
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON-ready row a tensor."""
@@ -119,7 +158,7 @@ class Plan:
                 "bytes": t.size_bytes,
                 "rule": t.rule.name,
             }
-            for t in self.tensors
+            for t in self.everything
         ]
 
 
@@ -140,10 +179,12 @@ def make_plan(model: str | Path | dict[str, Any] | ModelSpec, recipe: Recipe | s
         model = describe(model) if isinstance(model, dict) else read_spec(model)
     _check_family(recipe, model)
     tensors = tuple(PlannedTensor(spec, _rule_for(recipe, model, spec)) for spec in model.tensors)
-    _check_unused_rules(recipe, tensors, _tied_head_rule(recipe, model, tensors))
+    carried = tuple(PlannedTensor(spec, _rule_for(recipe, model, spec)) for spec in model.carried)
+    plan = Plan(recipe, model, tensors, carried)
+    _check_unused_rules(recipe, plan.everything, _tied_head_rule(recipe, model, tensors))
     for rule in recipe.rules:
-        _check_shapes([tensor for tensor in tensors if tensor.rule is rule])
-    return Plan(recipe, model, tensors)
+        _check_shapes([tensor for tensor in plan.everything if tensor.rule is rule])
+    return plan
 
 
 def _check_family(recipe: Recipe, model: ModelSpec) -> None:
@@ -172,6 +213,8 @@ def _tied_head_rule(recipe: Recipe, model: ModelSpec, tensors: tuple[PlannedTens
 
 def _rule_for(recipe: Recipe, model: ModelSpec, spec: TensorSpec) -> WeightRule:
     rule = recipe.rule_for(spec.name, spec.role, model.first_late_layer)
+    if rule is None and spec.role in TOWER_ROLES:
+        return LEFT_ALONE
     if rule is None:
         raise RecipeError(
             f"recipe {recipe.name}: no rule covers {spec.name} {list(spec.shape)}: "

@@ -11,7 +11,7 @@ from torch import Tensor
 from intaglio.errors import WeightError
 from intaglio.numerics.fit import check_finite, fit_absmax, fit_mse, fit_stock
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
-from intaglio.packed.checkpoint import model_name, stream_tensors
+from intaglio.packed.checkpoint import model_name, stream_chunks
 from intaglio.packed.model import PackedModel, write_packed
 from intaglio.plan.plan import Plan
 
@@ -22,10 +22,13 @@ FITS: dict[str, Callable[[Tensor, BlockGrid], Quantized]] = {
 }
 
 
-def fit_tensor(values: Tensor, plan: Plan, name: str) -> Quantized | Tensor:
-    """One tensor on its planned grid: the recipe's fit, or rounding for a float leftover."""
-    check_finite(values, name)
-    grid = plan[name].grid
+def fit_tensor(values: Tensor, plan: Plan, name: str, rows: slice | None = None) -> Quantized | Tensor:
+    """One tensor, or these rows of it, on its planned grid: the recipe's fit, or rounding for a float leftover."""
+    tensor, grid = plan[name], plan[name].grid
+    if values.ndim or tensor.spec.role != "tower_float":  # the bounds of a clipped linear may be infinite
+        check_finite(values, name, rows.start if rows else 0)
+    if tensor.full_floats:
+        return values.float()
     try:
         return grid.round(values) if isinstance(grid, FloatGrid) else FITS[plan.recipe.fit](values, grid)
     except WeightError as error:
@@ -49,8 +52,9 @@ def quantize(
     source, target = Path(model_dir), Path(out)
     record = {"name": model_name(source), "method": f"fit {plan.recipe.fit}", **(provenance or {})}
     with write_packed(target, plan, assets=source, provenance=record, replace=replace) as writer:
-        for name, values in stream_tensors(source, plan.model):
-            writer.add(name, fit_tensor(values, plan, name))
-            on_tensor(name)
+        for name, rows, values in stream_chunks(source, plan.model):
+            writer.add(name, fit_tensor(values, plan, name, rows), rows)
+            if rows is None or rows.stop == plan[name].spec.shape[0]:
+                on_tensor(name)
         writer.leave_static_off()
     return PackedModel.open(target)

@@ -1,0 +1,107 @@
+"""The Gemma mobile format: a transformers folder with packed codes, their scales, and static scales of int8.
+
+What transformers calls `quant_method: "gemma"`, and reads without any code of ours. Codes and scales are
+those of the PackedModel; nothing is fitted or rounded here. The head is written beside the embedding
+that it is tied to, with the same codes, as the format has no ties.
+
+Codes lie from the lowest bits of a byte on, as code + 2 or code + 8; those of eight bits as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intaglio.errors import WeightError
+from intaglio.export.hf import hf_config, whole_config
+from intaglio.export.mobile_config import quantization_config
+from intaglio.numerics.grid import BlockGrid, Quantized
+from intaglio.packed.model import PackedModel, copy_assets
+from intaglio.packed.store import SafetensorsWriter, new_path
+from intaglio.plan.mobile import StoredTensor, stored_tensors
+from intaglio.plan.plan import Plan
+
+FILE_NAME = "model.safetensors"
+
+
+def export_mobile(
+    packed: PackedModel,
+    path: str | Path,
+    *,
+    replace: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+) -> None:
+    """Write the folder `path`, which `AutoModelForCausalLM.from_pretrained` opens.
+
+    on_progress is called with the bytes of tensor data written and to be written. Raises RecipeError for
+    grids and families that the format does not have, WeightError for values that it cannot hold,
+    OutputError if the folder cannot be written.
+    """
+    plan = packed.plan
+    stored = stored_tensors(plan)
+    specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in stored}
+    config = json.dumps(mobile_config(plan), indent=2) + "\n"
+    total, done = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in specs.values()), 0
+    with new_path(Path(path), replace=replace) as temporary:
+        temporary.mkdir()
+        copy_assets(packed.path, temporary)
+        (temporary / "config.json").write_text(config, "utf-8")
+        with SafetensorsWriter(temporary / FILE_NAME, specs, {"format": "pt"}) as writer:
+            for tensor, rows, data in _contents(packed, stored):
+                writer.write(tensor.name, data, rows)
+                done += data.nbytes
+                on_progress(done, total)
+
+
+def mobile_config(plan: Plan) -> dict[str, Any]:
+    """config.json of a mobile folder: that of the model, untied, and what the reader has to know."""
+    dtype = torch.bfloat16
+    config = whole_config(plan.model, dtype) if plan.model.whole else hf_config(plan.model, dtype)
+    config["tie_word_embeddings"] = False
+    if plan.model.whole:
+        config["text_config"] |= {"tie_word_embeddings": False}
+    return config | {"quantization_config": quantization_config(plan)}
+
+
+def _contents(packed: PackedModel, stored: list[StoredTensor]) -> Iterator[tuple[StoredTensor, slice | None, Tensor]]:
+    """Everything the folder holds, a few rows at a time; each planned tensor is read once."""
+    static = packed.read_static()
+    by_source: dict[str, list[StoredTensor]] = {}
+    for tensor in stored:
+        if tensor.part == "static":
+            # without a scale in the plan nothing is quantized, which the format says by 0
+            yield tensor, None, torch.tensor(static.get(tensor.source, 0.0), dtype=torch.float32)
+        else:
+            by_source.setdefault(tensor.source, []).append(tensor)
+    for source, parts in by_source.items():
+        for rows, value in packed.chunks(source):
+            data = _data_of(value, source)
+            for tensor in parts:
+                yield tensor, rows, data[tensor.part]
+
+
+def _data_of(value: Quantized | Tensor, name: str) -> dict[str, Tensor]:
+    """The bytes of some rows, by the parts they belong to."""
+    if not isinstance(value, Quantized):
+        return {"values": value}
+    return {"codes": packed_bytes(value.codes, value.grid, name), "scale": value.scale}
+
+
+def packed_bytes(codes: Tensor, grid: BlockGrid, name: str) -> Tensor:
+    """int8 [R, C] as the format stores it: uint8 [R, C x bits / 8], or int8 [R, C] as it is."""
+    bits = grid.code_bits
+    if bits == 8:
+        return codes
+    per_byte = 8 // bits
+    if codes.shape[1] % per_byte:
+        raise WeightError(f"{name}: {codes.shape[1]} columns of {bits} bits end within a byte")
+    shifted = (codes + (1 << (bits - 1))).to(torch.uint8)
+    out = shifted[:, ::per_byte].clone()
+    for i in range(1, per_byte):
+        out |= shifted[:, i::per_byte] << (bits * i)
+    return out

@@ -1,0 +1,77 @@
+"""Does a mobile folder hold what was packed? Its bytes are taken apart here by the reader's rule alone.
+
+Shared with the exporter is only the list of tensors in `plan/mobile.py`. Everything is compared by
+its bits, a few rows at a time, and config.json by what transformers' reader makes of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from intaglio.numerics.grid import Quantized
+from intaglio.packed.checkpoint import shards
+from intaglio.packed.model import PackedModel
+from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, open_safetensors
+from intaglio.packed.tally import Tally
+from intaglio.plan.family import load_config
+from intaglio.plan.mobile import StoredTensor, module_bits, resolve_bits, stored_tensors
+
+
+def compare_mobile(packed: PackedModel, folder: Path, tally: Tally) -> None:
+    """Count into `tally` what the folder holds and what of it differs from the packed model."""
+    expected = {tensor.name: tensor for tensor in stored_tensors(packed.plan)}
+    static = packed.read_static()
+    quantization = load_config(folder)["quantization_config"]
+    for module, bits in module_bits(packed.plan).items():
+        if resolve_bits(module, quantization) != bits:
+            tally.unlike.append(f"{module} in config.json")
+    seen: set[str] = set()
+    for shard in shards(folder):
+        found = _headers(shard)
+        seen |= set(found)
+        tally.extra += sorted(set(found) - set(expected))
+        with SafetensorsReader(shard) as file:
+            for name, kind in found.items():
+                if name not in expected:
+                    continue
+                tally.counts["tensors"] += 1
+                stored = expected[name]
+                if kind != (SAFETENSORS_DTYPES[stored.dtype], stored.shape):
+                    tally.unlike.append(name)
+                elif stored.part == "static":
+                    value = torch.tensor(static.get(stored.source, 0.0), dtype=torch.float32)
+                    tally.compare("static_scales", value, file.read(name))
+                else:
+                    _compare(packed, stored, file, tally)
+    tally.missing += sorted(set(expected) - seen)
+
+
+def _headers(shard: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor of a file."""
+    with open_safetensors(shard) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - safe_open does not iterate
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+def _compare(packed: PackedModel, stored: StoredTensor, file: SafetensorsReader, tally: Tally) -> None:
+    for rows, value in packed.chunks(stored.source):
+        data = file.read(stored.name, rows)
+        if not isinstance(value, Quantized):
+            tally.compare("values", value, data)
+        elif stored.part == "scale":
+            tally.compare("scales", value.scale, data)
+        else:
+            tally.compare("codes", value.codes, unpacked(data, value.grid.code_bits))
+
+
+def unpacked(data: Tensor, bits: int) -> Tensor:
+    """int8 codes [R, C] of stored bytes: fields of `bits` from the lowest on, each less half of its range."""
+    if bits == 8:
+        return data
+    low_first = np.unpackbits(data.numpy()[..., None], axis=-1, bitorder="little")
+    fields = low_first.reshape(len(data), -1, bits).astype(np.int8)
+    return torch.from_numpy(fields @ (1 << np.arange(bits)).astype(np.int8) - (1 << (bits - 1)))

@@ -1,0 +1,77 @@
+"""What a checkpoint holds beside its text model: towers with their embedders, and keys and values nobody reads.
+
+A multimodal Gemma 4 nests its text model; vision and audio towers stand beside it and are carried
+along: planned and quantized by the recipe, never trained. The k_proj, v_proj and k_norm of KV-shared
+layers have no use, and transformers makes no module of them, but published checkpoints keep them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from intaglio.errors import ConfigError
+from intaglio.plan.family import ModelSpec, TensorSpec, build_meta_model, describe, role_of
+
+# Families whose towers are carried, by the model_type of the whole.
+MULTIMODAL = ("gemma4",)
+TEXT_PREFIX = "model.language_model."  # of the text model's tensors within the whole; alone they begin with "model."
+TOWERS = ("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio.")
+UNUSED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.weight")
+
+
+def whole_name(name: str) -> str:
+    """What a multimodal checkpoint calls a tensor, module or static scale that we call `name`."""
+    inside = name.startswith("model.") and not name.startswith(TOWERS)
+    return TEXT_PREFIX + name.removeprefix("model.") if inside else name
+
+
+def describe_whole(config: dict[str, Any], unused: Iterable[str] = ()) -> ModelSpec:
+    """`describe`, with all that the checkpoint holds beside its text model.
+
+    config: of a text model or of a multimodal one; of families that are not in MULTIMODAL the text
+    alone is taken. unused: names of tensors of KV-shared layers that the checkpoint holds.
+    """
+    model = describe(config)
+    multimodal = config.get("model_type") in MULTIMODAL
+    towers = _towers(config) if multimodal else ()
+    carried = (*(_unused(model, name) for name in unused), *towers)
+    return replace(model, carried=carried, whole=config if multimodal else None)
+
+
+def unused_names(names: Iterable[str], model: ModelSpec) -> list[str]:
+    """Those of a checkpoint's tensors that belong to KV-shared layers and have no use, in their order."""
+    return [name for name in names if _is_unused(name, model)]
+
+
+def _is_unused(name: str, model: ModelSpec) -> bool:
+    match = UNUSED.fullmatch(name)
+    layer = int(match[1]) if match else -1
+    return 0 <= layer < len(model.kv_donors) and model.kv_donors[layer] != layer
+
+
+def _unused(model: ModelSpec, name: str) -> TensorSpec:
+    """Such a tensor has the shape of its donor's; ConfigError where the donor has none."""
+    match = UNUSED.fullmatch(name)
+    if match is None or not _is_unused(name, model):
+        raise ConfigError(f"{name}: no tensor of a KV-shared layer of this model")
+    donor = f"model.layers.{model.kv_donors[int(match[1])]}.self_attn.{match[2]}.weight"
+    shape = next((tensor.shape for tensor in model.tensors if tensor.name == donor), None)
+    if shape is None:
+        raise ConfigError(f"{name}: the layer whose keys and values are shared has no {match[2]}")
+    return TensorSpec(name, shape, role_of(name))
+
+
+def _towers(config: dict[str, Any]) -> tuple[TensorSpec, ...]:
+    """Every stored tensor of towers and embedders, under the names and shapes that transformers gives them."""
+    model = build_meta_model(config)
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return tuple(
+        TensorSpec(name, tuple(tensor.shape), "tower_linear" if name in linears else "tower_float")
+        for name, tensor in model.state_dict().items()
+        if name.startswith(TOWERS)
+    )

@@ -1,0 +1,133 @@
+"""The Gemma mobile format as a list of tensors: what each is called, its dtype, its shape, and where it comes from.
+
+Shared by whoever writes, reads or checks such a folder; how codes lie in bytes is not here, each knows
+it by itself. Names and dtypes are those that transformers reads (integrations/gemma_quant.py) and that
+Google's files have.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from intaglio.errors import RecipeError
+from intaglio.numerics.grid import BlockGrid
+from intaglio.plan.carried import whole_name
+from intaglio.plan.plan import HEAD, Plan, PlannedTensor
+from intaglio.plan.static import kv_scales
+
+FORMAT_BITS = (2, 4, 8)
+FAMILY = "gemma4_text"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a mobile folder.
+
+    part: "codes" and "scale" of a planned tensor on a grid, "values" of one that stays floats, or a
+    "static" scale. source: our name of the planned tensor or of the scale. The head that is tied to
+    the embedding has the embedding's codes and scales.
+    """
+
+    name: str
+    part: Literal["codes", "scale", "values", "static"]
+    source: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def stored_tensors(plan: Plan) -> list[StoredTensor]:
+    """Every tensor of a plan's mobile folder. RecipeError for a grid that the format does not have."""
+    check_mobile(plan)
+    stored = [part for tensor in plan.everything for part in _parts(plan, tensor, tensor.name)]
+    if plan.model.tied_head:
+        stored += _parts(plan, _embedding(plan), HEAD)
+    for scale in kv_scales(plan.model):
+        stored.append(StoredTensor(stored_name(plan, scale.name), "static", scale.name, torch.float32, ()))
+    return stored
+
+
+def stored_name(plan: Plan, name: str) -> str:
+    """What the folder calls a tensor, module or static scale of ours."""
+    return whole_name(name) if plan.model.whole else name
+
+
+def check_mobile(plan: Plan) -> None:
+    """Raise RecipeError for a family or a grid that the mobile format does not have."""
+    if plan.model.family.model_type != FAMILY:
+        raise RecipeError(
+            f"the mobile format is for {FAMILY}, this model is {plan.model.family.model_type}: export it to gguf or hf"
+        )
+    for tensor in plan.everything:
+        grid = tensor.grid
+        if isinstance(grid, BlockGrid) and not (grid.positive and grid.code_bits in FORMAT_BITS):
+            raise RecipeError(
+                f"{tensor.name}: recipe {plan.recipe.name} puts it on grid {grid.name}, which the mobile format does "
+                "not have: choose a recipe for it, for example mobile"
+            )
+
+
+def _embedding(plan: Plan) -> PlannedTensor:
+    return next(tensor for tensor in plan if tensor.spec.role == "token_embedding")
+
+
+def _parts(plan: Plan, tensor: PlannedTensor, ours: str) -> list[StoredTensor]:
+    """The tensors that hold a planned one under our name `ours`, which for a tied head is not its own."""
+    name, source, shape = stored_name(plan, ours), tensor.name, tensor.spec.shape
+    grid = tensor.grid
+    if not isinstance(grid, BlockGrid):
+        return [StoredTensor(name, "values", source, torch.float32 if tensor.full_floats else torch.bfloat16, shape)]
+    module = name.removesuffix(".weight")
+    rows, columns = shape
+    codes = torch.int8 if grid.code_bits == 8 else torch.uint8
+    packed, scales = (rows, columns * grid.code_bits // 8), (rows, columns // grid.block_size)
+    if tensor.quantized_linear or ours == HEAD:
+        names = [name, f"{module}.weight_scale"]
+        statics = [f"{kind}_activation_scale" for kind in ("input", "output")]
+    else:
+        names, statics = [f"{module}.embedding_quantized", f"{module}.embedding_scale"], []
+    return [
+        StoredTensor(names[0], "codes", source, codes, packed),
+        StoredTensor(names[1], "scale", source, torch.float32, scales),
+        *(
+            StoredTensor(f"{module}.{static}", "static", f"{ours.removesuffix('weight')}{static}", torch.float32, ())
+            for static in statics
+        ),
+    ]
+
+
+def module_bits(plan: Plan) -> dict[str, int | None]:
+    """Bits of every linear and embedding by its module's name in the folder; None for one that stays float."""
+    bits = {}
+    for tensor in plan.everything:
+        if tensor.spec.role not in ("norm", "layer_scalar", "tower_float"):
+            bits[stored_name(plan, tensor.name)] = _bits(tensor)
+    if plan.model.tied_head:
+        bits[HEAD] = _bits(_embedding(plan))
+    return {name.removesuffix(".weight"): value for name, value in bits.items()}
+
+
+def _bits(tensor: PlannedTensor) -> int | None:
+    return tensor.grid.code_bits if isinstance(tensor.grid, BlockGrid) else None
+
+
+def resolve_bits(module: str, quantization: dict[str, Any]) -> int | None:
+    """Bits that transformers' reader gives a linear or embedding by this `quantization_config`; None: it stays float.
+
+    The reader joins the patterns into one alternation: at the first place in the name where any of
+    them matches, the first of them that does wins.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    if not should_convert_module(module, quantization.get("modules_to_not_convert") or []):
+        return None
+    default = quantization.get("num_bits", 4)
+    patterns: dict[str, dict[str, Any]] = quantization.get("module_quant_configs") or {}
+    found = re.search("|".join(f"(?P<g{i}>{p})" for i, p in enumerate(patterns)), module) if patterns else None
+    if found is None:
+        return default
+    group = next(i for i in range(len(patterns)) if found[f"g{i}"] is not None)
+    return list(patterns.values())[group].get("num_bits", default)
