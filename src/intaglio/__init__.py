@@ -29,6 +29,7 @@ _HOMES = {
     "intaglio.packed.model": ("PackedModel",),
     "intaglio.packed.verify": ("verify",),
     "intaglio.train.attach": ("prepare",),
+    "intaglio.train.calibrate": ("calibrate",),
     "intaglio.train.corpus": ("load_corpus", "sample_corpus"),
     "intaglio.train.loop": ("Options", "train_model"),
     "intaglio.train.pack": ("pack_model",),

@@ -66,7 +66,7 @@ GGUF = Format(
     check=_check_gguf,
 )
 MOBILE = Format(
-    label="mobile",
+    label="mobile absmax",
     stock_label="Absmax rounding",
     stock_recipe=_absmax,
     exports=(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from intaglio import errors
 from intaglio.packed import checkpoint
+from intaglio.packed.checkpoint import model_name
 from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import verify
 from intaglio.plan.plan import make_plan
@@ -156,7 +157,7 @@ def test_an_artifact_that_differs_has_an_exit_code_of_its_own(gemma4: Case, tmp_
 # train, report, eval
 
 
-def test_a_run_leaves_everything_it_promises(finished: tuple[Path, str]) -> None:
+def test_a_run_leaves_everything_it_promises(finished: tuple[Path, str], gemma4: Case) -> None:
     run, printed = finished
     names = {path.split("/")[0] for path in contents(run)}
     assert names == REPORTS | {
@@ -167,7 +168,8 @@ def test_a_run_leaves_everything_it_promises(finished: tuple[Path, str]) -> None
     assert printed.count(": exact: ") == 2
     packed = PackedModel.open(run / "packed")
     assert verify(packed, run / "model.gguf").exact and verify(packed, run / "hf").exact
-    assert packed.provenance == {"method": "quantization-aware training", "data": "the model's own samples"}
+    said = {"method": "quantization-aware training", "data": "the model's own samples"}
+    assert packed.provenance == {"name": model_name(gemma4.checkpoint), **said}
 
 
 def test_the_report_says_what_was_measured(finished: tuple[Path, str]) -> None:
@@ -210,7 +212,7 @@ def test_eval_measures_any_artifact(kind: str, runtime: str, gemma4: Case, text:
     assert found["simulated"] == (kind == "packed")
     assert 0 < found["kl_mean_nats"] < 0.1
     printed = intaglio(*command)
-    assert printed.code == 0 and f"{found['kl_median_nats']:.4f}" in printed.out
+    assert printed.code == 0 and f"{found['perplexity_candidate']:.3f}" in printed.out
 
 
 def test_the_original_equals_itself(gemma4: Case, text: Path) -> None:

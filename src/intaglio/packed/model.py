@@ -192,7 +192,7 @@ def write_packed(
         "recipe": plan.recipe.to_toml(),
         "config": json.dumps(plan.model.whole or plan.model.config),
         "unused": json.dumps([tensor.name for tensor in plan.carried if tensor.spec.role not in TOWER_ROLES]),
-        "plan": plan.digest,
+        "plan": plan.layout_digest,
         "provenance": json.dumps(provenance),
     }
     with new_path(path, replace=replace) as temporary:
@@ -237,10 +237,10 @@ class PackedModel:
         except (KeyError, ValueError, RecursionError) as error:
             raise ConfigError(f"{file_path}: damaged metadata: {error}") from error
         plan = make_plan(describe_whole(config, map(str, unused)), recipe)
-        if metadata.get("plan") != plan.digest:
+        if metadata.get("plan") != plan.layout_digest:
             raise ConfigError(
                 f"{file_path}: was packed by plan {str(metadata.get('plan'))[:12]}, but its recipe and config make "
-                f"plan {plan.digest[:12]}: it is damaged or of another version of intaglio; pack the model again"
+                f"plan {plan.layout_digest[:12]}: it is damaged or of another version of intaglio; pack the model again"
             )
         expected = {part: (SAFETENSORS_DTYPES[dtype], shape) for part, (dtype, shape) in _parts(plan).items()}
         if stored != expected:

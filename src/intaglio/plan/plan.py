@@ -136,9 +136,16 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 over model config, recipe and assignment: equal plans have equal digests."""
-        whole = [self.model.whole] if self.model.whole else []
-        text = json.dumps([self.model.config, self.recipe.to_dict(), self.rows(), *whole], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _sha256([*self._config, self.recipe.to_dict(), self.rows()])
+
+    @property
+    def layout_digest(self) -> str:
+        """SHA-256 over what stored tensors mean: model config, assignment and static scales, but no schedule."""
+        return _sha256([*self._config, self.rows(), [[s.name, s.owner] for s in self.static_scales]])
+
+    @property
+    def _config(self) -> list[dict[str, Any]]:
+        return [self.model.config] + ([self.model.whole] if self.model.whole else [])
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON-ready row a tensor."""
@@ -153,6 +160,10 @@ class Plan:
             }
             for t in self.everything
         ]
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def make_plan(model: str | Path | dict[str, Any] | ModelSpec, recipe: Recipe | str) -> Plan:
