@@ -128,10 +128,10 @@ class Plan:
 
         Each linear there has both activation scales, and each layer those of its KV, used or not.
         """
-        head = sum(t.size_bytes for t in self.tensors if t.spec.role == "token_embedding" and self.model.tied_head)
-        linears = sum(t.quantized_linear for t in self.everything)
+        heads = [t for t in self.tensors if t.spec.role == "token_embedding" and self.model.tied_head]
+        linears = sum(t.quantized_linear for t in self.everything) + sum(isinstance(t.grid, BlockGrid) for t in heads)
         kv = 2 * len(self.model.kv_donors)
-        return self.size_bytes + head + 4 * (2 * (linears + self.model.tied_head) + kv)
+        return self.size_bytes + sum(t.size_bytes for t in heads) + 4 * (2 * linears + kv)
 
     @property
     def digest(self) -> str:
