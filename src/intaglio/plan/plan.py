@@ -42,7 +42,7 @@ class PlannedTensor:
         """The rule's grid; a block size that it leaves open is settled by the tensor's rows."""
         grid = self.rule.grid
         if isinstance(grid, BlockGrid) and len(self.spec.shape) == 2:
-            return grid.for_width(self.spec.slice_columns or self.spec.shape[1])
+            return grid.for_width((self.rule.slices and self.spec.slice_columns) or self.spec.shape[1])
         return grid
 
     @property
@@ -239,7 +239,7 @@ def _fits(tensor: PlannedTensor) -> bool:
         return True
     if len(shape) != 2:
         return False
-    pieces = preset.block_size == WHOLE_ROW and tensor.spec.slice_columns
+    pieces = preset.block_size == WHOLE_ROW and tensor.rule.slices and tensor.spec.slice_columns
     return (pieces or shape[1]) % preset.column_multiple == 0
 
 
