@@ -18,6 +18,7 @@ from intaglio.export.mobile import export_mobile
 from intaglio.measure.simulate import decoded_model
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.checkpoint import checkpoint_spec, load_model, load_quantized
+from intaglio.packed.import_mobile import import_mobile
 from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import read_gguf, verify
 from intaglio.plan.carried import whole_name
@@ -28,7 +29,7 @@ from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
 from intaglio.train.static import put_scales, switch_static
 from tests.support.cli import intaglio
-from tests.support.tiny import GEMMA4_DENSE, MULTIMODAL, add_unused, make_checkpoint, pack
+from tests.support.tiny import GEMMA4, GEMMA4_DENSE, MULTIMODAL, add_unused, make_checkpoint, pack
 
 IDS = torch.randint(3, 4089, (2, 48), generator=torch.Generator().manual_seed(0))
 E2B_SPLIT = ["weights.mlp_early.layers=0-1"]  # mobile-e2b, for a model of four layers
@@ -108,12 +109,16 @@ def test_the_scale_that_transformers_refuses_is_that_of_the_slices_alone(bundled
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
-def test_stock_from_pretrained_opens_a_model_without_slices(tmp_path: Path) -> None:
-    packed = pack(make_checkpoint(tmp_path / "checkpoint", GEMMA4_DENSE), tmp_path / "packed", "mobile")
+@pytest.mark.parametrize("config", [GEMMA4_DENSE, GEMMA4], ids=["no table", "one scale a row"])
+def test_stock_from_pretrained_opens_a_model_without_slices(config: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Recipe.load("mobile", ["weights.ple_embedding.slices=false"])
+    packed = pack(make_checkpoint(tmp_path / "checkpoint", config), tmp_path / "packed", recipe)
     export_mobile(packed, tmp_path / "mobile")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "mobile", dtype=torch.float32)
     expected = decoded_model(load_model(tmp_path / "checkpoint"), packed)
     assert torch.equal(logits(model), logits(expected))
+    imported = import_mobile(tmp_path / "mobile", tmp_path / "imported")
+    assert verify(imported, tmp_path / "mobile").exact and imported.plan.tensors == packed.plan.tensors
 
 
 # A multimodal model

@@ -7,7 +7,7 @@ one of ours where it agrees. Every tensor has to be there, and no other.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,12 @@ def _plan(found: _Folder) -> Plan:
     except ConfigError as error:
         raise ConfigError(f"{found.path}: {error}") from error
     grids = {t.name: _grid(found, t, quantization, multimodal) for t in (*model.tensors, *model.carried)}
-    return make_plan(model, _recipe(model, grids))
+    plan = make_plan(model, _recipe(model, grids))
+    scales = next((n for n in found.headers if n.endswith("embed_tokens_per_layer.embedding_scale")), None)
+    if scales is not None and found.headers[scales][1][1:] == (1,):
+        rules = tuple(replace(r, slices="ple_embedding" not in r.roles) for r in plan.recipe.rules)
+        plan = make_plan(model, replace(plan.recipe, rules=rules))
+    return plan
 
 
 def _head_is_embedding(found: _Folder, multimodal: bool) -> bool:

@@ -42,7 +42,7 @@ class PlannedTensor:
         """The rule's grid; a block size that it leaves open is settled by the tensor's rows."""
         grid = self.rule.grid
         if isinstance(grid, BlockGrid) and len(self.spec.shape) == 2:
-            return grid.for_width(self.spec.slice_columns or self.spec.shape[1])
+            return grid.for_width((self.rule.slices and self.spec.slice_columns) or self.spec.shape[1])
         return grid
 
     @property
@@ -128,10 +128,10 @@ class Plan:
 
         Each linear there has both activation scales, and each layer those of its KV, used or not.
         """
-        head = sum(t.size_bytes for t in self.tensors if t.spec.role == "token_embedding" and self.model.tied_head)
-        linears = sum(t.quantized_linear for t in self.everything)
+        heads = [t for t in self.tensors if t.spec.role == "token_embedding" and self.model.tied_head]
+        linears = sum(t.quantized_linear for t in self.everything) + sum(isinstance(t.grid, BlockGrid) for t in heads)
         kv = 2 * len(self.model.kv_donors)
-        return self.size_bytes + head + 4 * (2 * (linears + self.model.tied_head) + kv)
+        return self.size_bytes + sum(t.size_bytes for t in heads) + 4 * (2 * linears + kv)
 
     @property
     def digest(self) -> str:
@@ -239,7 +239,7 @@ def _fits(tensor: PlannedTensor) -> bool:
         return True
     if len(shape) != 2:
         return False
-    pieces = preset.block_size == WHOLE_ROW and tensor.spec.slice_columns
+    pieces = preset.block_size == WHOLE_ROW and tensor.rule.slices and tensor.spec.slice_columns
     return (pieces or shape[1]) % preset.column_multiple == 0
 
 

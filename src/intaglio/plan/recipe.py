@@ -37,6 +37,8 @@ class WeightRule:
     match: regular expression, searched in the tensor's name; empty for any.
     layers: "early" or "late", told apart by `ModelSpec.first_late_layer`; "3-17" for these layers,
         both included; empty for any, and for tensors outside of layers.
+    slices: whether rows of the table of per-layer embeddings have a scale for each layer's slice, on the
+        grids that leave their block size open; else one for the row.
     trainable: whether training moves the tensor's latents.
     optional: whether a model without such a tensor is fine.
     """
@@ -46,6 +48,7 @@ class WeightRule:
     roles: tuple[str, ...] = ()
     match: str = ""
     layers: str = ""
+    slices: bool = True
     trainable: bool = True
     optional: bool = False
 
@@ -236,7 +239,7 @@ def _parse_rule(name: str, body: Any, source: str) -> WeightRule:
     where = f"{source}: [weights.{name}]"
     if not isinstance(body, dict):
         raise RecipeError(f"{where}: expected a table, got {body!r}")
-    check_keys(body, {"grid", "roles", "match", "layers", "trainable", "optional"}, where)
+    check_keys(body, {"grid", "roles", "match", "layers", "slices", "trainable", "optional"}, where)
     match = body.get("match", "")
     try:
         re.compile(match)
@@ -246,13 +249,14 @@ def _parse_rule(name: str, body: Any, source: str) -> WeightRule:
     roles = _parse_names(body.get("roles", []), "roles", known_roles, where)
     if not roles and not match:
         raise RecipeError(f"{where}: neither roles nor match: expected one of them, or both")
-    flags = {"trainable": True, "optional": False} | body
+    flags = {"slices": True, "trainable": True, "optional": False} | body
     return WeightRule(
         name=name,
         grid=_parse_grid(body, where),
         roles=roles,
         match=match,
         layers=_parse_layers(body.get("layers", ""), where),
+        slices=typed(flags, "slices", bool, where),
         trainable=typed(flags, "trainable", bool, where),
         optional=typed(flags, "optional", bool, where),
     )
@@ -341,6 +345,8 @@ def _rule_table(rule: WeightRule) -> dict[str, Any]:
         table["match"] = rule.match
     if rule.layers:
         table["layers"] = rule.layers
+    if not rule.slices:
+        table["slices"] = False
     if not rule.trainable:
         table["trainable"] = False
     if rule.optional:
