@@ -516,6 +516,10 @@ def test_outputs_of_another_kind_are_not_replaced(gemma4: Case, tmp_path: Path) 
     packed, out = gemma4.packed.path, tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
+    for target in ("gguf", "hf"):
+        command = ["export", packed, target, f"--out={out}", "--replace"]
+        refused(*command, says="out: holds no model, so it is not replaced", within=tmp_path)
+    (out / "weights.safetensors").touch()
     command = ["export", packed, "gguf", f"--out={out}", "--replace"]
     refused(*command, says="out: is a folder, and the output is not", within=tmp_path)
 
