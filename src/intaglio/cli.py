@@ -12,6 +12,7 @@ import typer
 from intaglio.errors import IntaglioError
 
 if TYPE_CHECKING:
+    from intaglio.plan.recipe import Recipe
     from intaglio.proof import Evaluation
 
 app = typer.Typer(
@@ -105,6 +106,7 @@ def quantize(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the packed model.", show_default=False)],
     recipe: RecipeName = "q4_0",
     overrides: Overrides = (),  # type: ignore[assignment]
+    data: Annotated[str | None, typer.Option(help="Text to calibrate static scales on; None: they are off.")] = None,
     text_only: TextOnly = False,
     trained: Annotated[
         Path | None,
@@ -120,6 +122,8 @@ def quantize(
     from intaglio.terminal import Bars
     from intaglio.train.quantize import quantize as run_quantize
 
+    if data is not None:
+        return _quantize_on_text(model, out, Recipe.load(recipe, overrides), data, replace)
     text = None if trained is None else PackedModel.open(trained)
     chosen = Recipe.load(recipe, overrides) if text is None else text.plan.recipe
     made = make_plan(checkpoint_spec(model, text_only=text_only), chosen)
@@ -127,6 +131,17 @@ def quantize(
     with Bars() as bars:
         bars.progress.stage(f"Fitting {count} tensors")
         run_quantize(model, made, out, trained=text, replace=replace, on_tensor=bars.counter(count))
+    typer.echo(f"{out}: {made.size_bytes:,} bytes of tensors on recipe {made.recipe.name}")
+
+
+def _quantize_on_text(model: Path, out: Path, recipe: Recipe, data: str, replace: bool) -> None:
+    from intaglio.plan.plan import make_plan
+    from intaglio.terminal import Bars
+    from intaglio.workflow import quantize_on_text
+
+    made = make_plan(model, recipe)
+    with Bars() as bars:
+        quantize_on_text(model, made, out, data, replace=replace, progress=bars.progress)
     typer.echo(f"{out}: {made.size_bytes:,} bytes of tensors on recipe {made.recipe.name}")
 
 

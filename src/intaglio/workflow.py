@@ -199,6 +199,44 @@ def _references(
             quantize(model_dir, reference, path, replace=replace)
 
 
+def quantize_on_text(
+    model_dir: str | Path,
+    plan: Plan,
+    out: str | Path,
+    data: str | Path,
+    *,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write a PackedModel by the recipe's fit, its static scales calibrated on `data`; nothing is trained.
+
+    Raises InputError for a recipe without static scales.
+    """
+    if not plan.static_scales:
+        raise InputError(f"recipe {plan.recipe.name} has no static scales to calibrate: leave out the text")
+    progress, schedule = progress or Progress(), plan.recipe.schedule
+    progress.stage("Loading the original")
+    tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir)
+    corpus = load_corpus(
+        data,
+        tokenizer,
+        sequence_length=schedule.sequence_length,
+        vocab_size=plan.model.config["vocab_size"],
+        max_tokens=schedule.calibration_tokens,
+    )
+    progress.stage("Fitting and calibrating")
+    quantize_calibrated(
+        teacher,
+        plan,
+        corpus,
+        out,
+        assets=model_dir,
+        provenance={"name": model_name(model_dir)},
+        replace=replace,
+        on_progress=lambda done, total: progress.part(done, total, "tokens"),
+    )
+
+
 def compare(
     artifact: str | Path,
     original: str | Path,

@@ -73,6 +73,16 @@ def test_eval_reads_a_packed_model_at_once_or_from_an_int8_cache(
     assert found["kl_mean_nats"] == pytest.approx(simulated["kl_mean_nats"], rel=0.05)
 
 
+def test_quantize_with_text_calibrates(gemma4: Case, text: Path, run: Path, tmp_path: Path) -> None:
+    command = ["quantize", gemma4.checkpoint, f"--data={text}", f"--out={tmp_path / 'packed'}", *SETTINGS]
+    assert intaglio(*command, "--recipe=mobile").code == 0
+    packed, fitted = PackedModel.open(tmp_path / "packed"), PackedModel.open(run / "fitted")
+    assert packed.read_static() == pytest.approx(fitted.read_static(), rel=0.5)
+    assert all(value > 0 for value in packed.read_static().values())
+    outcome = intaglio(*command, "--recipe=q4_0", "--replace")
+    assert outcome.code == 2 and "has no static scales to calibrate" in outcome.error
+
+
 def test_an_int8_cache_needs_its_scales(gemma4: Case, text: Path) -> None:
     command = ["eval", "--int8-cache", f"--original={gemma4.checkpoint}", f"--text={text}", "--eval-tokens=256"]
     for artifact, message in (
