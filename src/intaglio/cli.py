@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -122,15 +124,21 @@ def quantize(
     from intaglio.terminal import Bars
     from intaglio.train.quantize import quantize as run_quantize
 
-    if data is not None:
-        return _quantize_on_text(model, out, Recipe.load(recipe, overrides), data, replace)
+    if data is not None and trained is not None:
+        raise typer.BadParameter("--trained has its static scales: expected it or --data, not both")
     text = None if trained is None else PackedModel.open(trained)
     chosen = Recipe.load(recipe, overrides) if text is None else text.plan.recipe
     made = make_plan(checkpoint_spec(model, text_only=text_only), chosen)
     count = len(made.everything)
-    with Bars() as bars:
-        bars.progress.stage(f"Fitting {count} tensors")
-        run_quantize(model, made, out, trained=text, replace=replace, on_tensor=bars.counter(count))
+    with ExitStack() as stack:
+        if data is not None:  # the text model by itself, which what is carried then joins
+            alone = Path(stack.enter_context(TemporaryDirectory())) / "text" if made.carried else out
+            _quantize_on_text(model, alone, chosen, data, replace)
+            text = PackedModel.open(alone)
+        if data is None or made.carried:
+            bars = stack.enter_context(Bars())
+            bars.progress.stage(f"Fitting {count} tensors")
+            run_quantize(model, made, out, trained=text, replace=replace, on_tensor=bars.counter(count))
     typer.echo(f"{out}: {made.size_bytes:,} bytes of tensors on recipe {made.recipe.name}")
 
 
@@ -142,7 +150,6 @@ def _quantize_on_text(model: Path, out: Path, recipe: Recipe, data: str, replace
     made = make_plan(model, recipe)
     with Bars() as bars:
         quantize_on_text(model, made, out, data, replace=replace, progress=bars.progress)
-    typer.echo(f"{out}: {made.size_bytes:,} bytes of tensors on recipe {made.recipe.name}")
 
 
 @app.command()

@@ -202,6 +202,19 @@ def test_towers_join_a_trained_text_model(multimodal: tuple[Path, PackedModel], 
     assert other.code == 2 and "of another text model or with other grids" in other.error
 
 
+def test_towers_join_a_calibrated_text_model(multimodal: tuple[Path, PackedModel], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The whale swam past the ship, and nobody on it said a word.\n" * 60)
+    few = ["--set=schedule.calibration_tokens=128", "--set=schedule.sequence_length=32", "--recipe=mobile"]
+    made = intaglio("quantize", multimodal[0], f"--data={tmp_path / 'text.txt'}", f"--out={tmp_path / 'packed'}", *few)
+    assert made.code == 0, made.err
+    packed = PackedModel.open(tmp_path / "packed")
+    static = packed.read_static()
+    assert all(static[scale.name] for scale in packed.plan.static_scales)
+    assert packed.plan.carried and not any(static[name] for name in packed.plan.carried_scales)
+    refused = intaglio("quantize", multimodal[0], "--data=x", f"--trained={packed.path}", f"--out={tmp_path / 'other'}")
+    assert refused.code == 2 and "not both" in refused.err
+
+
 def pack_dense(folder: Path) -> Path:
     """Another model, packed."""
     return pack(make_checkpoint(folder / "dense", GEMMA4_DENSE), folder / "packed-dense", "mobile").path

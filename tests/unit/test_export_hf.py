@@ -55,7 +55,7 @@ def test_steps_that_bfloat16_cannot_hold_are_refused(packed_copy: PackedModel, t
     parts = load_file(path)
     parts["model.layers.0.self_attn.q_proj.weight.scale"][5, 2] = 0.0123  # eleven significant bits
     plan = packed_copy.plan
-    metadata = {"format": "intaglio-packed-1", "config": json.dumps(plan.model.config), "plan": plan.digest}
+    metadata = {"format": "intaglio-packed-1", "config": json.dumps(plan.model.config), "plan": plan.layout_digest}
     save_file(parts, path, metadata | {"recipe": plan.recipe.to_toml(), "provenance": "{}"})
     with pytest.raises(WeightError, match=r"layers\.0\.self_attn\.q_proj.*more significant bits"):
         export_hf(PackedModel.open(packed_copy.path), tmp_path / "hf")

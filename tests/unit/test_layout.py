@@ -15,7 +15,7 @@ from transformers.integrations import gemma_quant
 from intaglio.numerics.fit import fit_stock
 from intaglio.numerics.grid import INT2, INT4, INT8, Q4_0_FREE, Q6_K_FREE, Q8_0_FREE, BlockGrid, Quantized
 from intaglio.numerics.layout import CHUNK_ELEMENTS, from_blocks, row_chunks, to_blocks
-from intaglio.packed.model import pack_codes, unpack_codes
+from intaglio.packed.codes import pack_codes, unpack_codes
 from tests.support import ggml
 
 GRIDS = (Q4_0_FREE, Q8_0_FREE, Q6_K_FREE)

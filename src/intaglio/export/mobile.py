@@ -4,7 +4,8 @@ What transformers calls `quant_method: "gemma"`, and reads without any code of o
 those of the PackedModel; nothing is fitted or rounded here. The head is written beside the embedding
 that it is tied to, with the same codes, as the format has no ties.
 
-Codes lie from the lowest bits of a byte on, as code + 2 or code + 8; those of eight bits as they are.
+Codes lie from the lowest bits of a byte on, as code + 2 or code + 8, and those of eight bits as they are: as in
+a PackedModel, so that verification has its own way to take them apart.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intaglio.errors import WeightError
 from intaglio.export.hf import hf_config, whole_config
 from intaglio.export.mobile_config import quantization_config
-from intaglio.numerics.grid import BlockGrid, Quantized
+from intaglio.numerics.grid import Quantized
+from intaglio.packed.codes import pack_codes
 from intaglio.packed.model import PackedModel, copy_assets
 from intaglio.packed.store import SafetensorsWriter, new_path
 from intaglio.plan.mobile import StoredTensor, stored_tensors
@@ -40,7 +41,7 @@ def export_mobile(
     """Write the folder `path`, which `AutoModelForCausalLM.from_pretrained` opens.
 
     on_progress is called with the bytes of tensor data written and to be written. Raises RecipeError for
-    grids and families that the format does not have, WeightError for values that it cannot hold,
+    grids and families that the format does not have, InputError for scales that no runtime could use,
     OutputError if the folder cannot be written.
     """
     plan = packed.plan
@@ -86,28 +87,13 @@ def _contents(packed: PackedModel, stored: list[StoredTensor]) -> Iterator[tuple
             by_source.setdefault(tensor.source, []).append(tensor)
     for source, parts in by_source.items():
         for rows, value in packed.chunks(source):
-            data = _data_of(value, source)
+            data = _data_of(value)
             for tensor in parts:
                 yield tensor, rows, data[tensor.part]
 
 
-def _data_of(value: Quantized | Tensor, name: str) -> dict[str, Tensor]:
+def _data_of(value: Quantized | Tensor) -> dict[str, Tensor]:
     """The bytes of some rows, by the parts they belong to."""
     if not isinstance(value, Quantized):
         return {"values": value}
-    return {"codes": packed_bytes(value.codes, value.grid, name), "scale": value.scale}
-
-
-def packed_bytes(codes: Tensor, grid: BlockGrid, name: str) -> Tensor:
-    """int8 [R, C] as the format stores it: uint8 [R, C x bits / 8], or int8 [R, C] as it is."""
-    bits = grid.code_bits
-    if bits == 8:
-        return codes
-    per_byte = 8 // bits
-    if codes.shape[1] % per_byte:
-        raise WeightError(f"{name}: {codes.shape[1]} columns of {bits} bits end within a byte")
-    shifted = (codes + (1 << (bits - 1))).to(torch.uint8)
-    out = shifted[:, ::per_byte].clone()
-    for i in range(1, per_byte):
-        out |= shifted[:, i::per_byte] << (bits * i)
-    return out
+    return {"codes": pack_codes(value.codes, value.grid), "scale": value.scale}

@@ -24,12 +24,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError, InputError, WeightError
 from intaglio.numerics.grid import BlockGrid, Quantized, check_steps, is_normal_positive
+from intaglio.packed.codes import FIELDS, pack_codes, unpack_codes
 from intaglio.packed.store import (
     SAFETENSORS_DTYPES,
     SafetensorsReader,
@@ -66,37 +66,6 @@ def copy_assets(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def pack_codes(codes: Tensor, grid: BlockGrid) -> Tensor:
-    """int8 [R, C] as stored: uint8 [R, C x bits / 8] where several fit in a byte, else the codes themselves."""
-    bits = grid.code_bits
-    if bits not in (2, 4):
-        return codes
-    unsigned = (codes - grid.code_min).to(torch.uint8)
-    packed = unsigned[:, :: 8 // bits].clone()
-    for i in range(1, 8 // bits):
-        packed |= unsigned[:, i :: 8 // bits] << (bits * i)
-    return packed
-
-
-# How a byte, widened to as many bytes as it has codes, moves each code into a byte of its own: shifts
-# to the left, each followed by "or", and the mask of what remains. The first byte is the lowest.
-_SPREAD: dict[int, tuple[str, tuple[int, ...], int]] = {4: ("<u2", (4,), 0x0F0F), 2: ("<u4", (12, 6), 0x03030303)}
-
-
-def unpack_codes(packed: Tensor, grid: BlockGrid) -> Tensor:
-    """What `pack_codes` stored, back to int8 [R, C]."""
-    if grid.code_bits not in _SPREAD:
-        return packed
-    wide, shifts, mask = _SPREAD[grid.code_bits]
-    spread = packed.numpy().astype(wide)
-    for shift in shifts:
-        spread |= spread << shift
-    spread &= mask
-    codes = spread.view(np.int8)
-    codes += grid.code_min
-    return torch.from_numpy(codes)
-
-
 def check_static(name: str, value: float) -> None:
     """Raise WeightError for a static scale that is neither 0, off, nor a normal positive float32."""
     if value != 0 and not bool(is_normal_positive(torch.tensor(value, dtype=torch.float32))):
@@ -121,7 +90,7 @@ def _parts_of(tensor: PlannedTensor) -> dict[str, tuple[torch.dtype, tuple[int, 
     if not isinstance(grid, BlockGrid):
         return {tensor.name: (_float_dtype(tensor), shape)}
     rows, columns = shape
-    packed = grid.code_bits in _SPREAD
+    packed = grid.code_bits in FIELDS
     codes = (torch.uint8, (rows, columns * grid.code_bits // 8)) if packed else (torch.int8, (rows, columns))
     parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         f"{tensor.name}.codes": codes,

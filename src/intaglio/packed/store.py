@@ -21,6 +21,7 @@ from intaglio.errors import ConfigError, OutputError
 
 CHUNK_ELEMENTS = 1 << 24  # of a large tensor that is read, and worked on, a few rows at a time
 REMAP_BYTES = 1 << 28
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 SAFETENSORS_DTYPES = {
     torch.float32: "F32",
@@ -67,7 +68,7 @@ def new_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 def _of_another_file(error: OSError, path: Path, temporary: Path) -> bool:
     """Whether an error names a file that was read, not one of the output or a folder above it."""
-    if not isinstance(error.filename, str):
+    if not isinstance(error.filename, str) or error.errno in NO_ROOM:  # a copy that has no room names its source
         return False
     named = Path(error.filename).absolute()
     return not (named.is_relative_to(temporary.absolute()) or path.absolute().is_relative_to(named))
