@@ -521,7 +521,7 @@ def test_outputs_of_another_kind_are_not_replaced(gemma4: Case, tmp_path: Path) 
         refused(*command, says="out: holds no model, so it is not replaced", within=tmp_path)
     (out / "weights.safetensors").touch()
     command = ["export", packed, "gguf", f"--out={out}", "--replace"]
-    refused(*command, says="out: holds no model, so it is not replaced", within=tmp_path)
+    refused(*command, says="out: is a folder, and the output is not", within=tmp_path)
 
 
 def test_outputs_below_a_file(gemma4: Case, text: Path, tmp_path: Path) -> None:
