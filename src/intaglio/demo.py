@@ -27,8 +27,8 @@ SHORT = {
     "tail_lr": 0.5,
 }
 SCHEDULES: dict[str, dict[str, Any]] = {
-    "q4_0": SHORT | {"tokens": 409_600, "lr": 1e-4},
-    "mobile": SHORT | {"tokens": 307_200, "lr": 5e-4},
+    "q4_0": SHORT | {"tokens": 348_160, "lr": 1e-4},
+    "mobile": SHORT | {"tokens": 204_800, "lr": 5e-4},
 }
 PROMPTS = (
     "It was a bright morning, and the whole family",
