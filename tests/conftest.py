@@ -10,9 +10,18 @@ from hypothesis import settings
 
 from intaglio.packed.model import PackedModel
 from tests.support.cases import CONFIGS, Case, make_case
+from tests.support.tiny import GEMMA4, make_checkpoint, pack
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of some thousand tokens."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The whale swam past the ship, and nobody on it said a word.\n" * 40, "utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +45,10 @@ def gemma4(cases: dict[str, Case]) -> Case:
 def packed_copy(gemma4: Case, tmp_path: Path) -> PackedModel:
     """A packed model that a test may change."""
     return PackedModel.open(shutil.copytree(gemma4.packed.path, tmp_path / "packed"))
+
+
+@pytest.fixture(scope="session")
+def mobile_packed(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
+    """A random Gemma 4 by recipe `mobile`; `checkpoint` beside it is its source. Shared: not to be changed."""
+    folder = tmp_path_factory.mktemp("mobile")
+    return pack(make_checkpoint(folder / "checkpoint", GEMMA4), folder / "packed", "mobile")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -14,7 +12,6 @@ import typer
 from intaglio.errors import IntaglioError
 
 if TYPE_CHECKING:
-    from intaglio.plan.recipe import Recipe
     from intaglio.proof import Evaluation
 
 app = typer.Typer(
@@ -122,34 +119,16 @@ def quantize(
     from intaglio.plan.plan import make_plan
     from intaglio.plan.recipe import Recipe
     from intaglio.terminal import Bars
-    from intaglio.train.quantize import quantize as run_quantize
+    from intaglio.workflow import quantize_model
 
     if data is not None and trained is not None:
         raise typer.BadParameter("--trained has its static scales: expected it or --data, not both")
     text = None if trained is None else PackedModel.open(trained)
     chosen = Recipe.load(recipe, overrides) if text is None else text.plan.recipe
     made = make_plan(checkpoint_spec(model, text_only=text_only), chosen)
-    count = len(made.everything)
-    with ExitStack() as stack:
-        if data is not None:  # the text model by itself, which what is carried then joins
-            alone = Path(stack.enter_context(TemporaryDirectory())) / "text" if made.carried else out
-            _quantize_on_text(model, alone, chosen, data, replace)
-            text = PackedModel.open(alone)
-        if data is None or made.carried:
-            bars = stack.enter_context(Bars())
-            bars.progress.stage(f"Fitting {count} tensors")
-            run_quantize(model, made, out, trained=text, replace=replace, on_tensor=bars.counter(count))
-    typer.echo(f"{out}: {made.size_bytes:,} bytes of tensors on recipe {made.recipe.name}")
-
-
-def _quantize_on_text(model: Path, out: Path, recipe: Recipe, data: str, replace: bool) -> None:
-    from intaglio.plan.plan import make_plan
-    from intaglio.terminal import Bars
-    from intaglio.workflow import quantize_on_text
-
-    made = make_plan(model, recipe)
     with Bars() as bars:
-        quantize_on_text(model, made, out, data, replace=replace, progress=bars.progress)
+        quantize_model(model, made, out, data=data, trained=text, replace=replace, progress=bars.progress)
+    typer.echo(f"{out}: {made.size_bytes:,} bytes of tensors on recipe {made.recipe.name}")
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -67,16 +66,6 @@ class Bars:
             self.stage("Working")
         assert self.task is not None
         self.bars.update(self.task, completed=done, total=total, figures=figures)
-
-    def counter(self, total: int) -> Callable[[str], None]:
-        """A callback that counts the names it is given."""
-        done: list[str] = []
-
-        def count(name: str) -> None:
-            done.append(name)
-            self.part(len(done), total, name)
-
-        return count
 
 
 def print_plan(plan: Plan) -> None:

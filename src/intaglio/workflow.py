@@ -12,10 +12,12 @@ Every stage is a public function of its own; this file only puts them in order. 
 
 from __future__ import annotations
 
+import itertools
 import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -199,22 +201,48 @@ def _references(
             quantize(model_dir, reference, path, replace=replace)
 
 
-def quantize_on_text(
+def quantize_model(
     model_dir: str | Path,
     plan: Plan,
     out: str | Path,
-    data: str | Path,
     *,
+    data: str | Path | None = None,
+    trained: PackedModel | None = None,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write a PackedModel by the recipe's fit, its static scales calibrated on `data`; nothing is trained.
+    """Write a PackedModel without training.
 
-    Raises InputError for a recipe without static scales.
+    data: text to calibrate static scales on; None leaves them off. trained: as `quantize` takes it, a
+    text model that is packed already. Raises InputError for text and a recipe without static scales.
     """
+    progress, out = progress or Progress(), Path(out)
+    if data is not None and not plan.carried:
+        return _quantize_on_text(model_dir, plan, out, data, replace, progress)
+    with ExitStack() as stack:
+        if data is not None:  # the text model by itself, which what is carried then joins
+            out.parent.mkdir(parents=True, exist_ok=True)
+            alone = Path(stack.enter_context(TemporaryDirectory(dir=out.parent, prefix=f".{out.name}."))) / "text"
+            _quantize_on_text(model_dir, make_plan(model_dir, plan.recipe), alone, data, replace, progress)
+            trained = PackedModel.open(alone)
+        total, done = len(plan.everything), itertools.count(1)
+        progress.stage(f"Fitting {total} tensors")
+        quantize(
+            model_dir,
+            plan,
+            out,
+            trained=trained,
+            replace=replace,
+            on_tensor=lambda name: progress.part(next(done), total, name),
+        )
+
+
+def _quantize_on_text(
+    model_dir: str | Path, plan: Plan, out: Path, data: str | Path, replace: bool, progress: Progress
+) -> None:
     if not plan.static_scales:
         raise InputError(f"recipe {plan.recipe.name} has no static scales to calibrate: leave out the text")
-    progress, schedule = progress or Progress(), plan.recipe.schedule
+    schedule = plan.recipe.schedule
     progress.stage("Loading the original")
     tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir)
     corpus = load_corpus(

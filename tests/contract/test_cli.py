@@ -21,16 +21,8 @@ from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
 
 VERBS = ["demo", "plan", "quantize", "train", "export", "import", "verify", "eval", "report"]
-TEXT = "The whale swam past the ship, and nobody on it said a word.\n" * 40
 SETTINGS = ["--set=schedule.tokens=512", "--set=schedule.batch_size=2", "--set=schedule.sequence_length=32"]
 REPORTS = {"report.html", "report.md", "report.json"}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, "utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -29,15 +29,9 @@ WEIGHTS = "model.safetensors"
 Q_INPUT = "model.layers.0.self_attn.q_proj.input_activation_scale"
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
-    folder = tmp_path_factory.mktemp("import")
-    return pack(make_checkpoint(folder / "checkpoint", GEMMA4), folder / "packed", "mobile")
-
-
 @pytest.fixture
-def folder(packed: PackedModel, tmp_path: Path) -> Path:
-    export_mobile(packed, tmp_path / "mobile")
+def folder(mobile_packed: PackedModel, tmp_path: Path) -> Path:
+    export_mobile(mobile_packed, tmp_path / "mobile")
     return tmp_path / "mobile"
 
 
@@ -65,10 +59,10 @@ def comes_out_again(folder: Path, tmp_path: Path) -> PackedModel:
     return made
 
 
-def test_a_folder_of_ours(folder: Path, packed: PackedModel, tmp_path: Path) -> None:
+def test_a_folder_of_ours(folder: Path, mobile_packed: PackedModel, tmp_path: Path) -> None:
     made = comes_out_again(folder, tmp_path)
-    assert made.plan.recipe == packed.plan.recipe
-    old, new = (load_file(model.path / FILE_NAME) for model in (packed, made))
+    assert made.plan.recipe == mobile_packed.plan.recipe
+    old, new = (load_file(model.path / FILE_NAME) for model in (mobile_packed, made))
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
 
 
@@ -95,15 +89,15 @@ def test_a_folder_like_googles(tmp_path: Path) -> None:
     assert all(static[name] for name in made.plan.carried_scales if "vision_tower" in name and "output" in name)
 
 
-def test_what_is_imported_goes_on(folder: Path, packed: PackedModel, tmp_path: Path) -> None:
+def test_what_is_imported_goes_on(folder: Path, mobile_packed: PackedModel, tmp_path: Path) -> None:
     """To floats, for further training; and through the command line."""
     assert intaglio("import", folder, f"--out={tmp_path / 'imported'}").code == 0
     assert intaglio("import", folder, f"--out={tmp_path / 'imported'}").code == 2
     made = PackedModel.open(tmp_path / "imported")
     export_hf(made, tmp_path / "hf")
     weights = load_model(tmp_path / "hf").state_dict()
-    for tensor in packed.plan:
-        assert torch.equal(weights[tensor.name], packed.decode(tensor.name))
+    for tensor in mobile_packed.plan:
+        assert torch.equal(weights[tensor.name], mobile_packed.decode(tensor.name))
     exported = intaglio("export", made.path, "gemma-mobile", f"--out={tmp_path / 'again'}")
     assert exported.code == 0 and "again: exact" in exported.out
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
@@ -196,7 +190,7 @@ def test_a_mobile_folder_is_no_checkpoint_to_train(folder: Path) -> None:
         load_model(folder)
 
 
-def test_one_flipped_bit_is_found(folder: Path, packed: PackedModel) -> None:
+def test_one_flipped_bit_is_found(folder: Path, mobile_packed: PackedModel) -> None:
     def edit(tensors: dict[str, Tensor]) -> None:
         tensors[f"{DOWN}.weight"][3, 3] ^= 1
         tensors["model.embed_tokens_per_layer.embedding_scale"].view(torch.int32)[5, 1] ^= 1
@@ -205,10 +199,10 @@ def test_one_flipped_bit_is_found(folder: Path, packed: PackedModel) -> None:
         tensors["lm_head.weight"][0, 0] ^= 0b00010001
         del tensors["model.layers.1.self_attn.k_cache_scale"]
 
-    found = verify(packed, change(folder, edit))
+    found = verify(mobile_packed, change(folder, edit))
     differing = {kind: getattr(found, f"differing_{kind}") for kind in ("codes", "scales", "static_scales", "values")}
     assert differing == {"codes": 3, "scales": 1, "static_scales": 1, "values": 1}
     assert found.missing == ("model.layers.1.self_attn.k_cache_scale",)
     bits = {"module_quant_configs": {"layers": {"num_bits": 2}}, "num_bits": 4} | BITS
     set_config(folder, quantization_config=bits)
-    assert any(name.endswith("in config.json") for name in verify(packed, folder).unlike)
+    assert any(name.endswith("in config.json") for name in verify(mobile_packed, folder).unlike)

@@ -12,16 +12,8 @@ from intaglio.packed.verify import verify
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
 
-TEXT = "The whale swam past the ship, and nobody on it said a word.\n" * 40
 SCHEDULE = {"tokens": 512, "batch_size": 2, "sequence_length": 32, "gptq_tokens": 128, "calibration_tokens": 128}
 SETTINGS = [f"--set=schedule.{key}={value}" for key, value in SCHEDULE.items()]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, "utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
-from intaglio.plan.recipe import Recipe, Schedule
+from intaglio.plan.recipe import Recipe
+from intaglio.plan.schedule import Schedule
 from intaglio.train import checkpoint, loop
 from intaglio.train.decode import freeze_codes, quantized_linears
 from intaglio.train.loop import Options, StepInfo, train

@@ -19,22 +19,16 @@ from intaglio.packed.checkpoint import load_model, stream_tensors
 from intaglio.packed.model import FILE_NAME, PackedModel, write_packed
 from intaglio.packed.store import open_safetensors
 from intaglio.plan.plan import make_plan
+from intaglio.plan.recipe import Recipe
 from intaglio.train.quantize import fit_tensor, quantize
-from tests.support.tiny import GEMMA4, make_checkpoint, pack
 
 DOWN = "model.layers.2.mlp.down_proj"
 KEYS = "model.layers.1.self_attn.k_cache_scale"
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
-    folder = tmp_path_factory.mktemp("mobile")
-    return pack(make_checkpoint(folder / "checkpoint", GEMMA4), folder / "packed", "mobile")
-
-
 @pytest.fixture
-def copy(packed: PackedModel, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(packed.path, tmp_path / "copy"))
+def copy(mobile_packed: PackedModel, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(mobile_packed.path, tmp_path / "copy"))
 
 
 def resave(folder: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> PackedModel:
@@ -45,11 +39,11 @@ def resave(folder: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> P
     return PackedModel.open(folder)
 
 
-def test_what_was_fitted_is_read_bit_for_bit(packed: PackedModel) -> None:
-    source = dict(stream_tensors(packed.path.parent / "checkpoint", packed.plan.model))
+def test_what_was_fitted_is_read_bit_for_bit(mobile_packed: PackedModel) -> None:
+    source = dict(stream_tensors(mobile_packed.path.parent / "checkpoint", mobile_packed.plan.model))
     seen: set[str] = set()
-    for tensor, value in packed:
-        expected = fit_tensor(source[tensor.name], packed.plan, tensor.name)
+    for tensor, value in mobile_packed:
+        expected = fit_tensor(source[tensor.name], mobile_packed.plan, tensor.name)
         if isinstance(value, Quantized):
             assert isinstance(expected, Quantized)
             assert torch.equal(value.codes, expected.codes)
@@ -60,23 +54,23 @@ def test_what_was_fitted_is_read_bit_for_bit(packed: PackedModel) -> None:
     assert seen == {"int2", "int4", "int8"}
 
 
-def test_bytes_are_those_of_the_plan(packed: PackedModel) -> None:
-    stored = load_file(packed.path / FILE_NAME)
+def test_bytes_are_those_of_the_plan(mobile_packed: PackedModel) -> None:
+    stored = load_file(mobile_packed.path / FILE_NAME)
     scalars = {name for name, tensor in stored.items() if tensor.ndim == 0 and name.endswith("_scale")}
-    assert scalars == {scale.name for scale in packed.plan.static_scales}
-    assert sum(t.nbytes for name, t in stored.items() if name not in scalars) == packed.plan.size_bytes
+    assert scalars == {scale.name for scale in mobile_packed.plan.static_scales}
+    assert sum(t.nbytes for name, t in stored.items() if name not in scalars) == mobile_packed.plan.size_bytes
 
 
-def test_quantizing_leaves_static_scales_off(packed: PackedModel) -> None:
-    values = packed.read_static()
-    assert set(values) == {scale.name for scale in packed.plan.static_scales}
+def test_quantizing_leaves_static_scales_off(mobile_packed: PackedModel) -> None:
+    values = mobile_packed.read_static()
+    assert set(values) == {scale.name for scale in mobile_packed.plan.static_scales}
     assert not any(values.values())
 
 
-def write(packed: PackedModel, out: Path, statics: dict[str, float]) -> PackedModel:
+def write(mobile_packed: PackedModel, out: Path, statics: dict[str, float]) -> PackedModel:
     """The same weights with other static scales; those not named are off."""
-    with write_packed(out, packed.plan, assets=packed.path, provenance={}) as writer:
-        for tensor, value in packed:
+    with write_packed(out, mobile_packed.plan, assets=mobile_packed.path, provenance={}) as writer:
+        for tensor, value in mobile_packed:
             writer.add(tensor.name, value)
         writer.leave_static_off()
         for name, value in statics.items():
@@ -84,10 +78,10 @@ def write(packed: PackedModel, out: Path, statics: dict[str, float]) -> PackedMo
     return PackedModel.open(out)
 
 
-def test_a_static_scale_is_stored_with_all_that_share_it(packed: PackedModel, tmp_path: Path) -> None:
+def test_a_static_scale_is_stored_with_all_that_share_it(mobile_packed: PackedModel, tmp_path: Path) -> None:
     layer = "model.layers.0.self_attn"
     owners = {f"{layer}.q_proj.input_activation_scale": 0.1, KEYS: 0.03, f"{DOWN}.output_activation_scale": 2.0}
-    values = write(packed, tmp_path / "out", owners).read_static()
+    values = write(mobile_packed, tmp_path / "out", owners).read_static()
     on = {name for name, value in values.items() if value}
     assert on == {
         *(f"{layer}.{linear}_proj.input_activation_scale" for linear in "qkv"),
@@ -100,10 +94,10 @@ def test_a_static_scale_is_stored_with_all_that_share_it(packed: PackedModel, tm
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 1e-40, 1e-60])
 def test_static_scales_that_no_runtime_could_use_are_refused(
-    packed: PackedModel, tmp_path: Path, copy: Path, value: float
+    mobile_packed: PackedModel, tmp_path: Path, copy: Path, value: float
 ) -> None:
     with pytest.raises(WeightError, match=rf"{KEYS} = .*: expected 0, which is off, or a normal positive"):
-        write(packed, tmp_path / "out", {KEYS: value})
+        write(mobile_packed, tmp_path / "out", {KEYS: value})
     assert not (tmp_path / "out").exists()
     if torch.tensor(value) != 0:
         with pytest.raises(InputError, match=rf"{KEYS} = .*: expected 0, which is off"):
@@ -111,9 +105,9 @@ def test_static_scales_that_no_runtime_could_use_are_refused(
 
 
 @pytest.mark.parametrize("name", ["model.layers.3.self_attn.k_cache_scale", "lm_head.input_activation_scale"])
-def test_only_owners_of_a_scale_take_a_value(packed: PackedModel, tmp_path: Path, name: str) -> None:
+def test_only_owners_of_a_scale_take_a_value(mobile_packed: PackedModel, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="no static scale of this plan"):
-        write(packed, tmp_path / "out", {name: 1.0})
+        write(mobile_packed, tmp_path / "out", {name: 1.0})
 
 
 def test_scales_that_should_be_shared_and_differ_are_named(copy: Path) -> None:
@@ -123,12 +117,12 @@ def test_scales_that_should_be_shared_and_differ_are_named(copy: Path) -> None:
         damaged.read_static()
 
 
-def test_static_scales_that_were_forgotten_are_an_error(packed: PackedModel, tmp_path: Path) -> None:
+def test_static_scales_that_were_forgotten_are_an_error(mobile_packed: PackedModel, tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match="never written"),
-        write_packed(tmp_path / "out", packed.plan, assets=packed.path, provenance={}) as writer,
+        write_packed(tmp_path / "out", mobile_packed.plan, assets=mobile_packed.path, provenance={}) as writer,
     ):
-        for tensor, value in packed:
+        for tensor, value in mobile_packed:
             writer.add(tensor.name, value)
 
 
@@ -146,9 +140,9 @@ def test_a_plan_of_another_digest_is_named(copy: Path) -> None:
         resave(copy, {}, plan="0" * 64)
 
 
-def test_gguf_has_no_such_grids(packed: PackedModel, tmp_path: Path) -> None:
+def test_gguf_has_no_such_grids(mobile_packed: PackedModel, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"recipe mobile puts it on grid int2, which GGUF does not have: export to"):
-        export_gguf(packed, tmp_path / "model.gguf")
+        export_gguf(mobile_packed, tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
 
 
@@ -159,15 +153,15 @@ def test_the_bundled_model_goes_through(tmp_path: Path) -> None:
     ids = torch.randint(3, 4096, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = teacher(input_ids=ids).logits.log_softmax(-1)
-    for recipe in ("mobile", "mobile-absmax"):
-        plan = make_plan(tiny.MODEL_DIR, recipe)
-        made = quantize(tiny.MODEL_DIR, plan, tmp_path / recipe)
-        assert made.provenance["method"] == ("fit mse" if recipe == "mobile" else "fit absmax")
+    for fit in ("mse", "absmax"):
+        plan = make_plan(tiny.MODEL_DIR, Recipe.load("mobile", [f"fit={fit}"]))
+        made = quantize(tiny.MODEL_DIR, plan, tmp_path / fit)
+        assert made.provenance["method"] == f"fit {fit}"
         for tensor, value in made:
             if isinstance(tensor.grid, BlockGrid):
                 slices = 8 if tensor.spec.role == "ple_embedding" else 1
                 assert value.scale.shape == (tensor.spec.shape[0], slices)
         with torch.no_grad():
             found = decoded_model(teacher, made)(input_ids=ids).logits.log_softmax(-1)
-        distances[recipe] = float((expected.exp() * (expected - found)).sum(-1).mean())
-    assert distances["mobile"] < 0.8 * distances["mobile-absmax"]
+        distances[fit] = float((expected.exp() * (expected - found)).sum(-1).mean())
+    assert distances["mse"] < 0.8 * distances["absmax"]

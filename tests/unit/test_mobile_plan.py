@@ -127,7 +127,7 @@ def test_an_untied_head_has_its_rule() -> None:
     assert not [scale for scale in plan.static_scales if "lm_head" in scale.name]
 
 
-@pytest.mark.parametrize("recipe", ["mobile", "mobile-absmax", "mobile-e2b"])
+@pytest.mark.parametrize("recipe", ["mobile", "mobile-e2b"])
 def test_another_family_is_refused(recipe: str) -> None:
     with pytest.raises(RecipeError, match=rf"recipe {recipe} is for gemma4_text, this model is gemma3_text: choose"):
         make_plan(GEMMA3, recipe)

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from intaglio.errors import RecipeError
+from intaglio.formats import MOBILE
 from intaglio.numerics.grid import F16, Q4_0, Q4_0_FREE, Q8_0
 from intaglio.plan.family import ROLES
-from intaglio.plan.recipe import Recipe, Schedule, WeightRule, preset_names
+from intaglio.plan.recipe import Recipe, WeightRule, preset_names
+from intaglio.plan.schedule import Schedule
 from intaglio.plan.static import Activations, KvCache
 
-PRESETS = ["mobile", "mobile-absmax", "mobile-e2b", "mobile-e4b", "q4_0", "q4_0-free", "q4_0-stock"]
+PRESETS = ["mobile", "mobile-e2b", "mobile-e4b", "q4_0", "q4_0-free", "q4_0-stock"]
 RULE = '[weights.linear]\nroles = ["mlp"]\ngrid = "q4_0"\n'
 MINIMAL = f'name = "x"\n{RULE}'
 
@@ -207,7 +209,7 @@ def test_malformed_schedules_are_named(line: str) -> None:
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no recipe 'q4': expected a TOML file or one of mobile, mobile-absmax"):
+    with pytest.raises(RecipeError, match="no recipe 'q4': expected a TOML file or one of mobile, mobile-e2b"):
         Recipe.load("q4")
     with pytest.raises(RecipeError, match="no recipe"):
         Recipe.load(tmp_path)
@@ -245,9 +247,12 @@ def test_layers_tell_rules_apart() -> None:
     assert span.rule_for("model.norm.weight", "mlp") is None
 
 
-def test_the_reference_of_the_mobile_recipe_differs_in_its_fit_only() -> None:
-    mobile, reference = Recipe.load("mobile").to_dict(), Recipe.load("mobile-absmax").to_dict()
-    assert {key for key in mobile if mobile[key] != reference[key]} == {"name", "summary", "fit"}
+@pytest.mark.parametrize("name", ["mobile", "mobile-e2b", "mobile-e4b"])
+def test_the_reference_of_a_mobile_recipe_differs_in_its_fit_only(name: str) -> None:
+    recipe = Recipe.load(name)
+    mobile, reference = recipe.to_dict(), MOBILE.stock_recipe(recipe).to_dict()
+    assert {key for key in mobile if mobile[key] != reference[key]} == {"name", "fit"}
+    assert Recipe.load(name, ["fit=absmax"]).rules == MOBILE.stock_recipe(recipe).rules
 
 
 def test_recipes_for_gguf_say_nothing_of_activations() -> None:

@@ -17,9 +17,10 @@ from intaglio.train.attach import prepare
 from intaglio.train.calibrate import calibrate
 from intaglio.train.decode import cache_values
 from intaglio.train.fakequant import FakeQuantLinear
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import Options, StepInfo, train
 from intaglio.train.modules import QuantLinear
 from intaglio.train.pack import pack_model
+from intaglio.train.run_folder import read_losses
 from intaglio.train.static import StaticQuantize, put_scales, read_scales, scale_of, switch_static
 from tests.support.training import small_corpus, small_model, small_plan, straight_through
 
@@ -222,6 +223,24 @@ def test_training_learns_the_scales_and_dropout_leaves_steps_out(tmp_path: Any) 
     first = calibrate(start, plans[0], [(IDS, POSITIONS)])
     assert any(with_static[name] != first[name] for name in first)
     assert all(without[name] == pytest.approx(first[name], rel=0.1) for name in first)
+
+
+def test_a_resumed_run_goes_on_with_its_scales(tmp_path: Any) -> None:
+    """Bit for bit: losses, and the scales that come out."""
+    plan = small_plan(*overrides(0.5), "schedule.tokens=384", "schedule.frozen_tail=0.3", recipe="mobile")
+    options, teacher = Options(precision="no", checkpoint_every=2), small_model()
+
+    def stop(info: StepInfo) -> None:
+        if info.step == 5:
+            raise KeyboardInterrupt
+
+    whole = train(teacher, plan, CORPUS, tmp_path / "whole", options=options)
+    with pytest.raises(KeyboardInterrupt):
+        train(teacher, plan, CORPUS, tmp_path / "cut", options=options, on_step=stop)
+    resumed = train(teacher, plan, CORPUS, tmp_path / "cut", options=options, resume=True)
+    assert read_losses(tmp_path / "cut") == read_losses(tmp_path / "whole")
+    assert read_scales(resumed, plan) == read_scales(whole, plan)
+    assert len(read_losses(tmp_path / "whole")) == 6
 
 
 def overrides(dropout: float) -> list[str]:

@@ -19,7 +19,7 @@ from intaglio.numerics.grid import BF16, F32, INT2, INT4, INT8, BlockGrid, Grid,
 from intaglio.packed.checkpoint import is_mobile, model_name, shards
 from intaglio.packed.codes import unpack_codes
 from intaglio.packed.model import PackedModel, write_packed
-from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, open_safetensors, row_slices
+from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers, row_slices
 from intaglio.plan.carried import MULTIMODAL, describe_whole, text_name, unused_names, whole_name
 from intaglio.plan.family import TOWER_ROLES, ModelSpec, TensorSpec, load_config, text_config
 from intaglio.plan.mobile import LINEAR_OR_EMBEDDING, StoredTensor, resolve_bits, stored_tensors
@@ -79,13 +79,9 @@ def import_mobile(folder: str | Path, out: str | Path, *, replace: bool = False)
 
 
 def _open(path: Path) -> _Folder:
-    files, headers = {}, {}
-    for shard in shards(path):
-        with open_safetensors(shard) as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
-                part = file.get_slice(name)
-                files[name], headers[name] = shard, (part.get_dtype(), tuple(part.get_shape()))
-    return _Folder(path, files, headers)
+    by_file = {shard: headers(shard) for shard in shards(path)}
+    files = {name: shard for shard, found in by_file.items() for name in found}
+    return _Folder(path, files, {name: header for found in by_file.values() for name, header in found.items()})
 
 
 def _plan(found: _Folder) -> Plan:

@@ -34,6 +34,7 @@ from intaglio.packed.store import (
     SAFETENSORS_DTYPES,
     SafetensorsReader,
     SafetensorsWriter,
+    headers,
     new_path,
     open_safetensors,
     row_slices,
@@ -193,8 +194,6 @@ class PackedModel:
             raise ConfigError(f"{path}: no {FILE_NAME}: expected the folder that train or quantize wrote")
         with open_safetensors(file_path) as file:
             metadata = file.metadata() or {}
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - safe_open does not iterate
-            stored = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
         if metadata.get("format") != FORMAT:
             raise ConfigError(f"{file_path}: format {metadata.get('format')!r}: expected {FORMAT!r}")
         try:
@@ -212,6 +211,7 @@ class PackedModel:
                 f"plan {plan.layout_digest[:12]}: it is damaged or of another version of intaglio; pack the model again"
             )
         expected = {part: (SAFETENSORS_DTYPES[dtype], shape) for part, (dtype, shape) in _parts(plan).items()}
+        stored = headers(file_path)
         if stored != expected:
             odd = sorted(set(stored.items()) ^ set(expected.items()))[0][0]
             raise ConfigError(f"{file_path}: tensor {odd} is missing, unexpected or not as planned")

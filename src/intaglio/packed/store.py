@@ -206,3 +206,10 @@ def row_slices(shape: tuple[int, ...]) -> list[slice | None]:
         return [None]
     step = max(1, CHUNK_ELEMENTS // shape[1])
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+def headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype, as safetensors spells it, and shape of each tensor of a file. ConfigError as `open_safetensors`."""
+    with open_safetensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - safe_open does not iterate
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.checkpoint import shards
 from intaglio.packed.model import PackedModel
-from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, open_safetensors
+from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers
 from intaglio.packed.tally import Tally
 from intaglio.plan.family import load_config
 from intaglio.plan.mobile import StoredTensor, module_bits, resolve_bits, stored_tensors
@@ -31,7 +31,7 @@ def compare_mobile(packed: PackedModel, folder: Path, tally: Tally) -> None:
             tally.unlike.append(f"{module} in config.json")
     seen: set[str] = set()
     for shard in shards(folder):
-        found = _headers(shard)
+        found = headers(shard)
         seen |= set(found)
         tally.extra += sorted(set(found) - set(expected))
         with SafetensorsReader(shard) as file:
@@ -48,13 +48,6 @@ def compare_mobile(packed: PackedModel, folder: Path, tally: Tally) -> None:
                 else:
                     _compare(packed, stored, file, tally)
     tally.missing += sorted(set(expected) - seen)
-
-
-def _headers(shard: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each tensor of a file."""
-    with open_safetensors(shard) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - safe_open does not iterate
-        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
 def _compare(packed: PackedModel, stored: StoredTensor, file: SafetensorsReader, tally: Tally) -> None:

@@ -3,15 +3,14 @@
 A recipe has ordered weight rules. Each names roles (see `family`) or a regular expression over
 tensor names, or both, and may keep to some layers; the first rule that fits a tensor wins. A rule
 that fits no tensor of the model is an error unless it says `optional = true`, and so is any key that
-is not known here. What a recipe says of activations and of the KV cache is in `static`.
+is not known here. What a recipe says of activations and of the KV cache is in `static`, of training in `schedule`.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import tomllib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from intaglio.errors import RecipeError
 from intaglio.numerics.grid import BlockGrid, Grid, grid_named
 from intaglio.plan.checks import check_keys, one_of, typed
 from intaglio.plan.family import FAMILIES, ROLES, TOWER_ROLES
+from intaglio.plan.schedule import Schedule, parse_schedule
 from intaglio.plan.static import Activations, KvCache, parse_activations, parse_kv_cache
 
 FITS = ("mse", "absmax", "stock")
@@ -67,40 +67,6 @@ class WeightRule:
             return (number >= first_late_layer) == (self.layers == LATE)
         first, last = self.layers.split("-")
         return int(first) <= number <= int(last)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How a model is trained to its grids.
-
-    tokens: training tokens in all. batch_size: sequences per optimizer step.
-    sequence_length: tokens of a sequence. micro_batch: sequences per forward; 0 for the whole batch.
-    lr: learning rate of latents and norm gains; scale_lr: of the scales, which are learned as logarithms.
-    embedding_lr: multiple of `lr` for embedding tables.
-    warmup: share of the steps. betas, weight_decay, clip: AdamW and gradient norm, as usual.
-    frozen_tail: last share of the steps, in which codes stand still and only scales and float
-        leftovers move; tail_lr: multiple of the learning rates in it.
-    gptq_tokens: tokens of the text from which GPTQ chooses the first codes (0: rounding to nearest).
-    calibration_tokens: of the text on which static scales of activations and KV cache get first values.
-    seed: of the data order.
-    """
-
-    tokens: int = 10_000_000
-    batch_size: int = 32
-    micro_batch: int = 0
-    sequence_length: int = 512
-    lr: float = 1e-4
-    scale_lr: float = 3e-3
-    embedding_lr: float = 3.0
-    warmup: float = 0.03
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    frozen_tail: float = 0.7
-    tail_lr: float = 1.0
-    gptq_tokens: int = 0
-    calibration_tokens: int = 16_384
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +180,7 @@ def _parse(table: dict[str, Any], source: str) -> Recipe:
         rules=tuple(_parse_rule(name, body, source) for name, body in rules.items()),
         activations=parse_activations(table.get("activations"), source),
         kv_cache=parse_kv_cache(table.get("kv_cache"), source),
-        schedule=_parse_schedule(table.get("schedule", {}), source),
+        schedule=parse_schedule(table.get("schedule", {}), source),
     )
     _check_fit(recipe, source)
     return recipe
@@ -224,7 +190,7 @@ def _check_fit(recipe: Recipe, source: str) -> None:
     """llama.cpp's own scales are any float16, which a portable grid does not hold; those of absmax any float32."""
     advice = {
         "stock": (lambda grid: grid.ggml_type and not grid.portable, "use the -free grids, as recipe q4_0-stock does"),
-        "absmax": (lambda grid: grid.positive, "use int2, int4 and int8, as recipe mobile-absmax does"),
+        "absmax": (lambda grid: grid.positive, "use int2, int4 and int8, as recipe mobile does"),
     }
     holds, instead = advice.get(recipe.fit, (lambda grid: True, ""))
     for rule in recipe.rules:
@@ -283,58 +249,6 @@ def _parse_grid(body: dict[str, Any], where: str) -> Grid:
         return grid_named(name)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
-
-
-def _parse_schedule(body: Any, source: str) -> Schedule:
-    where = f"{source}: [schedule]"
-    if not isinstance(body, dict):
-        raise RecipeError(f"{where}: expected a table, got {body!r}")
-    check_keys(body, {f.name for f in fields(Schedule)}, where)
-    defaults = Schedule()
-    values: dict[str, Any] = {}
-    for key, value in body.items():
-        kind = type(getattr(defaults, key))
-        if kind is tuple:
-            value = _pair_of_shares(value, f"{where}: {key}")
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if kind is int and isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise RecipeError(f"{where}: {key} = {value!r}: expected {kind.__name__}")
-        values[key] = value
-    schedule = replace(defaults, **values)
-    _check_schedule(schedule, where)
-    return schedule
-
-
-def _pair_of_shares(value: Any, where: str) -> tuple[float, float]:
-    pair = isinstance(value, list) and len(value) == 2
-    if not pair or not all(isinstance(share, int | float) and 0 <= share < 1 for share in value):
-        raise RecipeError(f"{where} = {value!r}: expected two numbers in [0, 1)")
-    return float(value[0]), float(value[1])
-
-
-def _check_schedule(schedule: Schedule, where: str) -> None:
-    for key, least in (("tokens", 1), ("batch_size", 1), ("sequence_length", 2), ("calibration_tokens", 1)):
-        if getattr(schedule, key) < least:
-            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected {least} or more")
-    for key in (
-        "lr",
-        "scale_lr",
-        "embedding_lr",
-        "weight_decay",
-        "clip",
-        "tail_lr",
-        "micro_batch",
-        "gptq_tokens",
-        "seed",
-    ):
-        if not 0 <= getattr(schedule, key) < math.inf:
-            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected 0 or more, and finite")
-    for key in ("warmup", "frozen_tail"):
-        if not 0 <= getattr(schedule, key) < 1:
-            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected a share in [0, 1)")
 
 
 def _rule_table(rule: WeightRule) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from intaglio.plan.recipe import Schedule
+from intaglio.plan.schedule import Schedule
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from intaglio.packed.checkpoint import TextModel
 from intaglio.plan.plan import Plan
-from intaglio.plan.recipe import Schedule
+from intaglio.plan.schedule import Schedule
 from intaglio.train.attach import is_frozen_table, prepare
 from intaglio.train.calibrate import calibrate
 from intaglio.train.corpus import Corpus, batch_indices
@@ -46,8 +46,7 @@ def calibrate_student(
     if not plan.static_scales:
         return
     schedule = plan.recipe.schedule
-    count = min(len(corpus.tokens), -(-schedule.calibration_tokens // schedule.sequence_length))
-    rows = batch_indices(len(corpus.tokens), count, schedule.seed, 0)
+    rows = _share(corpus, schedule, schedule.calibration_tokens)
     own = rows[accelerator.process_index :: accelerator.num_processes]
     size = schedule.micro_batch or schedule.batch_size
     batches = [own[i : i + size] for i in range(0, len(own), size)]
@@ -63,12 +62,17 @@ def calibrate_student(
 
 def gptq_start(student: TextModel, schedule: Schedule, corpus: Corpus, accelerator: Accelerator) -> None:
     """Let GPTQ choose the first codes, on the schedule's share of the corpus."""
-    count = min(len(corpus.tokens), -(-schedule.gptq_tokens // schedule.sequence_length))
-    rows = batch_indices(len(corpus.tokens), count, schedule.seed, 0)
+    rows = _share(corpus, schedule, schedule.gptq_tokens)
     with accelerator.autocast():
         start_from_gptq(
             student, on_device(corpus.tokens[rows], accelerator), on_device(corpus.positions[rows], accelerator)
         )
+
+
+def _share(corpus: Corpus, schedule: Schedule, tokens: int) -> NDArray[np.int64]:
+    """Rows of the corpus that hold so many tokens, or all of them."""
+    count = min(len(corpus.tokens), -(-tokens // schedule.sequence_length))
+    return batch_indices(len(corpus.tokens), count, schedule.seed, 0)
 
 
 def on_device(array: NDArray[np.int32], accelerator: Accelerator) -> Tensor:

@@ -1,0 +1,97 @@
+"""How long, how fast and on what a model is trained: the table [schedule] of a recipe."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from intaglio.errors import RecipeError
+from intaglio.plan.checks import check_keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a model is trained to its grids.
+
+    tokens: training tokens in all. batch_size: sequences per optimizer step.
+    sequence_length: tokens of a sequence. micro_batch: sequences per forward; 0 for the whole batch.
+    lr: learning rate of latents and norm gains; scale_lr: of the scales, which are learned as logarithms.
+    embedding_lr: multiple of `lr` for embedding tables.
+    warmup: share of the steps. betas, weight_decay, clip: AdamW and gradient norm, as usual.
+    frozen_tail: last share of the steps, in which codes stand still and only scales and float
+        leftovers move; tail_lr: multiple of the learning rates in it.
+    gptq_tokens: tokens of the text from which GPTQ chooses the first codes (0: rounding to nearest).
+    calibration_tokens: of the text on which static scales of activations and KV cache get first values.
+    seed: of the data order.
+    """
+
+    tokens: int = 10_000_000
+    batch_size: int = 32
+    micro_batch: int = 0
+    sequence_length: int = 512
+    lr: float = 1e-4
+    scale_lr: float = 3e-3
+    embedding_lr: float = 3.0
+    warmup: float = 0.03
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    frozen_tail: float = 0.7
+    tail_lr: float = 1.0
+    gptq_tokens: int = 0
+    calibration_tokens: int = 16_384
+    seed: int = 0
+
+
+def parse_schedule(body: Any, source: str) -> Schedule:
+    """The table [schedule] of a recipe; what it leaves out has its default."""
+    where = f"{source}: [schedule]"
+    if not isinstance(body, dict):
+        raise RecipeError(f"{where}: expected a table, got {body!r}")
+    check_keys(body, {f.name for f in fields(Schedule)}, where)
+    defaults = Schedule()
+    values: dict[str, Any] = {}
+    for key, value in body.items():
+        kind = type(getattr(defaults, key))
+        if kind is tuple:
+            value = _pair_of_shares(value, f"{where}: {key}")
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise RecipeError(f"{where}: {key} = {value!r}: expected {kind.__name__}")
+        values[key] = value
+    schedule = replace(defaults, **values)
+    _check_schedule(schedule, where)
+    return schedule
+
+
+def _pair_of_shares(value: Any, where: str) -> tuple[float, float]:
+    pair = isinstance(value, list) and len(value) == 2
+    if not pair or not all(isinstance(share, int | float) and 0 <= share < 1 for share in value):
+        raise RecipeError(f"{where} = {value!r}: expected two numbers in [0, 1)")
+    return float(value[0]), float(value[1])
+
+
+def _check_schedule(schedule: Schedule, where: str) -> None:
+    for key, least in (("tokens", 1), ("batch_size", 1), ("sequence_length", 2), ("calibration_tokens", 1)):
+        if getattr(schedule, key) < least:
+            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected {least} or more")
+    for key in (
+        "lr",
+        "scale_lr",
+        "embedding_lr",
+        "weight_decay",
+        "clip",
+        "tail_lr",
+        "micro_batch",
+        "gptq_tokens",
+        "seed",
+    ):
+        if not 0 <= getattr(schedule, key) < math.inf:
+            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected 0 or more, and finite")
+    for key in ("warmup", "frozen_tail"):
+        if not 0 <= getattr(schedule, key) < 1:
+            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected a share in [0, 1)")
