@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.gemma_quant import apply_srq
 
 from intaglio.errors import InputError, WeightError
@@ -221,8 +222,9 @@ def test_training_learns_the_scales_and_dropout_leaves_steps_out(tmp_path: Any) 
     )
     start = prepare(copy.deepcopy(teacher), plans[0])
     first = calibrate(start, plans[0], [(IDS, POSITIONS)])
-    assert any(with_static[name] != first[name] for name in first)
-    assert all(without[name] == pytest.approx(first[name], rel=0.1) for name in first)
+    moved, still = ([abs(math.log(found[name] / first[name])) for name in first] for found in (with_static, without))
+    assert max(moved) > 0.04  # the rate is 0.05, in logarithms
+    assert max(still) < 0.02
 
 
 def test_a_resumed_run_goes_on_with_its_scales(tmp_path: Any) -> None:
@@ -255,12 +257,14 @@ def test_scales_that_are_put_by_hand_are_used() -> None:
     assert read_scales(model, PLAN)[owner.name] == pytest.approx(0.25, rel=2**-8)
 
 
-def test_the_function_is_differentiable_without_scales() -> None:
-    x = torch.randn(4, 8, requires_grad=True)
-    model = student()
-    linear = model.model.layers[0].mlp.gate_proj
-    x = torch.randn(4, linear.in_features, requires_grad=True)
-    y = FakeQuantLinear.apply(x, linear.weight, linear.quantizer.scale_latent, None, None, None, linear.quantizer)
-    y.sum().backward()
-    assert isinstance(linear, nn.Linear)
-    assert x.grad is not None
+def test_without_scales_it_is_a_plain_linear_of_the_decoded_weight() -> None:
+    linear = student().model.layers[0].mlp.gate_proj
+    ours = torch.randn(4, linear.in_features, requires_grad=True)
+    plain = ours.detach().clone().requires_grad_()
+    z = linear.quantizer.scale_latent
+    y = FakeQuantLinear.apply(ours, linear.weight, z, None, None, None, linear.quantizer)
+    expected = plain @ linear.quantizer(linear.weight, torch.float32).T
+    for output in (y, expected):
+        output.sin().sum().backward()
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(ours.grad, plain.grad)
