@@ -20,7 +20,7 @@ from intaglio.train.fakequant import (
     WeightQuantizer,
     compute_dtype,
 )
-from intaglio.train.static import latent_of, static
+from intaglio.train.static import latent_of, static, with_gradients_of
 
 
 class QuantLinear(nn.Linear):
@@ -93,6 +93,8 @@ class RoundedWeight:
     @property
     def weight(self) -> Tensor:
         latent: Tensor = self._parameters["weight"]  # type: ignore[attr-defined]
+        if torch.compiler.is_compiling():  # see with_gradients_of
+            return with_gradients_of(self.float_grid.round(latent.detach()).to(latent.dtype), latent)
         return RoundStraightThrough.apply(latent, self.float_grid, self.rounded)
 
 
