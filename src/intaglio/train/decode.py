@@ -49,7 +49,7 @@ def cache_values(model: nn.Module, dtype: torch.dtype) -> None:
     """Decode every weight once; forwards and recomputations until `drop_values` share it."""
     for quantizers, latents in weight_groups(model):
         for quantizer, decoded in zip(quantizers, decode_group(quantizers, latents, dtype), strict=True):
-            quantizer.values, quantizer.steps = decoded
+            quantizer.values, quantizer.steps, quantizer.peaks = decoded
     if not any(quantizer.compiled for quantizer in quantized_linears(model)):  # a compiler merges the rounding in
         _cache_rounded(model)
 
@@ -74,7 +74,7 @@ def _cache_rounded(model: nn.Module) -> None:
 def drop_values(model: nn.Module) -> None:
     """Forget cached weights; must follow every change of a latent."""
     for quantizer in quantized_linears(model):
-        quantizer.values = quantizer.steps = quantizer.decoded = None
+        quantizer.values = quantizer.steps = quantizer.peaks = quantizer.decoded = None
     for module in _rounded_weights(model):
         module.rounded = None
 

@@ -63,6 +63,7 @@ class WeightQuantizer(nn.Module):
         self.scale_latent = None if scale_latent is None else nn.Parameter(scale_latent)
         self.values: Tensor | None = None  # decoded once for the optimizer step; see `cache_values`
         self.steps: Tensor | None = None  # of those values
+        self.peaks: Tensor | None = None  # and the extrema that these follow, in canonical mode
         self.decoded: Tensor | None = None  # the same with its place in the autograd graph
 
     def blocks_of(self, tensor: Tensor) -> Tensor:
@@ -95,21 +96,33 @@ class WeightQuantizer(nn.Module):
         self, latent: Tensor, rows: Tensor | None = None, *, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
         """Decoded values in the latents' shape, and float32 steps [N]."""
-        kernel = functools.partial(forward, dtype, self.mode, self.grid)
-        values, step = in_chunks(kernel, *self.arguments(latent, rows))
-        return values.view(latent.shape), step
+        return self.decode(latent, rows, dtype)[:2]
 
     @torch.no_grad()
-    def gradients(self, grad: Tensor, latent: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Gradients of latents and scale latents (None in fixed mode), of these rows."""
-        kernel = functools.partial(backward, self.mode, self.grid)
-        grad_latent, grad_z = in_chunks(kernel, self.blocks_of(grad), *self.arguments(latent, rows))
-        return grad_latent.view(latent.shape), self.shaped(grad_z, latent)
+    def decode(self, latent: Tensor, rows: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Decoded values in the latents' shape, steps and extrema: see `kernels.forward`."""
+        kernel = functools.partial(forward, dtype, self.mode, self.grid)
+        values, step, peak = in_chunks(kernel, *self.arguments(latent, rows))
+        return values.view(latent.shape), step, peak
 
-    def shaped(self, grad_z: Tensor, latent: Tensor) -> Tensor | None:
-        """[N] as [..., S]; None in fixed mode."""
+    @torch.no_grad()
+    def gradients(
+        self, grad: Tensor, latent: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of latents (None in frozen mode) and scale latents (None in fixed mode), of these rows."""
+        kernel = functools.partial(backward, self.mode, self.grid)
+        arguments, known = self.arguments(latent, rows), (self.steps, self.peaks)
+        if rows is not None or any(part is None for part in known):
+            known = (latent.new_empty(0),) * 2
+        return self.shaped(*in_chunks(kernel, self.blocks_of(grad), *arguments, *known), latent)
+
+    def shaped(self, grad_latent: Tensor, grad_z: Tensor, latent: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What the kernel gives in the shapes of latents and of scale latents."""
         steps_shape = (*latent.shape[:-1], latent.shape[-1] // self.grid.block_size)
-        return None if self.scale_latent is None else grad_z.view(steps_shape)
+        return (
+            None if self.mode == "frozen" else grad_latent.view(latent.shape).to(latent.dtype),
+            None if self.scale_latent is None else grad_z.view(steps_shape),
+        )
 
     def forward(self, latent: Tensor, dtype: torch.dtype) -> Tensor:
         """The whole weight as the runtime will decode it, in `dtype`, with gradients."""
@@ -198,20 +211,19 @@ class FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (latent,) = ctx.saved_tensors
-        grad_latent, grad_z = ctx.quantizer.gradients(grad.contiguous(), latent)
-        return grad_latent.to(latent.dtype), grad_z, None, None
+        return *ctx.quantizer.gradients(grad.contiguous(), latent), None, None
 
 
 @torch.no_grad()
 def decode_group(
     quantizers: list[WeightQuantizer], latents: list[Tensor], dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor]]:
-    """Decoded weights in `dtype` and their steps [N], in one call where the quantizers are compiled."""
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Decoded weights in `dtype`, steps and extrema, in one call where the quantizers are compiled."""
     if not quantizers[0].compiled:
-        return [q.compute(latent, dtype=dtype) for q, latent in zip(quantizers, latents, strict=True)]
+        return [q.decode(latent, None, dtype) for q, latent in zip(quantizers, latents, strict=True)]
     kernel = compile_for(forward_group, tuple((q.mode, q.grid) for q in quantizers))
-    pairs = kernel(dtype, [q.arguments(latent) for q, latent in zip(quantizers, latents, strict=True)])
-    return [(values.view(latent.shape), step) for (values, step), latent in zip(pairs, latents, strict=True)]
+    raw = kernel(dtype, [q.arguments(latent) for q, latent in zip(quantizers, latents, strict=True)])
+    return [(values.view(latent.shape), *rest) for (values, *rest), latent in zip(raw, latents, strict=True)]
 
 
 class FakeQuantizeGroup(torch.autograd.Function):
@@ -225,7 +237,7 @@ class FakeQuantizeGroup(torch.autograd.Function):
         ctx.save_for_backward(*latents)
         cached = [q.values for q in quantizers]
         if any(value is None for value in cached):
-            return tuple(values for values, _ in decode_group(quantizers, list(latents), dtype))
+            return tuple(decoded[0] for decoded in decode_group(quantizers, list(latents), dtype))
         return tuple(value.view_as(value) for value in cached)
 
     @staticmethod
@@ -238,9 +250,8 @@ class FakeQuantizeGroup(torch.autograd.Function):
             arguments = [q.arguments(w) for q, w in zip(quantizers, latents, strict=True)]
             blocks = [q.blocks_of(g.contiguous()) for q, g in zip(quantizers, grads, strict=True)]
             raw = kernel(blocks, arguments, [w.dtype for w in latents])
-            pairs = [(g.view(w.shape), q.shaped(z, w)) for q, w, (g, z) in zip(quantizers, latents, raw, strict=True)]
-        grad_latents = [g.to(w.dtype) for (g, _), w in zip(pairs, latents, strict=True)]
-        return None, None, *grad_latents, *(z for _, z in pairs)
+            pairs = [q.shaped(*pair, w) for q, w, pair in zip(quantizers, latents, raw, strict=True)]
+        return None, None, *(g for g, _ in pairs), *(z for _, z in pairs)
 
 
 class FakeQuantizeRows(torch.autograd.Function):
@@ -258,7 +269,7 @@ class FakeQuantizeRows(torch.autograd.Function):
         if ctx.has_table:
             latent_rows = F.embedding(rows, latent_rows)
         grad_latent, grad_z = ctx.quantizer.gradients(grad.contiguous(), latent_rows, rows)
-        return grad_latent.to(latent_rows.dtype), grad_z if ctx.has_z else None, None, None, None
+        return grad_latent, grad_z if ctx.has_z else None, None, None, None
 
 
 class FakeQuantLinear(torch.autograd.Function):
@@ -290,7 +301,6 @@ class FakeQuantLinear(torch.autograd.Function):
         flat = grad.flatten(0, -2)
         if needs[1] or needs[2]:
             grad_latent, grad_z = quantizer.gradients(flat.T @ quantized_x.flatten(0, -2), latent)
-            grad_latent = grad_latent.to(latent.dtype)
         grad_bias = flat.sum(0) if ctx.has_bias else None
         return grad_x, grad_latent, grad_z, grad_bias, grad_input_z, grad_output_z, None
 

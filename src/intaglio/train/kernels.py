@@ -30,7 +30,7 @@ from intaglio.numerics.grid import FLOAT_SMALLEST, BlockGrid
 Modes = tuple[tuple[str, BlockGrid], ...]
 
 LOWEST_RATIO = 0.6  # of the canonical step; a tighter clip would cost more than it gains
-CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 17
 SMALLEST_LOG_STEP = -28.0  # exp(-28) rounds to zero on every grid of float16 scales: an empty block
 SMALLEST_LOG_CHANNEL_STEP = math.log(FLOAT_SMALLEST)
 
@@ -47,72 +47,80 @@ def _extremum(blocks_NK: Tensor) -> Tensor:
     return torch.where(highest >= -lowest, highest, lowest)
 
 
-def _step(mode: str, grid: BlockGrid, blocks: Tensor, z: Tensor, given: Tensor) -> Tensor:
-    """Rounded steps [N]. `given`: signs (free, frozen) or the steps themselves (fixed), float32."""
+def _step(mode: str, grid: BlockGrid, blocks: Tensor, z: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounded steps [N], and the extrema that canonical ones follow; empty in other modes.
+
+    `given`: signs (free, frozen) or the steps themselves (fixed), float32.
+    """
     if mode == "fixed":
-        return given
+        return given, z.new_empty(0)
     if mode == "canonical":
-        return grid.round_step(_extremum(blocks) / grid.code_min * ratio_of(z))
-    return grid.round_step(given * torch.exp(z))
+        peak = _extremum(blocks)
+        return grid.round_step(peak / grid.code_min * ratio_of(z)), peak
+    return grid.round_step(given * torch.exp(z)), z.new_empty(0)
 
 
 # A comparison that makes booleans costs a CPU five times as much as arithmetic on floats, which is
-# vectorized; so below, masks are floats, and clipping is told by the derivative of hardtanh.
+# vectorized; so below, masks are floats, and clipping is told by the derivative of hardtanh. What is
+# overwritten in place need not be fetched: a tensor [N, K] more takes as long as the arithmetic on it.
 
 
 def _position(blocks: Tensor, step: Tensor) -> Tensor:
     """Where the latents lie between the codes, float32 [N, K]. A step of zero decodes any code to zero."""
-    return blocks / torch.where(step == 0, torch.ones_like(step), step).unsqueeze(-1)
+    return blocks / torch.where(step == 0, 1.0, step).unsqueeze(-1)
 
 
-def _codes(grid: BlockGrid, position: Tensor) -> Tensor:
-    return position.round().clamp_(grid.code_min, grid.code_max)
-
-
-def _where_inside(grid: BlockGrid, values: Tensor, position: Tensor) -> Tensor:
-    """`values`, and zero where `position` is clipped."""
-    lowest, highest = (
-        float(np.nextafter(np.float32(end), np.float32(beyond)))
-        for end, beyond in ((grid.code_min, -np.inf), (grid.code_max, np.inf))
-    )
-    return torch.ops.aten.hardtanh_backward(values, position, lowest, highest)  # zero at the bounds too
-
-
-def backward(mode: str, grid: BlockGrid, grad: Tensor, blocks: Tensor, z: Tensor, given: Tensor, frozen: Tensor):
-    """Gradients of the latents [N, K] and of z [N] for a gradient of the values [N, K]."""
-    grad = grad.float()
-    step = _step(mode, grid, blocks, z, given)
-    if mode == "frozen":
-        grad_z = (grad * frozen.float()).sum(-1) * step
-        return torch.zeros_like(grad), grad_z
-    position = _position(blocks, step)
-    grad_latent = _where_inside(grid, grad, position)
-    if mode == "fixed":
-        return grad_latent, torch.zeros_like(z)
-    change = _codes(grid, position).sub_(_where_inside(grid, position, position))
-    grad_step = change.mul_(grad).sum(-1)
-    if mode == "free":
-        return grad_latent, grad_step * given * torch.exp(z)
-    peak, ratio = _extremum(blocks), ratio_of(z)
-    at_peak = position.copy_(blocks).eq_(peak.unsqueeze(-1))  # 1.0 or 0.0
-    share = 1.0 / at_peak.sum(-1) * (grad_step * ratio / grid.code_min)  # of each, where several tie
-    grad_latent.addcmul_(at_peak, share.unsqueeze(-1))
-    sigmoid = torch.sigmoid(z)
-    grad_z = grad_step * peak / grid.code_min * (1 - LOWEST_RATIO) * sigmoid * (1 - sigmoid)
-    return grad_latent, grad_z
+@functools.cache
+def _bounds(grid: BlockGrid) -> tuple[float, float]:
+    """The float32 numbers next to the codes' range, outside: hardtanh's derivative is zero at its bounds too."""
+    ends = ((grid.code_min, -np.inf), (grid.code_max, np.inf))
+    lowest, highest = (float(np.nextafter(np.float32(end), np.float32(beyond))) for end, beyond in ends)
+    return lowest, highest
 
 
 def forward(
     dtype: torch.dtype, mode: str, grid: BlockGrid, blocks: Tensor, z: Tensor, given: Tensor, frozen: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values [N, K] in `dtype`, as the runtime computes them, steps [N], float32, and extrema: see `_step`."""
+    step, peak = _step(mode, grid, blocks, z, given)
+    if mode == "frozen":
+        return grid.product(frozen, step, dtype), step, peak
+    codes = _position(blocks, step).round_().clamp_(grid.code_min, grid.code_max)
+    return grid.product(codes, step, dtype), step, peak
+
+
+def backward(
+    mode: str, grid: BlockGrid, grad: Tensor, blocks: Tensor, z: Tensor, given: Tensor, frozen: Tensor,
+    step: Tensor, peak: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Values [N, K] in `dtype`, as the runtime computes them, and steps [N], float32."""
-    step = _step(mode, grid, blocks, z, given)
-    codes = frozen if mode == "frozen" else _codes(grid, _position(blocks, step))
-    return grid.product(codes, step, dtype), step
+    """Gradients of the latents [N, K] and of z [N] for a gradient of the values [N, K].
+
+    step, peak: of the forward, if it kept them, or empty. In frozen mode that of the latents is empty.
+    """
+    if not step.numel():
+        step, peak = _step(mode, grid, blocks, z, given)
+    if mode == "frozen":
+        return step.new_empty(0), frozen.float().mul_(grad).sum(-1) * step
+    grad = grad.float()
+    position = _position(blocks, step)
+    grad_latent = torch.ops.aten.hardtanh_backward(grad, position, *_bounds(grid))  # zero where clipped
+    if mode == "fixed":
+        return grad_latent, torch.zeros_like(z)
+    position.clamp_(grid.code_min, grid.code_max)
+    # code - position where that is inside of the range, code where it is clipped
+    grad_step = position.round().mul_(grad).addcmul_(grad_latent, position, value=-1).sum(-1)
+    if mode == "free":
+        return grad_latent, grad_step * given * torch.exp(z)
+    at_peak = position.copy_(blocks).eq_(peak.unsqueeze(-1))  # 1.0 or 0.0
+    sigmoid = torch.sigmoid(z)
+    grad_step = grad_step / grid.code_min
+    share = grad_step * ratio_of(z) / at_peak.sum(-1)  # of each, where several tie
+    grad_latent.addcmul_(at_peak, share.unsqueeze(-1))
+    return grad_latent, grad_step * peak * (1 - LOWEST_RATIO) * sigmoid * (1 - sigmoid)
 
 
-def forward_group(modes: Modes, dtype: torch.dtype, arguments: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, Tensor]]:
-    """Values in `dtype` and steps of several weights: one compiled call for all of a decoder layer."""
+def forward_group(modes: Modes, dtype: torch.dtype, arguments: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """What `forward` gives for several weights: one compiled call for all of a decoder layer."""
     return [forward(dtype, *mode, *args) for mode, args in zip(modes, arguments, strict=True)]
 
 
@@ -122,7 +130,8 @@ def backward_group(
     """Gradients of latents, in `dtypes`, and of z for the gradients of several weights, likewise in one call."""
     results = []
     for mode, grad, args, dtype in zip(modes, grads, arguments, dtypes, strict=True):
-        grad_latent, grad_z = backward(*mode, grad, *args)
+        unknown = args[0].new_empty(0)  # steps: computing them again costs a GPU less than reading them
+        grad_latent, grad_z = backward(*mode, grad, *args, unknown, unknown)
         results.append((grad_latent.to(dtype), grad_z))
     return results
 
