@@ -21,12 +21,15 @@ from intaglio.train.kernels import (
     LOWEST_RATIO,
     SMALLEST_LOG_CHANNEL_STEP,
     SMALLEST_LOG_STEP,
+    Scales,
     backward,
     backward_group,
     compile_for,
+    features,
     forward,
     forward_group,
     in_chunks,
+    scales_of,
 )
 from intaglio.train.static import quantize_static, static_gradients
 
@@ -63,15 +66,22 @@ class WeightQuantizer(nn.Module):
         self.scale_latent = None if scale_latent is None else nn.Parameter(scale_latent)
         self.values: Tensor | None = None  # decoded once for the optimizer step; see `cache_values`
         self.steps: Tensor | None = None  # of those values
-        self.peaks: Tensor | None = None  # and the extrema that these follow, in canonical mode
+        self.scales: Scales | None = None  # the same with what the backward needs of them, if not compiled
         self.decoded: Tensor | None = None  # the same with its place in the autograd graph
 
     def blocks_of(self, tensor: Tensor) -> Tensor:
         """[..., C] as [N, K]."""
         return tensor.reshape(-1, self.grid.block_size)
 
-    def arguments(self, latent: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Kernel arguments for the whole weight, or for the given rows of it."""
+    def blocks_and_codes(self, latent: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latents as float32 blocks [N, K], and the codes they are frozen to, or empty."""
+        blocks = self.blocks_of(latent.detach()).float()
+        if self.codes is None:
+            return blocks, blocks.new_empty(0)
+        return blocks, self.blocks_of(self.codes if rows is None else self.codes[rows])
+
+    def z_and_given(self, latent: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scale latents [N], and the signs (free, frozen) or steps (fixed) that are not learned; or empty."""
 
         def pick(tensor: Tensor | None) -> Tensor:
             if tensor is None:
@@ -83,38 +93,37 @@ class WeightQuantizer(nn.Module):
             supers = None if self.super_scale is None else pick(self.super_scale).flatten(0, -2)
             scale = pick(self.scale)
             given = Quantized(self.grid, scale, scale.flatten(0, -2), supers).step
-        codes = pick(self.codes)
-        return (
-            self.blocks_of(latent.detach()).float(),
-            pick(self.scale_latent).reshape(-1),
-            given.reshape(-1).float(),
-            codes if self.codes is None else self.blocks_of(codes),
-        )
+        return pick(self.scale_latent).reshape(-1), given.reshape(-1).float()
+
+    def arguments(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All that compiled kernels take of a whole weight."""
+        return *self.blocks_and_codes(latent), *self.z_and_given(latent)
+
+    def scales_for(self, latent: Tensor, blocks: Tensor, rows: Tensor | None) -> Scales:
+        """Of the whole weight, as cached if they are, or of the given rows of it."""
+        if rows is None and self.scales is not None:
+            return self.scales
+        return scales_of(self.mode, self.grid, *features(self.mode, blocks, *self.z_and_given(latent, rows)))
 
     @torch.no_grad()
     def compute(
         self, latent: Tensor, rows: Tensor | None = None, *, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
         """Decoded values in the latents' shape, and float32 steps [N]."""
-        return self.decode(latent, rows, dtype)[:2]
-
-    @torch.no_grad()
-    def decode(self, latent: Tensor, rows: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Decoded values in the latents' shape, steps and extrema: see `kernels.forward`."""
-        kernel = functools.partial(forward, dtype, self.mode, self.grid)
-        values, step, peak = in_chunks(kernel, *self.arguments(latent, rows))
-        return values.view(latent.shape), step, peak
+        blocks, frozen = self.blocks_and_codes(latent, rows)
+        scales = self.scales_for(latent, blocks, rows)
+        (values,) = in_chunks(functools.partial(forward, dtype, self.mode, self.grid), blocks, frozen, *scales)
+        return values.view(latent.shape), scales.step
 
     @torch.no_grad()
     def gradients(
         self, grad: Tensor, latent: Tensor, rows: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of latents (None in frozen mode) and scale latents (None in fixed mode), of these rows."""
+        blocks, frozen = self.blocks_and_codes(latent, rows)
+        scales = self.scales_for(latent, blocks, rows)
         kernel = functools.partial(backward, self.mode, self.grid)
-        arguments, known = self.arguments(latent, rows), (self.steps, self.peaks)
-        if rows is not None or any(part is None for part in known):
-            known = (latent.new_empty(0),) * 2
-        return self.shaped(*in_chunks(kernel, self.blocks_of(grad), *arguments, *known), latent)
+        return self.shaped(*in_chunks(kernel, self.blocks_of(grad), blocks, frozen, *scales), latent)
 
     def shaped(self, grad_latent: Tensor, grad_z: Tensor, latent: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What the kernel gives in the shapes of latents and of scale latents."""
@@ -217,13 +226,24 @@ class FakeQuantize(torch.autograd.Function):
 @torch.no_grad()
 def decode_group(
     quantizers: list[WeightQuantizer], latents: list[Tensor], dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Decoded weights in `dtype`, steps and extrema, in one call where the quantizers are compiled."""
+) -> list[tuple[Tensor, Tensor]]:
+    """Decoded weights in `dtype` and their steps [N], in one call where the quantizers are compiled."""
     if not quantizers[0].compiled:
-        return [q.decode(latent, None, dtype) for q, latent in zip(quantizers, latents, strict=True)]
+        return [q.compute(latent, dtype=dtype) for q, latent in zip(quantizers, latents, strict=True)]
     kernel = compile_for(forward_group, tuple((q.mode, q.grid) for q in quantizers))
-    raw = kernel(dtype, [q.arguments(latent) for q, latent in zip(quantizers, latents, strict=True)])
-    return [(values.view(latent.shape), *rest) for (values, *rest), latent in zip(raw, latents, strict=True)]
+    pairs = kernel(dtype, [q.arguments(latent) for q, latent in zip(quantizers, latents, strict=True)])
+    return [(values.view(latent.shape), step) for (values, step), latent in zip(pairs, latents, strict=True)]
+
+
+@torch.no_grad()
+def find_scales(quantizers: list[WeightQuantizer], latents: list[Tensor]) -> list[Scales]:
+    """Scales of whole weights of one mode and grid: all at once, since each operation on so few numbers has its price."""
+    mode, grid = quantizers[0].mode, quantizers[0].grid
+    parts = []
+    for quantizer, latent in zip(quantizers, latents, strict=True):
+        parts.append(features(mode, quantizer.blocks_of(latent.detach()).float(), *quantizer.z_and_given(latent)))
+    counts = [max(map(len, part)) for part in parts]
+    return scales_of(mode, grid, *(torch.cat(same) for same in zip(*parts, strict=True))).split(counts)
 
 
 class FakeQuantizeGroup(torch.autograd.Function):
@@ -237,7 +257,7 @@ class FakeQuantizeGroup(torch.autograd.Function):
         ctx.save_for_backward(*latents)
         cached = [q.values for q in quantizers]
         if any(value is None for value in cached):
-            return tuple(decoded[0] for decoded in decode_group(quantizers, list(latents), dtype))
+            return tuple(values for values, _ in decode_group(quantizers, list(latents), dtype))
         return tuple(value.view_as(value) for value in cached)
 
     @staticmethod

@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,27 +48,57 @@ def _extremum(blocks_NK: Tensor) -> Tensor:
     return torch.where(highest >= -lowest, highest, lowest)
 
 
-def _step(mode: str, grid: BlockGrid, blocks: Tensor, z: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounded steps [N], and the extrema that canonical ones follow; empty in other modes.
+class Scales(NamedTuple):
+    """What is known of blocks apart from their elements, each float32 [N], or empty where a mode has none.
 
-    `given`: signs (free, frozen) or the steps themselves (fixed), float32.
+    step: as rounded for the file. divisor: the same, but 1 where it is zero. peak: the extremum that a
+    canonical step follows. pull, slope: derivatives of the step by the peak and by z.
     """
+
+    step: Tensor
+    divisor: Tensor
+    peak: Tensor
+    pull: Tensor
+    slope: Tensor
+
+    def split(self, counts: list[int]) -> list[Scales]:
+        """Those of the weights that have so many blocks each."""
+        none = [self.step.new_empty(0)] * len(counts)
+        return [Scales(*p) for p in zip(*(t.split(counts) if t.numel() else none for t in self), strict=True)]
+
+
+def features(mode: str, blocks: Tensor, z: Tensor, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Peak, activation of z, and `given`: the part of `scales_of` that must see each weight alone.
+
+    The last bits of an exponential depend on where in the tensor an element is; those of the rest do not.
+    """
+    none = z.new_empty(0)
     if mode == "fixed":
-        return given, z.new_empty(0)
+        return none, none, given
     if mode == "canonical":
-        peak = _extremum(blocks)
-        return grid.round_step(peak / grid.code_min * ratio_of(z)), peak
-    return grid.round_step(given * torch.exp(z)), z.new_empty(0)
+        return _extremum(blocks), torch.sigmoid(z), none
+    return none, torch.exp(z), given
+
+
+def scales_of(mode: str, grid: BlockGrid, peak: Tensor, activation: Tensor, given: Tensor) -> Scales:
+    """Steps and their derivatives. `given`: signs (free, frozen) or the steps themselves (fixed), float32."""
+    pull = slope = given.new_empty(0)
+    if mode == "fixed":
+        step = given
+    elif mode == "canonical":
+        widest = peak / grid.code_min
+        ratio = LOWEST_RATIO + (1 - LOWEST_RATIO) * activation
+        step = grid.round_step(widest * ratio)
+        pull, slope = ratio / grid.code_min, widest * ((1 - LOWEST_RATIO) * activation * (1 - activation))
+    else:
+        slope = given * activation
+        step = grid.round_step(slope)
+    return Scales(step, torch.where(step == 0, 1.0, step), peak, pull, slope)
 
 
 # A comparison that makes booleans costs a CPU five times as much as arithmetic on floats, which is
 # vectorized; so below, masks are floats, and clipping is told by the derivative of hardtanh. What is
 # overwritten in place need not be fetched: a tensor [N, K] more takes as long as the arithmetic on it.
-
-
-def _position(blocks: Tensor, step: Tensor) -> Tensor:
-    """Where the latents lie between the codes, float32 [N, K]. A step of zero decodes any code to zero."""
-    return blocks / torch.where(step == 0, 1.0, step).unsqueeze(-1)
 
 
 @functools.cache
@@ -78,50 +109,47 @@ def _bounds(grid: BlockGrid) -> tuple[float, float]:
     return lowest, highest
 
 
-def forward(
-    dtype: torch.dtype, mode: str, grid: BlockGrid, blocks: Tensor, z: Tensor, given: Tensor, frozen: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Values [N, K] in `dtype`, as the runtime computes them, steps [N], float32, and extrema: see `_step`."""
-    step, peak = _step(mode, grid, blocks, z, given)
+def forward(dtype: torch.dtype, mode: str, grid: BlockGrid, blocks: Tensor, frozen: Tensor, *scales: Tensor) -> tuple[Tensor]:
+    """Values [N, K] in `dtype`, as the runtime computes them."""
+    step, divisor, *_ = scales
     if mode == "frozen":
-        return grid.product(frozen, step, dtype), step, peak
-    codes = _position(blocks, step).round_().clamp_(grid.code_min, grid.code_max)
-    return grid.product(codes, step, dtype), step, peak
+        return (grid.product(frozen, step, dtype),)
+    codes = (blocks / divisor.unsqueeze(-1)).round_().clamp_(grid.code_min, grid.code_max)
+    return (grid.product(codes, step, dtype),)
 
 
 def backward(
-    mode: str, grid: BlockGrid, grad: Tensor, blocks: Tensor, z: Tensor, given: Tensor, frozen: Tensor,
-    step: Tensor, peak: Tensor,
+    mode: str, grid: BlockGrid, grad: Tensor, blocks: Tensor, frozen: Tensor, *scales: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the latents [N, K] and of z [N] for a gradient of the values [N, K].
 
-    step, peak: of the forward, if it kept them, or empty. In frozen mode that of the latents is empty.
+    Empty where there are none: of latents in frozen mode, of z in fixed mode.
     """
-    if not step.numel():
-        step, peak = _step(mode, grid, blocks, z, given)
+    step, divisor, peak, pull, slope = scales
     if mode == "frozen":
         return step.new_empty(0), frozen.float().mul_(grad).sum(-1) * step
     grad = grad.float()
-    position = _position(blocks, step)
+    position = blocks / divisor.unsqueeze(-1)  # between the codes; a step of zero decodes any code to zero
     grad_latent = torch.ops.aten.hardtanh_backward(grad, position, *_bounds(grid))  # zero where clipped
     if mode == "fixed":
-        return grad_latent, torch.zeros_like(z)
+        return grad_latent, step.new_empty(0)
     position.clamp_(grid.code_min, grid.code_max)
-    # code - position where that is inside of the range, code where it is clipped
+    # of a step: code - position where that is within the range, the code where it is clipped
     grad_step = position.round().mul_(grad).addcmul_(grad_latent, position, value=-1).sum(-1)
-    if mode == "free":
-        return grad_latent, grad_step * given * torch.exp(z)
-    at_peak = position.copy_(blocks).eq_(peak.unsqueeze(-1))  # 1.0 or 0.0
-    sigmoid = torch.sigmoid(z)
-    grad_step = grad_step / grid.code_min
-    share = grad_step * ratio_of(z) / at_peak.sum(-1)  # of each, where several tie
-    grad_latent.addcmul_(at_peak, share.unsqueeze(-1))
-    return grad_latent, grad_step * peak * (1 - LOWEST_RATIO) * sigmoid * (1 - sigmoid)
+    if mode == "canonical":
+        at_peak = position.copy_(blocks).eq_(peak.unsqueeze(-1))  # 1.0 or 0.0
+        share = grad_step * pull / at_peak.sum(-1)  # of each, where several tie
+        grad_latent.addcmul_(at_peak, share.unsqueeze(-1))
+    return grad_latent, grad_step * slope
 
 
-def forward_group(modes: Modes, dtype: torch.dtype, arguments: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    """What `forward` gives for several weights: one compiled call for all of a decoder layer."""
-    return [forward(dtype, *mode, *args) for mode, args in zip(modes, arguments, strict=True)]
+def forward_group(modes: Modes, dtype: torch.dtype, arguments: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, Tensor]]:
+    """Values in `dtype` and steps of several weights: one compiled call for all of a decoder layer."""
+    results = []
+    for (mode, grid), (blocks, frozen, *rest) in zip(modes, arguments, strict=True):
+        scales = scales_of(mode, grid, *features(mode, blocks, *rest))
+        results.append((*forward(dtype, mode, grid, blocks, frozen, *scales), scales.step))
+    return results
 
 
 def backward_group(
@@ -129,9 +157,9 @@ def backward_group(
 ) -> list[tuple[Tensor, Tensor]]:
     """Gradients of latents, in `dtypes`, and of z for the gradients of several weights, likewise in one call."""
     results = []
-    for mode, grad, args, dtype in zip(modes, grads, arguments, dtypes, strict=True):
-        unknown = args[0].new_empty(0)  # steps: computing them again costs a GPU less than reading them
-        grad_latent, grad_z = backward(*mode, grad, *args, unknown, unknown)
+    for (mode, grid), grad, (blocks, frozen, *rest), dtype in zip(modes, grads, arguments, dtypes, strict=True):
+        scales = scales_of(mode, grid, *features(mode, blocks, *rest))
+        grad_latent, grad_z = backward(mode, grid, grad, blocks, frozen, *scales)
         results.append((grad_latent.to(dtype), grad_z))
     return results
 
