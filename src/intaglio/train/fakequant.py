@@ -117,13 +117,19 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def gradients(
-        self, grad: Tensor, latent: Tensor, rows: Tensor | None = None
+        self, grad: Tensor, latent: Tensor, rows: Tensor | None = None, *, reuse: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of latents (None in frozen mode) and scale latents (None in fixed mode), of these rows."""
+        """Gradients of latents (None in frozen mode) and scale latents (None in fixed mode), of these rows.
+
+        reuse: `grad` may be overwritten, for want of fresh memory, which takes a CPU as long as the arithmetic.
+        """
         blocks, frozen = self.blocks_and_codes(latent, rows)
         scales = self.scales_for(latent, blocks, rows)
+        if self.mode != "frozen":
+            grad = grad.to(torch.float32, copy=not reuse)
         kernel = functools.partial(backward, self.mode, self.grid)
-        return self.shaped(*in_chunks(kernel, self.blocks_of(grad), blocks, frozen, *scales), latent)
+        (grad_z,) = in_chunks(kernel, grad.view(-1, self.grid.block_size), blocks, frozen, *scales)
+        return self.shaped(grad, grad_z, latent)
 
     def shaped(self, grad_latent: Tensor, grad_z: Tensor, latent: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What the kernel gives in the shapes of latents and of scale latents."""
@@ -237,7 +243,7 @@ def decode_group(
 
 @torch.no_grad()
 def find_scales(quantizers: list[WeightQuantizer], latents: list[Tensor]) -> list[Scales]:
-    """Scales of whole weights of one mode and grid: all at once, since each operation on so few numbers has its price."""
+    """Scales of whole weights of one mode and grid, all at once: on so few numbers each operation has its price."""
     mode, grid = quantizers[0].mode, quantizers[0].grid
     parts = []
     for quantizer, latent in zip(quantizers, latents, strict=True):
@@ -320,7 +326,7 @@ class FakeQuantLinear(torch.autograd.Function):
             grad_x, grad_input_z = static_gradients(grad @ weight, x, input_z)
         flat = grad.flatten(0, -2)
         if needs[1] or needs[2]:
-            grad_latent, grad_z = quantizer.gradients(flat.T @ quantized_x.flatten(0, -2), latent)
+            grad_latent, grad_z = quantizer.gradients(flat.T @ quantized_x.flatten(0, -2), latent, reuse=True)
         grad_bias = flat.sum(0) if ctx.has_bias else None
         return grad_x, grad_latent, grad_z, grad_bias, grad_input_z, grad_output_z, None
 

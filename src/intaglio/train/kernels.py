@@ -22,7 +22,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,15 +100,15 @@ def scales_of(mode: str, grid: BlockGrid, peak: Tensor, activation: Tensor, give
 # overwritten in place need not be fetched: a tensor [N, K] more takes as long as the arithmetic on it.
 
 
-@functools.cache
 def _bounds(grid: BlockGrid) -> tuple[float, float]:
-    """The float32 numbers next to the codes' range, outside: hardtanh's derivative is zero at its bounds too."""
-    ends = ((grid.code_min, -np.inf), (grid.code_max, np.inf))
-    lowest, highest = (float(np.nextafter(np.float32(end), np.float32(beyond))) for end, beyond in ends)
-    return lowest, highest
+    """The float32 numbers next to the codes' range, outside of it. They round to the range's ends."""
+    lowest, highest = grid.code_min, grid.code_max
+    return lowest - 2.0 ** (math.frexp(lowest)[1] - 24), highest + 2.0 ** (math.frexp(highest)[1] - 24)
 
 
-def forward(dtype: torch.dtype, mode: str, grid: BlockGrid, blocks: Tensor, frozen: Tensor, *scales: Tensor) -> tuple[Tensor]:
+def forward(
+    dtype: torch.dtype, mode: str, grid: BlockGrid, blocks: Tensor, frozen: Tensor, *scales: Tensor
+) -> tuple[Tensor]:
     """Values [N, K] in `dtype`, as the runtime computes them."""
     step, divisor, *_ = scales
     if mode == "frozen":
@@ -120,27 +119,39 @@ def forward(dtype: torch.dtype, mode: str, grid: BlockGrid, blocks: Tensor, froz
 
 def backward(
     mode: str, grid: BlockGrid, grad: Tensor, blocks: Tensor, frozen: Tensor, *scales: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the latents [N, K] and of z [N] for a gradient of the values [N, K].
+) -> tuple[Tensor]:
+    """From a gradient of the values [N, K] that of z [N], and in its own place that of the latents.
 
-    Empty where there are none: of latents in frozen mode, of z in fixed mode.
+    grad: float32, overwritten but in frozen mode, where latents have no gradient and any dtype will do.
+    In fixed mode the result is empty.
     """
     step, divisor, peak, pull, slope = scales
     if mode == "frozen":
-        return step.new_empty(0), frozen.float().mul_(grad).sum(-1) * step
-    grad = grad.float()
-    position = blocks / divisor.unsqueeze(-1)  # between the codes; a step of zero decodes any code to zero
-    grad_latent = torch.ops.aten.hardtanh_backward(grad, position, *_bounds(grid))  # zero where clipped
+        return (frozen.float().mul_(grad).sum(-1) * step,)
+    lowest, highest = _bounds(grid)
+    # where between the codes; a step of zero decodes any code to zero
+    position = (blocks / divisor.unsqueeze(-1)).clamp_(lowest, highest)
     if mode == "fixed":
-        return grad_latent, step.new_empty(0)
-    position.clamp_(grid.code_min, grid.code_max)
+        _zero_where_clipped(grad, position, lowest, highest)
+        return (step.new_empty(0),)
+    grad_step = position.round().mul_(grad)
+    _zero_where_clipped(grad, position, lowest, highest)
     # of a step: code - position where that is within the range, the code where it is clipped
-    grad_step = position.round().mul_(grad).addcmul_(grad_latent, position, value=-1).sum(-1)
+    grad_step = grad_step.addcmul_(grad, position, value=-1).sum(-1)
     if mode == "canonical":
         at_peak = position.copy_(blocks).eq_(peak.unsqueeze(-1))  # 1.0 or 0.0
         share = grad_step * pull / at_peak.sum(-1)  # of each, where several tie
-        grad_latent.addcmul_(at_peak, share.unsqueeze(-1))
-    return grad_latent, grad_step * slope
+        grad.addcmul_(at_peak, share.unsqueeze(-1))
+    return (grad_step * slope,)
+
+
+def _zero_where_clipped(grad: Tensor, position: Tensor, lowest: float, highest: float) -> None:
+    """In place; by the derivative of hardtanh, which is zero at its bounds too."""
+    derivative = torch.ops.aten.hardtanh_backward
+    if torch.compiler.is_compiling():
+        grad.copy_(derivative(grad, position, lowest, highest))
+    else:
+        derivative.grad_input(grad, position, lowest, highest, grad_input=grad)
 
 
 def forward_group(modes: Modes, dtype: torch.dtype, arguments: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, Tensor]]:
@@ -159,8 +170,9 @@ def backward_group(
     results = []
     for (mode, grid), grad, (blocks, frozen, *rest), dtype in zip(modes, grads, arguments, dtypes, strict=True):
         scales = scales_of(mode, grid, *features(mode, blocks, *rest))
-        grad_latent, grad_z = backward(mode, grid, grad, blocks, frozen, *scales)
-        results.append((grad_latent.to(dtype), grad_z))
+        grad = grad.to(torch.float32, copy=True)
+        (grad_z,) = backward(mode, grid, grad, blocks, frozen, *scales)
+        results.append((grad.to(dtype), grad_z))
     return results
 
 
