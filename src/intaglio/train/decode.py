@@ -15,6 +15,7 @@ from intaglio.train.fakequant import (
     FakeQuantizeGroup,
     WeightQuantizer,
     decode_group,
+    find_scales,
 )
 from intaglio.train.modules import QuantLinear, RoundedEmbedding, RoundedWeight
 
@@ -47,11 +48,25 @@ def weight_groups(model: nn.Module) -> list[tuple[list[WeightQuantizer], list[Te
 @torch.no_grad()
 def cache_values(model: nn.Module, dtype: torch.dtype) -> None:
     """Decode every weight once; forwards and recomputations until `drop_values` share it."""
-    for quantizers, latents in weight_groups(model):
+    groups = weight_groups(model)
+    compiled = any(quantizer.compiled for quantizers, _ in groups for quantizer in quantizers)
+    if not compiled:
+        _cache_scales([pair for group in groups for pair in zip(*group, strict=True)])
+    for quantizers, latents in groups:
         for quantizer, decoded in zip(quantizers, decode_group(quantizers, latents, dtype), strict=True):
-            quantizer.values, quantizer.steps = decoded
-    if not any(quantizer.compiled for quantizer in quantized_linears(model)):  # a compiler merges the rounding in
+            vars(quantizer).update(values=decoded[0], steps=decoded[1])  # a module's own way takes ten times as long
+    if not compiled:  # a compiler merges the rounding in
         _cache_rounded(model)
+
+
+def _cache_scales(pairs: list[tuple[WeightQuantizer, Tensor]]) -> None:
+    alike: dict[Any, list[tuple[WeightQuantizer, Tensor]]] = {}
+    for pair in pairs:
+        alike.setdefault((pair[0].mode, pair[0].grid, pair[1].device), []).append(pair)
+    for same in alike.values():
+        quantizers, latents = map(list, zip(*same, strict=True))
+        for quantizer, scales in zip(quantizers, find_scales(quantizers, latents), strict=True):
+            vars(quantizer).update(scales=scales)
 
 
 def _rounded_weights(model: nn.Module) -> list[Any]:
@@ -68,15 +83,16 @@ def _cache_rounded(model: nn.Module) -> None:
         latents = [module._parameters["weight"] for module in modules]
         rounded = grid.round(torch.cat([latent.flatten() for latent in latents]))
         for module, latent, values in zip(modules, latents, rounded.split([w.numel() for w in latents]), strict=True):
-            module.rounded = values.view(latent.shape).to(latent.dtype)
+            vars(module).update(rounded=values.view(latent.shape).to(latent.dtype))
 
 
 def drop_values(model: nn.Module) -> None:
     """Forget cached weights; must follow every change of a latent."""
-    for quantizer in quantized_linears(model):
-        quantizer.values = quantizer.steps = quantizer.decoded = None
-    for module in _rounded_weights(model):
-        module.rounded = None
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            vars(module.quantizer).update(values=None, steps=None, scales=None, decoded=None)
+        elif isinstance(module, RoundedWeight):
+            vars(module).update(rounded=None)
 
 
 @contextmanager
