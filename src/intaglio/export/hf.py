@@ -61,7 +61,7 @@ def hf_config(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
     """
     architecture = type(build_meta_model(spec.config)).__name__
     config = spec.config | {"architectures": [architecture], "dtype": str(dtype).removeprefix("torch.")}
-    if spec.family.model_type == "gemma4_text":
+    if spec.family.gguf_architecture == "gemma4":
         layers = transformers_config(spec.config)
         full = layers.per_layer_config[layers.layer_types.index("full_attention")]
         config["global_head_dim"] = full.head_dim

@@ -16,10 +16,8 @@ from typing import Any
 from torch import nn
 
 from intaglio.errors import ConfigError
-from intaglio.plan.family import ModelSpec, TensorSpec, build_meta_model, describe, role_of
+from intaglio.plan.family import WHOLES, ModelSpec, TensorSpec, build_meta_model, describe, role_of
 
-# Families whose towers are carried, by the model_type of the whole.
-MULTIMODAL = ("gemma4",)
 TEXT_PREFIX = "model.language_model."  # of the text model's tensors within the whole; alone they begin with "model."
 TOWERS = ("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio.")
 UNUSED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj)\.weight")
@@ -39,11 +37,11 @@ def text_name(name: str) -> str:
 def describe_whole(config: dict[str, Any], unused: Iterable[str] = ()) -> ModelSpec:
     """`describe`, with all that the checkpoint holds beside its text model.
 
-    config: of a text model or of a multimodal one; of families that are not in MULTIMODAL the text
+    config: of a text model, of a drafter, or of a multimodal model; of one that is not in WHOLES the text
     alone is taken. unused: names of tensors of KV-shared layers that the checkpoint holds.
     """
     model = describe(config)
-    multimodal = config.get("model_type") in MULTIMODAL
+    multimodal = config.get("model_type") in WHOLES
     towers = _towers(config) if multimodal else ()
     carried = (*(_unused(model, name) for name in unused), *towers)
     return replace(model, carried=carried, whole=config if multimodal else None)
