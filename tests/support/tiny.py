@@ -178,10 +178,15 @@ FAMILY = {
 }
 
 
+def build(config: dict[str, Any]) -> Any:
+    """transformers' model of a config, with weights that are not set."""
+    model = build_meta_model(config)
+    return type(model)(model.config)
+
+
 def make_checkpoint(folder: Path, config: dict[str, Any] = GEMMA4, *, seed: int = 0) -> Path:
     """Save a random bfloat16 model of this config, with the bundled tokenizer; return the folder."""
-    model = build_meta_model(config)
-    model = type(model)(model.config).to(torch.bfloat16)
+    model = build(config).to(torch.bfloat16)
     fill(model, seed)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -74,8 +74,14 @@ def _towers(config: dict[str, Any]) -> tuple[TensorSpec, ...]:
     """Every stored tensor of towers and embedders, under the names and shapes that transformers gives them."""
     model = build_meta_model(config)
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    parameters = {name for name, _ in model.named_parameters()}
     return tuple(
-        TensorSpec(name, tuple(tensor.shape), "tower_linear" if name in linears else "tower_float")
+        TensorSpec(
+            name,
+            tuple(tensor.shape),
+            "tower_linear" if name in linears else "tower_float",
+            buffer=name not in parameters,
+        )
         for name, tensor in model.state_dict().items()
         if name.startswith(TOWERS)
     )

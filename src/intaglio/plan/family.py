@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,12 +81,18 @@ class TensorSpec:
 
     slice_columns: width of the slices that a row consists of, in the table of per-layer embeddings
         one for each layer; None where a row is one piece.
+    buffer: whether it is no parameter: a layer's scalar, a bound of a clipped linear, an order of tokens.
     """
 
     name: str
     shape: tuple[int, ...]
     role: str
     slice_columns: int | None = None
+    buffer: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -191,11 +198,13 @@ def describe(config: dict[str, Any]) -> ModelSpec:
         known = sorted({*FAMILIES, *WHOLES})
         raise ConfigError(f"unknown model_type {model_type!r}: expected one of {', '.join(known)}")
     model = build_meta_model(config)
-    stored: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
+    stored = parameters | dict(model.named_buffers())
     order = [name for name in model.state_dict() if name in stored]  # without a tied head, and tables computed anew
     slices = {"ple_embedding": getattr(model.config, "hidden_size_per_layer_input", None)}
     tensors = tuple(
-        TensorSpec(name, tuple(stored[name].shape), role := role_of(name), slices.get(role)) for name in order
+        TensorSpec(name, tuple(stored[name].shape), role := role_of(name), slices.get(role), name not in parameters)
+        for name in order
     )
     return ModelSpec(FAMILIES[model_type], config, tensors)
 

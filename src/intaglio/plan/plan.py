@@ -99,6 +99,11 @@ class Plan:
         return all(t.grid.portable for t in self.tensors)
 
     @property
+    def mobile(self) -> bool:
+        """Whether its grids are those of the Gemma mobile format; otherwise they are GGUF's."""
+        return any(isinstance(t.grid, BlockGrid) and t.grid.positive for t in self.tensors)
+
+    @property
     def size_bytes(self) -> int:
         return sum(t.size_bytes for t in self.everything)
 
