@@ -60,12 +60,28 @@ class Survey:
     drafter: tuple[str, Footprint] | None
     fits: tuple[Fit, ...]
 
+    @property
+    def checkpointed(self) -> TrainingMemory:
+        """What training takes with gradient checkpointing."""
+        return training_memory(self.plan, gpus=self.wishes.gpus, gradient_checkpointing=True)
+
+    @property
+    def file_resident_bytes(self) -> int:
+        """Resident weights of the file itself, of which a GGUF has no towers."""
+        return self.footprint.total("resident_bytes", text_only=not self.plan.mobile)
+
+    @property
+    def tower_bytes(self) -> int:
+        """What towers and their embedders add to that, or are part of it in a mobile folder."""
+        return self.footprint.total("resident_bytes") - self.footprint.total("resident_bytes", text_only=True)
+
     def needed_bytes(self, bits: int, *, text_only: bool = False) -> int:
         """Resident weights, the drafter's too, and the KV cache at so many bits."""
         drafter = self.drafter[1].total("resident_bytes") if self.drafter else 0
         return self.footprint.total("resident_bytes", text_only=text_only) + drafter + self.kv[bits]["total"]
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything, and every tensor; ready for JSON."""
         plan = self.plan
         return {
             "model": self.name,
