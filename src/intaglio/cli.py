@@ -237,6 +237,11 @@ def export(
     model = PackedModel.open(packed)
     EXPORTERS[target](model.text_only() if text_only else model, out, replace=replace)
     _verify(packed, out, as_json=False)
+    if target == "gguf" and model.plan.model.whole and not text_only:
+        typer.echo(
+            f"{out} is the text model alone: for images and sound export the hf folder too, and make an mmproj file "
+            "of it with llama.cpp's convert_hf_to_gguf.py --mmproj"
+        )
 
 
 @app.command("import")
