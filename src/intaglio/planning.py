@@ -9,11 +9,11 @@ from typing import Any
 from intaglio.errors import ConfigError, RecipeError
 from intaglio.export.footprint import KV_BITS, Footprint, footprint, longest_context
 from intaglio.export.sizes import GEMMA_METADATA_BYTES, bf16_bytes, gguf_size, w4a16_size
-from intaglio.packed.checkpoint import checkpoint_spec
+from intaglio.packed.checkpoint import check_weights, checkpoint_spec, has_weights
 from intaglio.plan.bundled import MODELS, bundled_config, bundled_name, find_config
 from intaglio.plan.carried import describe_whole
 from intaglio.plan.components import kv_cache_bytes, parameters
-from intaglio.plan.family import ModelSpec
+from intaglio.plan.family import ModelSpec, load_config
 from intaglio.plan.memory import TrainingMemory, training_memory
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.published import LEFT_OUT, PUBLISHED_GB
@@ -103,9 +103,13 @@ class Survey:
 
 
 def find_spec(model: str | Path, *, text_only: bool = False) -> ModelSpec:
-    """What a folder, a config.json or a bundled name describes."""
-    if Path(model).exists():
-        return checkpoint_spec(model, text_only=text_only)
+    """What a folder, a config.json or a bundled name describes; weights in the folder must be as its config says."""
+    path = Path(model)
+    if path.exists():
+        spec = checkpoint_spec(path, text_only=text_only)
+        if path.is_dir() and has_weights(path) and "quantization_config" not in load_config(path):
+            check_weights(path, spec)
+        return spec
     spec = describe_whole(find_config(model))
     return spec.text_only() if text_only else spec
 
