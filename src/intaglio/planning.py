@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from intaglio.errors import ConfigError, RecipeError
 from intaglio.export.footprint import KV_BITS, Footprint, footprint, longest_context
 from intaglio.export.sizes import GEMMA_METADATA_BYTES, bf16_bytes, gguf_size, w4a16_size
 from intaglio.packed.checkpoint import check_weights, checkpoint_spec, has_weights
-from intaglio.plan.bundled import MODELS, bundled_config, bundled_name, find_config
+from intaglio.plan.bundled import DRAFTER, MODELS, bundled_config, bundled_name, find_config
 from intaglio.plan.carried import describe_whole
 from intaglio.plan.components import kv_cache_bytes, parameters
 from intaglio.plan.family import ModelSpec, load_config
@@ -110,8 +111,15 @@ def find_spec(model: str | Path, *, text_only: bool = False) -> ModelSpec:
         if path.is_dir() and has_weights(path) and "quantization_config" not in load_config(path):
             check_weights(path, spec)
         return spec
-    spec = describe_whole(find_config(model))
+    name = bundled_name(str(model))
+    spec = bundled_spec(name) if name else describe_whole(find_config(model))
     return spec.text_only() if text_only else spec
+
+
+@functools.cache
+def bundled_spec(name: str) -> ModelSpec:
+    """A bundled model with its towers."""
+    return describe_whole(bundled_config(name))
 
 
 def survey(
@@ -203,10 +211,10 @@ def family(metadata_bytes: int = GEMMA_METADATA_BYTES) -> list[FamilyRow]:
     """The five models with their towers, in GGUF, W4A16 and the mobile format, and their drafters in Q4_0."""
     rows = []
     for name in MODELS:
-        spec = describe_whole(bundled_config(name))
+        spec = bundled_spec(name)
         plan = make_plan(spec, "q4_0")
         text = footprint(plan.text_only(), metadata_bytes)
-        drafter = make_plan(bundled_config(f"{name}-assistant"), "q4_0")
+        drafter = make_plan(bundled_spec(name + DRAFTER), "q4_0")
         rows.append(
             FamilyRow(
                 name=name,

@@ -25,6 +25,7 @@ from intaglio.plan.family import describe
 from intaglio.plan.mobile import stored_tensors
 from intaglio.plan.plan import make_plan
 from intaglio.plan.published import BYTES_PER_PARAMETER, PUBLISHED_GB, rule_of_thumb
+from intaglio.planning import bundled_spec
 from intaglio.train.quantize import quantize
 from tests.support.cases import Case
 from tests.support.tiny import (
@@ -67,7 +68,7 @@ SMALL_PARTS = {"norm", "embed_vision", "embed_audio", "drafter_projection", "cen
 @pytest.mark.parametrize("name", FAMILY)
 def test_parameters_of_the_family(name: str) -> None:
     assert f"gemma-4-{name}" in bundled_names()
-    counts = parameters(describe_whole(bundled_config(f"gemma-4-{name}")))
+    counts = parameters(bundled_spec(f"gemma-4-{name}"))
     expected = FAMILY[name].copy()
     assert sum(counts.values()) == expected.pop("total")
     assert {part: counts[part] for part in expected} == expected
@@ -152,7 +153,7 @@ def test_a_drafter_without_its_clustered_head() -> None:
 def test_what_a_phone_keeps_of_the_mobile_models() -> None:
     """Codes of everything but the mapped tables, with a byte a weight of the per-layer projection, in MB."""
     for name, expected_mb in (("e2b", 776.6), ("e4b", 2195)):
-        plan = make_plan(bundled_config(f"gemma-4-{name}"), f"mobile-{name}")
+        plan = make_plan(bundled_spec(f"gemma-4-{name}").text_only(), f"mobile-{name}")
         codes = [part for part in stored_tensors(plan) if part.part == "codes" and "embed_tokens" not in part.name]
         projection = plan["model.per_layer_model_projection.weight"].spec.numel
         total = projection + sum(part.shape[0] * part.shape[1] for part in codes)
@@ -189,7 +190,7 @@ def test_the_kv_cache_is_transformers_own(config: dict[str, Any]) -> None:
 
 def test_kv_of_e2b_at_32k() -> None:
     """Three full layers of one head of 512 that hold everything, twelve sliding ones of 256 that hold 512 tokens."""
-    found = kv_cache_bytes(describe(bundled_config("gemma-4-e2b")), 32768)
+    found = kv_cache_bytes(bundled_spec("gemma-4-e2b"), 32768)
     assert found["full"] == 3 * 2 * 512 * 32768 * 2
     assert found["sliding"] == 12 * 2 * 256 * 512 * 2
 
@@ -208,7 +209,7 @@ def test_the_longest_context_is_the_longest() -> None:
 def test_published_figures_are_a_rule_of_thumb() -> None:
     """So that nobody takes them for sizes of files."""
     for name in MODELS:
-        count = sum(parameters(describe_whole(bundled_config(name))).values())
+        count = sum(parameters(bundled_spec(name)).values())
         for column in BYTES_PER_PARAMETER:
             assert rule_of_thumb(count, column) == pytest.approx(PUBLISHED_GB[name][column], rel=0.02)
 
@@ -217,3 +218,15 @@ def test_bundled_configs_are_complete_and_plain() -> None:
     for name in bundled_names():
         config = bundled_config(name)
         assert json.dumps(config) and config["model_type"].startswith("gemma4")
+
+
+PAGE = Path(__file__).parents[2] / "docs/sizes.md"
+
+
+def test_the_page_of_sizes_is_what_is_computed() -> None:
+    """Each GGUF, and the mobile folder of E2B, whose tensor data an export of random weights has too."""
+    rows = [[cell.strip().replace(",", "") for cell in line.split("|")[1:-1]] for line in PAGE.read_text().splitlines()]
+    for name in bundled_names():
+        first = next(row for row in rows if row and row[0] == name)
+        assert int(first[4]) == gguf_size(make_plan(bundled_spec(name), "q4_0")).total
+    assert any(row[:2] == ["gemma-4-e2b", "2457736446"] for row in rows)

@@ -27,7 +27,6 @@ GEMMA_METADATA_BYTES = 15_800_000  # about; keys and values of a Gemma 4 GGUF, n
 NOT_IN_GGUF = ("centroids", "token_ordering")  # llama.cpp's converter leaves a drafter's clustered head out
 W4A16_ROLES = ("attention", "mlp", "ple_linear", "expert")
 W4A16_GROUP = 32
-# How safetensors' own writer orders tensors: wider types first, then by name.
 DTYPE_ORDER = (torch.int64, torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 
 
@@ -99,6 +98,11 @@ def w4a16_tensors(plan: Plan) -> Specs:
             specs[f"{module}.weight_shape"] = (torch.int64, (2,))
         if not four_bits:
             specs[name] = (torch.bfloat16, tensor.spec.shape)
+    return in_file_order(specs)
+
+
+def in_file_order(specs: Specs) -> Specs:
+    """These tensors as safetensors' own writer puts them: wider types first, then by name."""
     return dict(sorted(specs.items(), key=lambda item: (DTYPE_ORDER.index(item[1][0]), item[0])))
 
 

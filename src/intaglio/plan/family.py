@@ -197,7 +197,7 @@ def describe(config: dict[str, Any]) -> ModelSpec:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = sorted({*FAMILIES, *WHOLES})
         raise ConfigError(f"unknown model_type {model_type!r}: expected one of {', '.join(known)}")
-    model = build_meta_model(config)
+    model: Any = build_meta_model(config)
     shared = getattr(model.config, "num_kv_shared_layers", 0)
     if shared >= model.config.get_text_config().num_hidden_layers and not FAMILIES[model_type].drafter:
         raise ConfigError(

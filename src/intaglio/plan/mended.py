@@ -26,7 +26,8 @@ def mend_kv_sharing() -> bool:
     from transformers.models.gemma4_unified.configuration_gemma4_unified import Gemma4UnifiedTextConfig
 
     needed = transformers.__version__.startswith(NEEDED_BY)
-    for config_class in (Gemma4TextConfig, Gemma4UnifiedTextConfig) if needed else ():
+    classes: tuple[Any, ...] = (Gemma4TextConfig, Gemma4UnifiedTextConfig)
+    for config_class in classes if needed else ():
         config_class.kv_sharing_modes = property(kv_sharing_modes)
     return needed
 
