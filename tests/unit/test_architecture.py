@@ -35,7 +35,13 @@ MAY_IMPORT = {
     "workflow": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof"},
     "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow"},
     "terminal": {"plan", "train", "measure", "progress"},
-    "cli": {"errors", "plan", "packed", "train", "export", "measure", "demo", "terminal", "proof", "workflow"},
+    "planning": {"errors", "plan", "packed", "export"},
+    "terminal_plan": {"plan", "export", "measure", "planning"},
+    "planning_page": {"plan", "packed", "export", "measure", "planning", "terminal_plan"},
+    "cli": {
+        *("errors", "plan", "packed", "train", "export", "measure", "demo", "terminal", "proof", "workflow"),
+        *("planning", "terminal_plan", "planning_page"),
+    },
     "__init__": set(),  # names its homes as strings
 }
 # Only what learns or quantizes may fit a scale; anything else that could would be able to re-quantize.
