@@ -12,6 +12,7 @@ import typer
 from intaglio.errors import IntaglioError
 
 if TYPE_CHECKING:
+    from intaglio.packed.model import PackedModel
     from intaglio.proof import Evaluation
 
 app = typer.Typer(
@@ -106,6 +107,12 @@ def quantize(
     recipe: RecipeName = "q4_0",
     overrides: Overrides = (),  # type: ignore[assignment]
     data: Annotated[str | None, typer.Option(help="Text to calibrate static scales on; None: they are off.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images, for the scales of the vision tower.", show_default=False)
+    ] = None,
+    audio: Annotated[
+        Path | None, typer.Option(help="Folder of .wav files, for those of the audio tower.", show_default=False)
+    ] = None,
     text_only: TextOnly = False,
     trained: Annotated[
         Path | None,
@@ -127,8 +134,21 @@ def quantize(
     chosen = Recipe.load(recipe, overrides) if text is None else text.plan.recipe
     made = make_plan(checkpoint_spec(model, text_only=text_only), chosen)
     with Bars() as bars:
-        quantize_model(model, made, out, data=data, trained=text, replace=replace, progress=bars.progress)
+        errors = quantize_model(
+            model,
+            made,
+            out,
+            data=data,
+            images=images,
+            audio=audio,
+            trained=text,
+            replace=replace,
+            progress=bars.progress,
+        )
     typer.echo(f"{out}: {made.size_bytes:,} bytes of tensors on recipe {made.recipe.name}")
+    for kind, error in errors.items():
+        typer.echo(f"{kind} tower: 8-bit activations change its output on these samples by {error:.2%} (RMS)")
+    _print_towers_off(PackedModel.open(out))
 
 
 @app.command()
@@ -198,8 +218,24 @@ def export(
     if target not in EXPORTERS:
         raise typer.BadParameter(f"{target!r}: expected one of {', '.join(EXPORTERS)}")
     model = PackedModel.open(packed)
-    EXPORTERS[target](model.text_only() if text_only else model, out, replace=replace)
+    model = model.text_only() if text_only else model
+    EXPORTERS[target](model, out, replace=replace)
+    if target == "gemma-mobile":
+        _print_towers_off(model)
     _verify(packed, out, as_json=False)
+
+
+def _print_towers_off(packed: PackedModel) -> None:
+    """Say it where activations of a tower stay floats."""
+    from intaglio.plan.carried import scales_in_use
+
+    for kind, (known, total) in scales_in_use(packed.plan.carried_scales, packed.read_static()).items():
+        if known < total:
+            option = {"vision": "--images", "audio": "--audio"}[kind]
+            typer.echo(
+                f"{kind} tower: {total - known} of {total} activation scales are 0, off: `quantize {option} DIR` "
+                "calibrates them"
+            )
 
 
 @app.command("import")
