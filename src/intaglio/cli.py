@@ -78,26 +78,63 @@ def demo(
 
 @app.command()
 def plan(
-    model: ModelDir,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Model folder, its config.json, or a name: e2b, e4b, 12b, 26b-a4b, 31b.", show_default=False
+        ),
+    ] = None,
     recipe: RecipeName = "q4_0",
     overrides: Overrides = (),  # type: ignore[assignment]
     text_only: TextOnly = False,
+    context: Annotated[str, typer.Option(help="Tokens in the KV cache of a sequence.")] = "32k",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    drafter: Annotated[
+        str | None, typer.Option(help="A drafter beside it: folder or name.", show_default=False)
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that training is sharded over.")] = 1,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="In training.")] = False,
+    budget: Annotated[str | None, typer.Option(help="Say what fits this, for example 8GB.", show_default=False)] = None,
+    metadata_bytes: Annotated[str, typer.Option(help="Keys and values of the GGUF: its tokenizer.")] = "15.8MB",
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor instead.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="The family beside Google's published figures.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with charts.", show_default=False)] = None,
+    replace: Replace = False,
     as_json: Json = False,
 ) -> None:
-    """Show every tensor's grid and bytes; no weights are read."""
-    from intaglio.packed.checkpoint import checkpoint_spec
-    from intaglio.plan.plan import make_plan
+    """Say what a model takes on disk, in memory and in training; no weights are read."""
+    from intaglio import planning
     from intaglio.plan.recipe import Recipe
+    from intaglio.plan.units import parse_bytes, parse_tokens
 
-    made = make_plan(checkpoint_spec(model, text_only=text_only), Recipe.load(recipe, overrides))
+    if everything == (model is not None):
+        raise typer.BadParameter("expected a model, or --all for the family")
+    metadata = parse_bytes(metadata_bytes, "--metadata-bytes")
+    if model is None:
+        rows = planning.family(metadata)
+        if as_json:
+            return _print_json(planning.family_dict(rows))
+        from intaglio.terminal_plan import print_family
+
+        return print_family(rows)
+    wishes = planning.Wishes(
+        context=parse_tokens(context, "--context"),
+        batch=batch,
+        gpus=gpus,
+        gradient_checkpointing=gradient_checkpointing,
+        metadata_bytes=metadata,
+        budget_bytes=None if budget is None else parse_bytes(budget, "--budget"),
+    )
+    made = planning.survey(model, Recipe.load(recipe, overrides), wishes, drafter=drafter, text_only=text_only)
+    if html is not None:
+        from intaglio.planning_page import write_page
+
+        write_page(made, html, replace=replace)
     if as_json:
-        static = [scale.name for scale in made.static_scales]
-        tensors = made.rows()
-        _print_json({"digest": made.digest, "bytes": made.size_bytes, "tensors": tensors, "static_scales": static})
-        return
-    from intaglio.terminal import print_plan
+        return _print_json(made.to_dict())
+    from intaglio.terminal_plan import print_survey, print_tensors
 
-    print_plan(made)
+    print_tensors(made.plan) if tensors else print_survey(made)
 
 
 @app.command()

@@ -28,13 +28,8 @@ from intaglio.numerics.grid import Quantized
 from intaglio.numerics.layout import row_chunks, to_blocks
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
-from intaglio.plan.family import (
-    GGUF_ROPE_FACTORS,
-    ModelSpec,
-    gguf_name,
-    gguf_rope_factors,
-    transformers_config,
-)
+from intaglio.plan.family import ModelSpec, transformers_config
+from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors
 from intaglio.plan.plan import Plan, PlannedTensor
 
 FILE_TYPES = {
@@ -100,6 +95,10 @@ def check_grids(plan: Plan) -> None:
 
 def check_supported(spec: ModelSpec) -> None:
     """Raise ConfigError where llama.cpp's code for this architecture does something else."""
+    if spec.family.drafter:
+        raise ConfigError(
+            f"{spec.family.model_type}: a drafter is planned and sized, not written as GGUF: export it to hf"
+        )
     config = transformers_config(spec.config)
     required: dict[str, Any] = {"hidden_activation": ("gelu_pytorch_tanh",)}
     if spec.family.gguf_architecture == "gemma4":

@@ -205,6 +205,14 @@ class FloatGrid:
         return round_half(rounded) if self.ggml_type == "F16" else rounded
 
 
+@dataclass(frozen=True, kw_only=True)
+class IndexGrid(FloatGrid):
+    """Integers that number tokens. They are no weights: kept as they are."""
+
+    def round(self, values: Tensor) -> Tensor:
+        return values
+
+
 Grid = BlockGrid | FloatGrid
 
 Q4_0 = BlockGrid(name="q4_0", ggml_type="Q4_0", code_min=-8, code_max=7, block_size=32, step_bits=5, canonical=True)
@@ -238,9 +246,10 @@ INT8 = replace(INT2, name="int8", code_min=-127, code_max=127)
 F16 = FloatGrid(name="f16", ggml_type="F16", bytes_per_value=2)
 F32 = FloatGrid(name="f32", ggml_type="F32", bytes_per_value=4)
 BF16 = FloatGrid(name="bf16", ggml_type=None, bytes_per_value=2)
+I64 = IndexGrid(name="i64", ggml_type=None, bytes_per_value=8)
 
 GRIDS: dict[str, Grid] = {
-    g.name: g for g in (Q4_0, Q4_0_FREE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE, INT2, INT4, INT8, F16, F32, BF16)
+    g.name: g for g in (Q4_0, Q4_0_FREE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE, INT2, INT4, INT8, F16, F32, BF16, I64)
 }
 
 

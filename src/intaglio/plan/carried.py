@@ -16,10 +16,8 @@ from typing import Any
 from torch import nn
 
 from intaglio.errors import ConfigError
-from intaglio.plan.family import ModelSpec, TensorSpec, build_meta_model, describe, role_of
+from intaglio.plan.family import WHOLES, ModelSpec, TensorSpec, build_meta_model, describe, role_of
 
-# Families whose towers are carried, by the model_type of the whole.
-MULTIMODAL = ("gemma4",)
 TEXT_PREFIX = "model.language_model."  # of the text model's tensors within the whole; alone they begin with "model."
 TOWER_KINDS = ("vision", "audio")
 TOWERS = ("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio.")
@@ -53,11 +51,11 @@ def scales_in_use(carried_scales: Iterable[str], values: dict[str, float]) -> di
 def describe_whole(config: dict[str, Any], unused: Iterable[str] = ()) -> ModelSpec:
     """`describe`, with all that the checkpoint holds beside its text model.
 
-    config: of a text model or of a multimodal one; of families that are not in MULTIMODAL the text
+    config: of a text model, of a drafter, or of a multimodal model; of one that is not in WHOLES the text
     alone is taken. unused: names of tensors of KV-shared layers that the checkpoint holds.
     """
     model = describe(config)
-    multimodal = config.get("model_type") in MULTIMODAL
+    multimodal = config.get("model_type") in WHOLES
     towers = _towers(config) if multimodal else ()
     carried = (*(_unused(model, name) for name in unused), *towers)
     return replace(model, carried=carried, whole=config if multimodal else None)
@@ -90,8 +88,14 @@ def _towers(config: dict[str, Any]) -> tuple[TensorSpec, ...]:
     """Every stored tensor of towers and embedders, under the names and shapes that transformers gives them."""
     model = build_meta_model(config)
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    parameters = {name for name, _ in model.named_parameters()}
     return tuple(
-        TensorSpec(name, tuple(tensor.shape), "tower_linear" if name in linears else "tower_float")
+        TensorSpec(
+            name,
+            tuple(tensor.shape),
+            "tower_linear" if name in linears else "tower_float",
+            buffer=name not in parameters,
+        )
         for name, tensor in model.state_dict().items()
         if name.startswith(TOWERS)
     )

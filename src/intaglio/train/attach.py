@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from intaglio.errors import InputError, RecipeError, WeightError
 from intaglio.numerics.fit import check_finite
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
+from intaglio.plan.memory import is_frozen_table, learns_scales
 from intaglio.plan.plan import Plan, PlannedTensor
 from intaglio.train.fakequant import (
     WeightQuantizer,
@@ -33,12 +34,6 @@ from intaglio.train.quantize import FITS
 from intaglio.train.static import StaticLinear, StaticScales, bare_path, modules_by_name
 
 Fit = Callable[[Tensor, BlockGrid], Quantized]
-
-
-def is_frozen_table(tensor: PlannedTensor) -> bool:
-    """Whether `prepare(compact=True)` keeps it as codes: a table that no head is tied to and no gradient reaches."""
-    grid, rule = tensor.grid, tensor.rule
-    return tensor.spec.role == "ple_embedding" and isinstance(grid, BlockGrid) and not rule.trainable
 
 
 def prepare(
@@ -160,7 +155,7 @@ def _attach(module: nn.Module, attribute: str, tensor: PlannedTensor, fit: Fit, 
         module.frozen = FrozenCodes(fitted, latent.dtype)
         swap_class(module, FrozenEmbedding)
         return
-    learned = trainable and (grid.positive or grid.ggml_type == "Q4_0")
+    learned = learns_scales(tensor) and trainable
     quantizer = WeightQuantizer(grid, latent, fitted, learned=learned, compiled=compiled)
     module.quantizer = quantizer
     if not trainable:

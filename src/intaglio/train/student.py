@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from intaglio.packed.checkpoint import TextModel
+from intaglio.plan.memory import is_frozen_table
 from intaglio.plan.plan import Plan
 from intaglio.plan.schedule import Schedule
-from intaglio.train.attach import is_frozen_table, prepare
+from intaglio.train.attach import prepare
 from intaglio.train.calibrate import calibrate
 from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.gptq import start_from_gptq
