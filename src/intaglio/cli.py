@@ -190,14 +190,21 @@ def quantize(
 
 @app.command()
 def train(
-    model: ModelDir,
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a transformers checkpoint, or of a packed model.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.", show_default=False)],
     data: Annotated[
         str | None,
         typer.Option(help="Text: .txt, .jsonl, .parquet, a folder of them, or a dataset's name. None: its own."),
     ] = None,
-    recipe: RecipeName = "q4_0",
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A preset (q4_0 by default), or the path of a TOML file.")
+    ] = None,
     overrides: Overrides = (),  # type: ignore[assignment]
+    teacher: Annotated[
+        Path | None, typer.Option(help="Checkpoint that a packed model learns from.", show_default=False)
+    ] = None,
     text: Text = None,
     eval_tokens: EvalTokens = 65536,
     prompt: Annotated[list[str], typer.Option(help="Show continuations of this in the report.")] = (),  # type: ignore[assignment]
@@ -208,11 +215,11 @@ def train(
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log into the run folder.")] = False,
 ) -> None:
-    """Train a checkpoint to its grids; leaves GGUF, bfloat16 checkpoint, packed model and report."""
+    """Train a checkpoint to its grids, or a packed model on them; leaves artifacts, packed model and report."""
+    from intaglio.packed.model import FILE_NAME
     from intaglio.plan.recipe import Recipe
-    from intaglio.terminal import Bars, print_report
+    from intaglio.terminal import Bars, print_comparison, print_report
     from intaglio.train.loop import Options
-    from intaglio.workflow import run
 
     options = Options(
         precision=precision,
@@ -222,18 +229,30 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
     )
     evaluation = _evaluation(text, eval_tokens, prompt)
-    loaded = Recipe.load(recipe, overrides)
-    with Bars() as bars:
-        report = run(
-            model,
-            loaded,
-            out,
-            data=data,
-            evaluation=evaluation,
-            options=options,
-            resume=resume,
-            progress=bars.progress,
+    common: dict[str, Any] = {"data": data, "evaluation": evaluation, "options": options, "resume": resume}
+    if (model / FILE_NAME).is_file():
+        if recipe is not None:
+            raise typer.BadParameter(
+                f"{model} is packed and has its recipe: leave out --recipe, or change it with --set"
+            )
+        from intaglio.finetune import finetune
+
+        with Bars() as bars:
+            tuned = finetune(model, out, teacher_dir=teacher, overrides=overrides, progress=bars.progress, **common)
+        print_comparison("before", tuned.before)
+        print_comparison("after", tuned.after)
+        for path in tuned.files:
+            typer.echo(f"{path}: holds what was trained, 0 bits differ")
+        return
+    if teacher is not None:
+        raise typer.BadParameter(
+            f"--teacher: {model} is a checkpoint of floats, which learns from itself: leave it out"
         )
+    from intaglio.workflow import run
+
+    loaded = Recipe.load(recipe or "q4_0", overrides)
+    with Bars() as bars:
+        report = run(model, loaded, out, progress=bars.progress, **common)
     print_report(report, out)
 
 

@@ -77,8 +77,8 @@ def run(
     format_of(plan).check(plan, Path(model_dir))
     tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir)
     progress.stage("Reading text")
-    corpus = _corpus(plan, data, tokenizer, teacher, progress)
-    corpus, windows_NT = _held_out(corpus, evaluation, plan, tokenizer)
+    corpus = training_text(plan, data, tokenizer, teacher, progress)
+    corpus, windows_NT = held_out(corpus, evaluation, plan, tokenizer)
     progress.stage("Training")
     student = train(
         teacher,
@@ -144,7 +144,10 @@ def _saved_windows(path: Path, vocab_size: int) -> NDArray[np.int32]:
     return windows_NT
 
 
-def _corpus(plan: Plan, data: str | Path | None, tokenizer: Any, teacher: TextModel, progress: Progress) -> Corpus:
+def training_text(
+    plan: Plan, data: str | Path | None, tokenizer: Any, teacher: TextModel, progress: Progress
+) -> Corpus:
+    """What a run trains on: a user's text, or without any the teacher's own."""
     schedule = plan.recipe.schedule
     length = schedule.sequence_length
     if data is not None:
@@ -160,7 +163,7 @@ def _corpus(plan: Plan, data: str | Path | None, tokenizer: Any, teacher: TextMo
     )
 
 
-def _held_out(corpus: Corpus, evaluation: Evaluation, plan: Plan, tokenizer: Any) -> tuple[Corpus, NDArray[np.int32]]:
+def held_out(corpus: Corpus, evaluation: Evaluation, plan: Plan, tokenizer: Any) -> tuple[Corpus, NDArray[np.int32]]:
     """Training sequences, and evaluation windows [N, T] that training never sees."""
     if evaluation.text is not None:
         return corpus, read_windows(evaluation, plan.model.config["vocab_size"], tokenizer)

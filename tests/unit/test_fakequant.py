@@ -73,9 +73,9 @@ def in_case(case: str, latent: Tensor) -> WeightQuantizer:
 
 
 def given_of(made: WeightQuantizer) -> Tensor:
-    """What the mode does not learn: signs, or the steps themselves."""
+    """What the mode does not learn: bases, or the steps themselves."""
     if made.mode != "fixed":
-        return torch.zeros(0) if made.sign is None else made.sign.float()
+        return torch.zeros(0) if made.base is None else made.base
     if made.super_scale is None:
         return made.scale.float()
     return made.super_scale.float().repeat_interleave(16, dim=-1) * made.scale.float()
@@ -453,7 +453,7 @@ def test_compiled_gradients_are_the_eager_ones() -> None:
 def test_scales_and_codes_are_part_of_the_state() -> None:
     latent = weights()
     frozen = in_case("frozen", latent)
-    assert set(frozen.state_dict()) == {"scale_latent", "sign", "codes"}
+    assert set(frozen.state_dict()) == {"scale_latent", "base", "codes"}
     assert set(in_case("canonical", latent).state_dict()) == {"scale_latent"}
-    assert set(in_case("free", latent).state_dict()) == {"scale_latent", "sign"}
+    assert set(in_case("free", latent).state_dict()) == {"scale_latent", "base"}
     assert set(in_case("fixed q6_k", latent).state_dict()) == {"scale", "super_scale"}

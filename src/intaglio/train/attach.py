@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from intaglio.errors import InputError, RecipeError, WeightError
 from intaglio.numerics.fit import check_finite
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
+from intaglio.packed.model import PackedModel
 from intaglio.plan.memory import is_frozen_table, learns_scales
 from intaglio.plan.plan import Plan, PlannedTensor
 from intaglio.train.fakequant import (
@@ -31,13 +32,20 @@ from intaglio.train.modules import (
     swap_class,
 )
 from intaglio.train.quantize import FITS
-from intaglio.train.static import StaticLinear, StaticScales, bare_path, modules_by_name
+from intaglio.train.start import begin_with, check_begins
+from intaglio.train.static import StaticLinear, StaticScales, bare_path, modules_by_name, put_scales
 
 Fit = Callable[[Tensor, BlockGrid], Quantized]
 
 
 def prepare(
-    model: nn.Module, plan: Plan, *, fit: Fit | None = None, compiled: bool = False, compact: bool = False
+    model: nn.Module,
+    plan: Plan,
+    *,
+    fit: Fit | None = None,
+    start: PackedModel | None = None,
+    compiled: bool = False,
+    compact: bool = False,
 ) -> nn.Module:
     """Put every planned tensor of `model` on its grid, in place, and return the model.
 
@@ -45,6 +53,8 @@ def prepare(
         plain LoRA on linears that the recipe trains. Adapters come first, `prepare` after them.
         Latents should be float32; gradients flow to latents, scales and float leftovers.
     fit: first scales; the recipe's own fit by default.
+    start: a packed model whose codes, scales and static scales are where training begins, bit for bit; the
+        model's own weights are then overwritten.
     compiled: run the quantizer through torch.compile.
     compact: keep the table of per-layer embeddings, if the recipe does not train it, as codes. The
         state dict then lacks it, and the floats are left as they are: another model may share them.
@@ -66,13 +76,20 @@ def prepare(
         if shape != tensor.spec.shape:
             planned = list(tensor.spec.shape)
             raise RecipeError(f"{tensor.name}: planned as {planned}, but {list(shape)} in this model: plan this model")
+        first = fit if start is None else begin_with(start, tensor, getattr(module, attribute))
         check_finite(getattr(module, attribute), tensor.name)
+        learned = plan.recipe.schedule.learn_scales and learns_scales(tensor)
         try:
-            _attach(module, attribute, tensor, fit, compiled, compact)
+            _attach(module, attribute, tensor, first, learned, compiled, compact)
+            if start is not None:
+                check_begins(start, tensor, module)
         except WeightError as error:
             raise WeightError(f"{tensor.name}: {error}") from error
     _share_with_tied_head(model)
     attach_static(model, plan)
+    if start is not None:
+        stored = start.read_static()
+        put_scales(model, plan, {scale.name: stored[scale.name] for scale in plan.static_scales if scale.owned})
     for module in model.modules():
         if is_adapter(module) and isinstance(module.base_layer, QuantLinear):
             swap_class(module, QuantLoraLinear)
@@ -138,7 +155,9 @@ def owners_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return owners
 
 
-def _attach(module: nn.Module, attribute: str, tensor: PlannedTensor, fit: Fit, compiled: bool, compact: bool) -> None:
+def _attach(
+    module: nn.Module, attribute: str, tensor: PlannedTensor, fit: Fit, learned: bool, compiled: bool, compact: bool
+) -> None:
     latent: Tensor = getattr(module, attribute)
     grid, trainable = tensor.grid, tensor.rule.trainable and isinstance(latent, nn.Parameter)
     if isinstance(grid, FloatGrid):
@@ -155,8 +174,7 @@ def _attach(module: nn.Module, attribute: str, tensor: PlannedTensor, fit: Fit, 
         module.frozen = FrozenCodes(fitted, latent.dtype)
         swap_class(module, FrozenEmbedding)
         return
-    learned = learns_scales(tensor) and trainable
-    quantizer = WeightQuantizer(grid, latent, fitted, learned=learned, compiled=compiled)
+    quantizer = WeightQuantizer(grid, latent, fitted, learned=learned and trainable, compiled=compiled)
     module.quantizer = quantizer
     if not trainable:
         latent.data.copy_(fitted.decode())

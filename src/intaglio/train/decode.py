@@ -16,7 +16,7 @@ from intaglio.train.fakequant import (
     WeightQuantizer,
     decode_group,
 )
-from intaglio.train.modules import QuantLinear, RoundedEmbedding, RoundedWeight
+from intaglio.train.modules import QuantLinear, QuantLoraLinear, RoundedEmbedding, RoundedWeight, merged_latent
 
 
 def _quantized(model: nn.Module) -> Iterator[nn.Module]:
@@ -101,9 +101,14 @@ def freeze_codes(model: nn.Module) -> None:
 
     Embeddings on a finer grid keep learning: theirs are the codes that can still make up for the others'.
     """
+    adapted = {m.base_layer: m for m in model.modules() if isinstance(m, QuantLoraLinear)}  # type: ignore[attr-defined]
     for module in _quantized(model):
         quantizer: WeightQuantizer = module.quantizer  # type: ignore[assignment]
-        if quantizer.scale_latent is not None and quantizer.mode != "frozen":
-            latent: nn.Parameter = module._parameters["weight"]  # type: ignore[assignment]
-            quantizer.freeze(latent)
-            latent.requires_grad_(False)
+        if quantizer.scale_latent is None or quantizer.mode == "frozen":
+            continue
+        lora: Any = adapted.get(module)
+        latent: Tensor = module._parameters["weight"] if lora is None else merged_latent(lora)  # type: ignore[assignment]
+        quantizer.freeze(latent.detach())
+        for parameter in (module._parameters["weight"], *(lora.parameters() if lora is not None else ())):
+            if parameter is not quantizer.scale_latent:
+                parameter.requires_grad_(False)  # type: ignore[union-attr]

@@ -6,9 +6,9 @@ Four modes say where a block's step comes from. `z` is the learned scale latent 
 
     canonical  step = extremum / code_min x ratio(z), ratio in (0.6, 1]: clips, never widens, so
                the extremum keeps code_min and llama.cpp's quantizer finds the same grid again
-    free       step = sign x exp(z), sign fixed by the first fit; on channel grids always positive
+    free       step = base x exp(z), from the base that the first fit gave; it keeps its sign
     fixed      step as fitted; only the codes follow the latents
-    frozen     step = sign x exp(z), and the codes stand still
+    frozen     step = base x exp(z), and the codes stand still
 
 Rounding passes gradients straight through (STE); clipping stops them, and what clipping stops
 reaches the step instead, as in LSQ (Esser et al. 2020, arXiv:1902.08153). The backward recomputes
@@ -18,21 +18,18 @@ codes and steps from the latents: nothing but the latents themselves is kept bet
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from intaglio.numerics.grid import FLOAT_SMALLEST, BlockGrid
+from intaglio.numerics.grid import BlockGrid
 
 Modes = tuple[tuple[str, BlockGrid], ...]
 
 LOWEST_RATIO = 0.6  # of the canonical step; a tighter clip would cost more than it gains
 CHUNK_ELEMENTS = 1 << 18
-SMALLEST_LOG_STEP = -28.0  # exp(-28) rounds to zero on every grid of float16 scales: an empty block
-SMALLEST_LOG_CHANNEL_STEP = math.log(FLOAT_SMALLEST)
 
 
 def ratio_of(z: Tensor) -> Tensor:
@@ -48,7 +45,7 @@ def _extremum(blocks_NK: Tensor) -> Tensor:
 
 
 def _step(mode: str, grid: BlockGrid, blocks: Tensor, z: Tensor, given: Tensor) -> Tensor:
-    """Rounded steps [N]. `given`: signs (free, frozen) or the steps themselves (fixed), float32."""
+    """Rounded steps [N]. `given`: bases (free, frozen) or the steps themselves (fixed), float32."""
     if mode == "fixed":
         return given
     if mode == "canonical":
