@@ -91,15 +91,15 @@ def _parts_of(tensor: PlannedTensor) -> dict[str, tuple[torch.dtype, tuple[int, 
     grid, shape = tensor.grid, tensor.spec.shape
     if not isinstance(grid, BlockGrid):
         return {tensor.name: (_float_dtype(tensor), shape)}
-    rows, columns = shape
+    *lead, columns = shape
     packed = grid.code_bits in FIELDS
-    codes = (torch.uint8, (rows, columns * grid.code_bits // 8)) if packed else (torch.int8, (rows, columns))
+    codes = (torch.uint8, (*lead, columns * grid.code_bits // 8)) if packed else (torch.int8, shape)
     parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         f"{tensor.name}.codes": codes,
-        f"{tensor.name}.scale": (grid.scale_dtype, (rows, columns // grid.block_size)),
+        f"{tensor.name}.scale": (grid.scale_dtype, (*lead, columns // grid.block_size)),
     }
     if grid.super_block is not None:
-        parts[f"{tensor.name}.super_scale"] = (torch.float16, (rows, columns // grid.super_block))
+        parts[f"{tensor.name}.super_scale"] = (torch.float16, (*lead, columns // grid.super_block))
     return parts
 
 

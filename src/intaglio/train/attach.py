@@ -25,13 +25,15 @@ from intaglio.train.modules import (
     FrozenCodes,
     FrozenEmbedding,
     QuantEmbedding,
+    QuantExperts,
     QuantLinear,
     QuantLoraLinear,
     RoundedEmbedding,
+    RoundedRouter,
     RoundedWeight,
     swap_class,
 )
-from intaglio.train.quantize import FITS
+from intaglio.train.quantize import FITS, fit_rows
 from intaglio.train.start import begin_with, check_begins
 from intaglio.train.static import StaticLinear, StaticScales, bare_path, modules_by_name, put_scales
 
@@ -64,7 +66,7 @@ def prepare(
     RecipeError if the model lacks a planned tensor, WeightError for NaN or Inf, and InputError for a
     model that is prepared already or has adapters that no quantized weight can hold.
     """
-    if any(isinstance(m, QuantLinear | QuantEmbedding | RoundedWeight) for m in model.modules()):
+    if any(isinstance(m, QuantLinear | QuantEmbedding | QuantExperts | RoundedWeight) for m in model.modules()):
         raise InputError("this model is prepared already: prepare a new copy of the original")
     fit = fit or FITS[plan.recipe.fit]
     owners = owners_of(model)
@@ -82,7 +84,7 @@ def prepare(
         try:
             _attach(module, attribute, tensor, first, learned, compiled, compact)
             if start is not None:
-                check_begins(start, tensor, module)
+                check_begins(start, tensor, module, attribute)
         except WeightError as error:
             raise WeightError(f"{tensor.name}: {error}") from error
     _share_with_tied_head(model)
@@ -158,27 +160,39 @@ def owners_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 def _attach(
     module: nn.Module, attribute: str, tensor: PlannedTensor, fit: Fit, learned: bool, compiled: bool, compact: bool
 ) -> None:
-    latent: Tensor = getattr(module, attribute)
+    stored = module._parameters.get(attribute)
+    latent: Tensor = stored if stored is not None else getattr(module, attribute)
     grid, trainable = tensor.grid, tensor.rule.trainable and isinstance(latent, nn.Parameter)
     if isinstance(grid, FloatGrid):
         if trainable:
             module.float_grid = grid  # type: ignore[assignment]
-            swap_class(module, RoundedEmbedding if isinstance(module, nn.Embedding) else RoundedWeight)
+            vector = attribute != "weight"  # of a router
+            mixin = RoundedEmbedding if isinstance(module, nn.Embedding) else RoundedRouter if vector else RoundedWeight
+            if not isinstance(module, mixin):
+                swap_class(module, mixin)
         else:
             latent.data.copy_(grid.round(latent.data))
             latent.requires_grad_(False)
         return
-    fitted = fit(latent.detach(), grid)
+    fitted = fit_rows(fit, latent.detach(), grid)
     if compact and is_frozen_table(tensor):
         del module._parameters["weight"]
         module.frozen = FrozenCodes(fitted, latent.dtype)
         swap_class(module, FrozenEmbedding)
         return
     quantizer = WeightQuantizer(grid, latent, fitted, learned=learned and trainable, compiled=compiled)
-    module.quantizer = quantizer
+    if attribute == "weight":
+        module.quantizer = quantizer
+    else:
+        several: Any = module.quantizers if hasattr(module, "quantizers") else nn.ModuleDict()
+        several[attribute] = quantizer
+        module.quantizers = several
     if not trainable:
         latent.data.copy_(fitted.decode())
         latent.requires_grad_(False)
+    elif attribute != "weight":
+        if not isinstance(module, QuantExperts):
+            swap_class(module, QuantExperts)
     elif isinstance(module, nn.Embedding):
         swap_class(module, QuantEmbedding)
     else:

@@ -24,6 +24,11 @@ FITS: dict[str, Callable[[Tensor, BlockGrid], Quantized]] = {
 }
 
 
+def fit_rows(fit: Callable[[Tensor, BlockGrid], Quantized], values: Tensor, grid: BlockGrid) -> Quantized:
+    """A fit of matrices, also for the weights of experts [E, R, C]: each row of each expert by itself."""
+    return fit(values.flatten(0, -2), grid).with_lead(values.shape[:-1])
+
+
 def fit_tensor(values: Tensor, plan: Plan, name: str, rows: slice | None = None) -> Quantized | Tensor:
     """One tensor, or these rows of it, on its planned grid: the recipe's fit, or rounding for a float leftover."""
     tensor, grid = plan[name], plan[name].grid
@@ -32,7 +37,7 @@ def fit_tensor(values: Tensor, plan: Plan, name: str, rows: slice | None = None)
     if tensor.full_floats:
         return values.float()
     try:
-        return grid.round(values) if isinstance(grid, FloatGrid) else FITS[plan.recipe.fit](values, grid)
+        return grid.round(values) if isinstance(grid, FloatGrid) else fit_rows(FITS[plan.recipe.fit], values, grid)
     except WeightError as error:
         raise WeightError(f"{name}: {error}") from error
 

@@ -14,6 +14,7 @@ from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
+from intaglio.train.modules import quantizers_of
 
 
 def plan_to_go_on(packed: PackedModel, overrides: tuple[str, ...] | list[str] = ()) -> Plan:
@@ -53,12 +54,14 @@ def begin_with(start: PackedModel, tensor: PlannedTensor, latent: Tensor) -> Cal
 
 
 @torch.no_grad()
-def check_begins(start: PackedModel, tensor: PlannedTensor, module: nn.Module) -> None:
+def check_begins(start: PackedModel, tensor: PlannedTensor, module: nn.Module, attribute: str) -> None:
     """Raise InputError unless the first forward has the packed codes and scales."""
-    quantizer: Any = getattr(module, "quantizer", None)
+    quantizer = quantizers_of(module).get(attribute)
     if quantizer is None:
         return
-    stored, found = start.read(tensor.name), quantizer.pack(module._parameters["weight"])
+    latent = module._parameters[attribute]
+    assert latent is not None
+    stored, found = start.read(tensor.name), quantizer.pack(latent)
     assert isinstance(stored, Quantized)
     same = (stored.codes == found.codes).reshape(-1, quantizer.grid.block_size).all(-1)
     same &= (stored.step == found.step).flatten()
