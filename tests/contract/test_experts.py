@@ -165,7 +165,9 @@ def test_files_hold_the_codes_of_every_expert(recipe: str, checkpoint: Path, tmp
         made = intaglio("export", packed.path, target, f"--out={tmp_path / name}")
         assert made.code == 0, made.err
         assert verify(packed, tmp_path / name).exact
-    types = {t.name: (t.tensor_type.name, tuple(int(n) for n in t.shape)) for t in read_gguf(tmp_path / "model.gguf").tensors}
+    types = {
+        t.name: (t.tensor_type.name, tuple(int(n) for n in t.shape)) for t in read_gguf(tmp_path / "model.gguf").tensors
+    }
     assert types["blk.2.ffn_gate_up_exps.weight"] == ("Q4_0", (256, 128, 16))
     assert types["blk.2.ffn_down_exps.weight"] == ("Q4_0", (64, 256, 16))
     assert types["blk.2.ffn_gate_inp.weight"] == ("F32", (256, 16)) and types["blk.2.ffn_gate_inp.scale"][0] == "F32"

@@ -144,7 +144,10 @@ def _announce_tensors(writer: GGUFWriter, plan: Plan) -> None:
             size = int(np.prod(shape)) * dtype.itemsize
         else:
             dtype, size = np.dtype(np.uint8), tensor.size_bytes
-            shape = (*shape[:-1], size // math.prod(shape[:-1]))  # gguf-py takes the shape in bytes and works out the columns
+            shape = (
+                *shape[:-1],
+                size // math.prod(shape[:-1]),
+            )  # gguf-py takes the shape in bytes and works out the columns
         writer.add_tensor_info(gguf_name(tensor.name), shape, dtype, size, raw_dtype=kind)
 
 
