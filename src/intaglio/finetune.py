@@ -124,8 +124,6 @@ def _check_loss(loss: str, teacher_dir: str | Path | None, data: str | Path | No
             "learn the text itself with --set schedule.loss=cross_entropy"
         )
     if loss == "cross_entropy" and teacher_dir is not None:
-        raise InputError(
-            "schedule.loss = 'cross_entropy' has no use for a teacher: leave out --teacher, or set it to kl"
-        )
+        raise InputError("schedule.loss = 'cross_entropy' has no use for a teacher: leave out --teacher")
     if loss == "cross_entropy" and data is None:
         raise InputError("schedule.loss = 'cross_entropy' learns a text: give one with --data")

@@ -1,4 +1,4 @@
-"""Fine-tuning a packed model: it begins with the packed bits, never leaves the grid, and ships exactly what it became."""
+"""Fine-tuning a packed model: it begins with the packed bits, never leaves the grid, and ships what it became."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_the_first_loss_is_the_mean_cross_entropy_of_the_packed_model(tmp_path: 
 
 def test_grids_must_stay_and_losses_need_what_they_learn_from(tmp_path: Path) -> None:
     start = trained(tmp_path, "q4_0")
-    with pytest.raises(RecipeError, match="is on grid q4_0 in .*, and cannot go on on q8_0"):
+    with pytest.raises(RecipeError, match=r"is on grid q4_0 in .*, and cannot go on on q8_0"):
         plan_to_go_on(start, ["weights.linear.grid=q8_0"])
     free = plan_to_go_on(start, ["weights.linear.grid=q4_0-free"])
     prepare(load_packed(start), free, start=start)

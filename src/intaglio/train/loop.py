@@ -138,9 +138,7 @@ def train(
     options = options or Options()
     run_dir = Path(run_dir)
     if plan.recipe.schedule.lora_rank and start is None:
-        raise InputError(
-            "schedule.lora_rank is for training that goes on from a packed model: quantize the model first"
-        )
+        raise InputError("schedule.lora_rank is for training that goes on from a packed model: quantize it first")
     identity = run_identity(plan, start) | {"corpus": corpus.digest}
     check_run_dir(run_dir, identity, resume)
     accelerator = make_accelerator(options, run_dir)
