@@ -279,6 +279,11 @@ def export(
     if target == "gemma-mobile":
         _print_towers_off(model)
     _verify(packed, out, as_json=False)
+    if target == "gguf" and model.plan.model.whole and not text_only:
+        typer.echo(
+            f"{out} is the text model alone: for images and sound export the hf folder too, and make an mmproj file "
+            "of it with llama.cpp's convert_hf_to_gguf.py --mmproj"
+        )
 
 
 def _print_towers_off(packed: PackedModel) -> None:

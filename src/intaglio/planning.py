@@ -9,11 +9,11 @@ from typing import Any
 from intaglio.errors import ConfigError, RecipeError
 from intaglio.export.footprint import KV_BITS, Footprint, footprint, longest_context
 from intaglio.export.sizes import GEMMA_METADATA_BYTES, bf16_bytes, gguf_size, w4a16_size
-from intaglio.packed.checkpoint import checkpoint_spec
+from intaglio.packed.checkpoint import check_weights, checkpoint_spec, has_weights
 from intaglio.plan.bundled import MODELS, bundled_config, bundled_name, find_config
 from intaglio.plan.carried import describe_whole
 from intaglio.plan.components import kv_cache_bytes, parameters
-from intaglio.plan.family import ModelSpec
+from intaglio.plan.family import ModelSpec, load_config
 from intaglio.plan.memory import TrainingMemory, training_memory
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.published import LEFT_OUT, PUBLISHED_GB
@@ -60,12 +60,28 @@ class Survey:
     drafter: tuple[str, Footprint] | None
     fits: tuple[Fit, ...]
 
+    @property
+    def checkpointed(self) -> TrainingMemory:
+        """What training takes with gradient checkpointing."""
+        return training_memory(self.plan, gpus=self.wishes.gpus, gradient_checkpointing=True)
+
+    @property
+    def file_resident_bytes(self) -> int:
+        """Resident weights of the file itself, of which a GGUF has no towers."""
+        return self.footprint.total("resident_bytes", text_only=not self.plan.mobile)
+
+    @property
+    def tower_bytes(self) -> int:
+        """What towers and their embedders add to that, or are part of it in a mobile folder."""
+        return self.footprint.total("resident_bytes") - self.footprint.total("resident_bytes", text_only=True)
+
     def needed_bytes(self, bits: int, *, text_only: bool = False) -> int:
         """Resident weights, the drafter's too, and the KV cache at so many bits."""
         drafter = self.drafter[1].total("resident_bytes") if self.drafter else 0
         return self.footprint.total("resident_bytes", text_only=text_only) + drafter + self.kv[bits]["total"]
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything, and every tensor; ready for JSON."""
         plan = self.plan
         return {
             "model": self.name,
@@ -87,9 +103,13 @@ class Survey:
 
 
 def find_spec(model: str | Path, *, text_only: bool = False) -> ModelSpec:
-    """What a folder, a config.json or a bundled name describes."""
-    if Path(model).exists():
-        return checkpoint_spec(model, text_only=text_only)
+    """What a folder, a config.json or a bundled name describes; weights in the folder must be as its config says."""
+    path = Path(model)
+    if path.exists():
+        spec = checkpoint_spec(path, text_only=text_only)
+        if path.is_dir() and has_weights(path) and "quantization_config" not in load_config(path):
+            check_weights(path, spec)
+        return spec
     spec = describe_whole(find_config(model))
     return spec.text_only() if text_only else spec
 

@@ -11,6 +11,7 @@ from rich.text import Text
 from intaglio.export.footprint import KV_BITS, Footprint, Part, bits_per_weight
 from intaglio.measure.render import count, size
 from intaglio.plan.components import TOWERS
+from intaglio.plan.memory import TrainingMemory
 from intaglio.plan.plan import Plan
 from intaglio.plan.published import LEFT_OUT
 from intaglio.plan.units import tokens_text
@@ -35,7 +36,6 @@ TRAINING_LABELS = {
 def print_survey(survey: Survey) -> None:
     """The answer in three lines, then the parts, the KV cache, training, and what fits."""
     plan, total = survey.plan, survey.footprint.total
-    kind = "Gemma mobile folder" if plan.mobile else "GGUF with its tokenizer"
     console.print()
     console.print(
         Text.assemble((survey.name, "bold"), f"   {count(total('parameters'))} parameters, recipe {plan.recipe.name}")
@@ -43,8 +43,8 @@ def print_survey(survey: Survey) -> None:
     console.print(Text(plan.recipe.summary, style="dim"))
     console.print()
     for label, value, note in (
-        ("on disk", survey.footprint.file.total, kind + _towers_note(survey)),
-        ("resident", total("resident_bytes"), "weights that every token reads"),
+        ("on disk", survey.footprint.file.total, file_kind(survey)),
+        ("resident", survey.file_resident_bytes, "weights that every token reads" + towers_note(survey)),
         ("mapped", total("mapped_bytes"), "tables that are looked up, left on disk"),
     ):
         console.print(Text.assemble(f"  {label:<9}", (f"{_or_none(value):>8}", "bold cyan"), (f"   {note}", "dim")))
@@ -57,10 +57,22 @@ def print_survey(survey: Survey) -> None:
     console.print()
 
 
-def _towers_note(survey: Survey) -> str:
-    if not survey.footprint.towers:
+def file_kind(survey: Survey) -> str:
+    """What the file is, and where towers go."""
+    if survey.plan.mobile:
+        return "Gemma mobile folder" + ", towers included" * survey.footprint.towers
+    return "GGUF with its tokenizer" + "; towers in an mmproj beside it" * survey.footprint.towers
+
+
+def towers_note(survey: Survey) -> str:
+    """How much of what is resident are towers, or how much they come to beside it."""
+    if not survey.tower_bytes:
         return ""
-    return ", towers included" if survey.plan.mobile else "; towers in an mmproj beside it"
+    return (
+        f"; {size(survey.tower_bytes)} of it towers"
+        if survey.plan.mobile
+        else f"; towers {size(survey.tower_bytes)} more"
+    )
 
 
 def _wide() -> bool:
@@ -137,9 +149,6 @@ def _print_training(survey: Survey) -> None:
     """Memory of a training step on each GPU, and what checkpointing would save."""
     training = survey.training
     assert training is not None
-    gpus = f"on each of {training.gpus} GPUs" if training.gpus > 1 else "on one GPU"
-    checkpointing = ", activations checkpointed" if training.gradient_checkpointing else ""
-    title = f"Training {gpus}, {training.micro_tokens:,} tokens a forward{checkpointing}"
     table = _table("", "", "")
     largest = max(training.rows.values())
     for name, value in training.rows.items():
@@ -148,7 +157,18 @@ def _print_training(survey: Survey) -> None:
     table.add_section()
     table.add_row(Text("all", style="bold"), Text(size(training.total), style="bold"), "")
     table.columns[1].justify = "right"
-    _show(title, table)
+    _show(training_title(training), table)
+    if not training.gradient_checkpointing:
+        other = survey.checkpointed
+        saved = f"with --gradient-checkpointing: activations {size(other.activations)}, all {size(other.total)}"
+        console.print(Text(saved, style="dim"))
+
+
+def training_title(training: TrainingMemory) -> str:
+    """On what, and with how much at once."""
+    gpus = f"on each of {training.gpus} GPUs" if training.gpus > 1 else "on one GPU"
+    checkpointing = ", activations checkpointed" if training.gradient_checkpointing else ""
+    return f"Training {gpus}, {training.micro_tokens:,} tokens a forward{checkpointing}"
 
 
 def fits_table(survey: Survey) -> Table:
@@ -166,12 +186,18 @@ def fits_table(survey: Survey) -> Table:
     return table
 
 
-def _context(tokens: int, plan: Plan) -> Text:
+def context_text(tokens: int, plan: Plan) -> str:
+    """A context length that fits, rounded down."""
     if tokens == 0:
-        return Text("does not fit", style="red")
+        return "does not fit"
     if tokens >= plan.model.layer_config.max_position_embeddings:
-        return Text(f"{tokens_text(tokens)}, its limit", style="green")
-    return Text(f"{tokens // 1024}k" if tokens >= 1024 else str(tokens), style="yellow")
+        return f"{tokens_text(tokens)}, its limit"
+    return f"{tokens // 1024}k" if tokens >= 1024 else str(tokens)
+
+
+def _context(tokens: int, plan: Plan) -> Text:
+    text = context_text(tokens, plan)
+    return Text(text, style="red" if tokens == 0 else "green" if "limit" in text else "yellow")
 
 
 def print_tensors(plan: Plan) -> None:

@@ -36,18 +36,13 @@ MAY_IMPORT = {
     "finetune": {"errors", "packed", "train", "measure", "formats", "progress", "proof", "workflow"},
     "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow"},
     "terminal": {"plan", "train", "measure", "progress"},
+    "planning": {"errors", "plan", "packed", "export"},
+    "terminal_plan": {"plan", "export", "measure", "planning"},
+    "planning_page": {"plan", "packed", "export", "measure", "planning", "terminal_plan"},
     "cli": {
-        "errors",
-        "plan",
-        "packed",
-        "train",
-        "export",
-        "measure",
-        "demo",
+        *("errors", "plan", "packed", "train", "export", "measure", "demo", "terminal", "proof", "workflow"),
         "finetune",
-        "terminal",
-        "proof",
-        "workflow",
+        *("planning", "terminal_plan", "planning_page"),
     },
     "__init__": set(),  # names its homes as strings
 }

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
+from intaglio.packed.store import headers
 from intaglio.plan.carried import describe_whole, text_name, unused_names
 from intaglio.plan.family import ROLES, TOWER_ROLES, build_meta_model, describe
 from intaglio.plan.mended import NEEDED_BY, kv_sharing_modes, mend_kv_sharing
 from intaglio.plan.plan import make_plan
-from tests.support.tiny import ASSISTANT, FAMILY, GEMMA4, GEMMA4_MOE, MULTIMODAL, UNIFIED, UNIFIED_ASSISTANT
+from tests.support.tiny import (
+    ASSISTANT,
+    FAMILY,
+    GEMMA4,
+    GEMMA4_MOE,
+    MULTIMODAL,
+    UNIFIED,
+    UNIFIED_ASSISTANT,
+    make_checkpoint,
+)
 
 each_kind = pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY)
 
 
-def stored(config: dict[str, Any]) -> dict[str, torch.Size]:
-    """What a checkpoint of this config holds, under our names: all of the state dict but what is tied."""
-    model = build_meta_model(config)
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    return {text_name(name): tensor.shape for name, tensor in model.state_dict().items() if name in own}
-
-
 @each_kind
-def test_every_parameter_has_exactly_one_role(config: dict[str, Any]) -> None:
+def test_every_parameter_has_exactly_one_role(config: dict[str, Any], tmp_path: Path) -> None:
+    """Of a checkpoint as transformers saves it, where some have other names than in the state dict."""
+    stored = headers(make_checkpoint(tmp_path, config) / "model.safetensors")
     spec = describe_whole(config)
     planned = [*spec.tensors, *spec.carried]
     assert len({tensor.name for tensor in planned}) == len(planned)
-    assert {tensor.name: tensor.shape for tensor in planned} == {n: tuple(s) for n, s in stored(config).items()}
+    assert {tensor.name: tensor.shape for tensor in planned} == {text_name(n): s for n, (_, s) in stored.items()}
+    trained = sum(math.prod(p.shape) for p in build_meta_model(config).parameters())
+    assert sum(tensor.numel for tensor in planned if not tensor.buffer) == trained
     for tensor in spec.tensors:
         assert [role for pattern, role in ROLES if re.search(pattern, tensor.name)] == [tensor.role]
     assert {tensor.role for tensor in spec.carried} <= set(TOWER_ROLES)
@@ -74,8 +81,8 @@ def test_clipped_linears_carry_four_bounds_each() -> None:
 
 def test_embedders_without_encoders_are_carried() -> None:
     carried = {tensor.name: tensor.role for tensor in describe_whole(UNIFIED).carried}
-    assert carried["model.embed_vision.patch_dense.weight"] == "tower_linear"
-    assert carried["model.embed_vision.pos_embedding"] == "tower_float"
+    assert carried["model.vision_embedder.patch_dense.weight"] == "tower_linear"
+    assert carried["model.vision_embedder.pos_embedding"] == "tower_float"
     assert carried["model.embed_audio.embedding_projection.weight"] == "tower_linear"
     assert not any("tower" in name for name in carried)
 

@@ -50,6 +50,7 @@ class Footprint:
         return any(part.component in TOWERS for part in self.parts)
 
     def to_dict(self) -> dict[str, Any]:
+        """Parts, their sums with and without towers, and the file; ready for JSON."""
         fields = ("parameters", "disk_bytes", "resident_bytes", "mapped_bytes")
         return {
             "parts": [asdict(part) for part in self.parts],

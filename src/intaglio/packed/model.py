@@ -58,6 +58,7 @@ ASSETS = (
     "generation_config.json",
     "processor_config.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
 
 

@@ -20,7 +20,15 @@ from intaglio.plan.family import WHOLES, ModelSpec, TensorSpec, build_meta_model
 
 TEXT_PREFIX = "model.language_model."  # of the text model's tensors within the whole; alone they begin with "model."
 TOWER_KINDS = ("vision", "audio")
-TOWERS = ("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio.")
+TOWERS = (
+    *("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
+    "model.vision_embedder.",  # of a model without encoders
+)
+# What files call some modules of a model without encoders (transformers: conversion_mapping, "gemma4_unified").
+STORED_NAMES = {
+    "model.embed_vision.multimodal_embedder.": "model.embed_vision.",
+    "model.embed_vision.": "model.vision_embedder.",
+}
 UNUSED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj)\.weight")
 
 
@@ -85,13 +93,19 @@ def _unused(model: ModelSpec, name: str) -> TensorSpec:
 
 
 def _towers(config: dict[str, Any]) -> tuple[TensorSpec, ...]:
-    """Every stored tensor of towers and embedders, under the names and shapes that transformers gives them."""
+    """Every stored tensor of towers and embedders, under the names that files give them, in transformers' shapes."""
+    renamed = STORED_NAMES if config["model_type"] == "gemma4_unified" else {}
+
+    def stored(name: str) -> str:
+        prefix = next((prefix for prefix in renamed if name.startswith(prefix)), "")
+        return renamed.get(prefix, "") + name.removeprefix(prefix)
+
     model = build_meta_model(config)
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     parameters = {name for name, _ in model.named_parameters()}
     return tuple(
         TensorSpec(
-            name,
+            stored(name),
             tuple(tensor.shape),
             "tower_linear" if name in linears else "tower_float",
             buffer=name not in parameters,

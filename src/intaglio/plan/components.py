@@ -35,7 +35,7 @@ TOWERS = ("vision", "embed_vision", "audio", "embed_audio")  # left out by a tex
 def component_of(tensor: TensorSpec, *, carried: bool = False) -> str:
     """A key of LABELS."""
     if tensor.role in TOWER_ROLES:
-        return tensor.name.split(".")[1].removesuffix("_tower")
+        return tensor.name.split(".")[1].removesuffix("_tower").replace("vision_embedder", "embed_vision")
     return "unused" if carried else tensor.role
 
 

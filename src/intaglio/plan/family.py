@@ -198,6 +198,11 @@ def describe(config: dict[str, Any]) -> ModelSpec:
         known = sorted({*FAMILIES, *WHOLES})
         raise ConfigError(f"unknown model_type {model_type!r}: expected one of {', '.join(known)}")
     model = build_meta_model(config)
+    shared = getattr(model.config, "num_kv_shared_layers", 0)
+    if shared >= model.config.get_text_config().num_hidden_layers and not FAMILIES[model_type].drafter:
+        raise ConfigError(
+            f"num_kv_shared_layers = {shared}: no layer has keys and values to share: only a drafter may have so many"
+        )
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
     stored = parameters | dict(model.named_buffers())
     order = [name for name in model.state_dict() if name in stored]  # without a tied head, and tables computed anew

@@ -69,6 +69,7 @@ def check_begins(start: PackedModel, tensor: PlannedTensor, module: nn.Module, a
         raise InputError(
             f"{tensor.name}: {int((~same).sum())} of {same.numel()} blocks are not what training on grid "
             f"{quantizer.grid.name} begins with: on a canonical grid every block has code "
-            f"{quantizer.grid.code_min}, and a scale of zero has codes of zero; choose the free grid of the same codes, for example --set "
+            f"{quantizer.grid.code_min}, and a scale of zero has codes of zero; "
+            "choose the free grid of the same codes, for example --set "
             f"weights.{tensor.rule.name}.grid=q4_0-free"
         )
