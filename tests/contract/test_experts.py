@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from intaglio.errors import RecipeError
 from intaglio.measure.simulate import decoded_model
+from intaglio.numerics.fit import fit_mse
 from intaglio.numerics.grid import Q4_0, Quantized
 from intaglio.packed.checkpoint import load_model
 from intaglio.packed.decoded import load_packed
@@ -101,6 +102,21 @@ def test_experts_are_decoded_once_a_forward_and_shared_within_a_step(monkeypatch
         assert torch.equal(logits_of(model), plain)
     drop_values(model)
     assert quantizer.values is None
+
+
+@pytest.mark.parametrize("change", ["grid=f32", "trainable=false"])
+def test_experts_that_stay_floats_or_still_are_what_ships(change: str, tmp_path: Path) -> None:
+    plan = small_plan(f"weights.expert.{change}", config=SMALL_MOE)
+    model = prepare(moe(), plan).eval()
+    model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+    latent: Any = model.get_submodule(EXPERTS)._parameters["down_proj"]
+    assert (latent.grad is not None) == (change == "grid=f32")
+    found, packed = logits_of(model), packed_of(model, plan, tmp_path)
+    assert torch.equal(found, logits_of(load_packed(packed)))
+    original = dict(moe().named_parameters())[f"{EXPERTS}.down_proj"].detach()
+    rows = fit_mse(original.flatten(0, 1), Q4_0).decode().view_as(original)
+    expected = original.to(torch.bfloat16).float() if change == "grid=f32" else rows
+    assert torch.equal(packed.decode(f"{EXPERTS}.down_proj"), expected)
 
 
 def test_gradients_reach_experts_that_tokens_went_to_and_their_router() -> None:

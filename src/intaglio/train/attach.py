@@ -165,6 +165,9 @@ def _attach(
     grid, trainable = tensor.grid, tensor.rule.trainable and isinstance(latent, nn.Parameter)
     if isinstance(grid, FloatGrid):
         if trainable:
+            if tensor.spec.role == "expert":
+                _experts(module).float_grids[attribute] = grid
+                return
             module.float_grid = grid  # type: ignore[assignment]
             vector = attribute != "weight"  # of a router
             mixin = RoundedEmbedding if isinstance(module, nn.Embedding) else RoundedRouter if vector else RoundedWeight
@@ -181,22 +184,25 @@ def _attach(
         swap_class(module, FrozenEmbedding)
         return
     quantizer = WeightQuantizer(grid, latent, fitted, learned=learned and trainable, compiled=compiled)
-    if attribute == "weight":
-        module.quantizer = quantizer
+    if tensor.spec.role == "expert":
+        _experts(module).quantizers[attribute] = quantizer
     else:
-        several: Any = module.quantizers if hasattr(module, "quantizers") else nn.ModuleDict()
-        several[attribute] = quantizer
-        module.quantizers = several
+        module.quantizer = quantizer
     if not trainable:
         latent.data.copy_(fitted.decode())
         latent.requires_grad_(False)
-    elif attribute != "weight":
-        if not isinstance(module, QuantExperts):
-            swap_class(module, QuantExperts)
     elif isinstance(module, nn.Embedding):
         swap_class(module, QuantEmbedding)
-    else:
+    elif tensor.spec.role != "expert":
         module.__class__ = QuantLinear
+
+
+def _experts(module: nn.Module) -> Any:
+    """The module of a layer's experts, ready for their quantizers."""
+    if not isinstance(module, QuantExperts):
+        module.quantizers, module.float_grids = nn.ModuleDict(), {}  # type: ignore[assignment]
+        swap_class(module, QuantExperts)
+    return module
 
 
 def _share_with_tied_head(model: nn.Module) -> None:

@@ -55,13 +55,16 @@ class QuantExperts:
     """
 
     quantizers: nn.ModuleDict  # by the parameters' names
+    float_grids: dict[str, FloatGrid]  # of those that stay floats
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        decoded = {}
+        latents: dict[str, Tensor] = self._parameters  # type: ignore[attr-defined]
+        decoded = {
+            name: RoundStraightThrough.apply(latents[name], grid, None) for name, grid in self.float_grids.items()
+        }
         for name, quantizer in self.quantizers.items():
-            latent = self._parameters[name]  # type: ignore[attr-defined]
-            ready = quantizer.decoded
-            decoded[name] = ready if ready is not None else quantizer(latent, compute_dtype(hidden_states, latent))
+            ready, dtype = quantizer.decoded, compute_dtype(hidden_states, latents[name])
+            decoded[name] = ready if ready is not None else quantizer(latents[name], dtype)
         self.__dict__["decoded"] = decoded
         try:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
