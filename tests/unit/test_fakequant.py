@@ -73,9 +73,9 @@ def in_case(case: str, latent: Tensor) -> WeightQuantizer:
 
 
 def given_of(made: WeightQuantizer) -> Tensor:
-    """What the mode does not learn: signs, or the steps themselves."""
+    """What the mode does not learn: bases, or the steps themselves."""
     if made.mode != "fixed":
-        return torch.zeros(0) if made.sign is None else made.sign.float()
+        return torch.zeros(0) if made.base is None else made.base
     if made.super_scale is None:
         return made.scale.float()
     return made.super_scale.float().repeat_interleave(16, dim=-1) * made.scale.float()
@@ -113,7 +113,10 @@ def test_gradients_are_those_of_autograd(case: str, dtype: torch.dtype) -> None:
     plain = plain_fake_quantize(made.mode, made.grid, *arguments)
     plain.backward(upstream.to(dtype))
 
-    assert torch.equal(values, plain.float())
+    if made.grid.positive and dtype == torch.float64:  # a step of 24 bits keeps what float32 rounds in base x exp(z)
+        torch.testing.assert_close(values, plain.float(), rtol=1e-6, atol=0)
+    else:
+        assert torch.equal(values, plain.float())
     assert (latent.grad is None) == (plain_latent.grad is None)
     if latent.grad is not None:
         torch.testing.assert_close(latent.grad, plain_latent.grad.float(), rtol=1e-4, atol=1e-6)
@@ -454,7 +457,7 @@ def test_compiled_gradients_are_the_eager_ones() -> None:
 def test_scales_and_codes_are_part_of_the_state() -> None:
     latent = weights()
     frozen = in_case("frozen", latent)
-    assert set(frozen.state_dict()) == {"scale_latent", "sign", "codes"}
+    assert set(frozen.state_dict()) == {"scale_latent", "base", "codes"}
     assert set(in_case("canonical", latent).state_dict()) == {"scale_latent"}
-    assert set(in_case("free", latent).state_dict()) == {"scale_latent", "sign"}
+    assert set(in_case("free", latent).state_dict()) == {"scale_latent", "base"}
     assert set(in_case("fixed q6_k", latent).state_dict()) == {"scale", "super_scale"}

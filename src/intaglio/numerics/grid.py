@@ -274,7 +274,7 @@ def grid_named(name: str) -> Grid:
 class Quantized:
     """One tensor on a BlockGrid.
 
-    codes: int8 [R, C].
+    codes: int8 [R, C], or [E, R, C] for the weights of E experts, and so on.
     scale: [R, S] in the grid's scale_dtype: float16, int8 for Q6_K, float32 for channel grids.
     super_scale: None; float16 [R, C / 256] for Q6_K.
     """
@@ -291,6 +291,15 @@ class Quantized:
             return self.scale.float()
         per_super = self.grid.super_block // self.grid.block_size  # type: ignore[operator]
         return self.super_scale.float().repeat_interleave(per_super, dim=-1) * self.scale.float()
+
+    def rows(self) -> Quantized:
+        """The same as a matrix: experts below one another."""
+        return self.with_lead((self.codes.shape[:-1].numel(),))
+
+    def with_lead(self, lead: tuple[int, ...]) -> Quantized:
+        """The same with other dimensions in front of the columns."""
+        parts = (self.codes, self.scale, self.super_scale)
+        return Quantized(self.grid, *(None if p is None else p.reshape(*lead, p.shape[-1]) for p in parts))  # type: ignore[arg-type]
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[R, C] in `dtype`, as the runtime computes it."""

@@ -209,10 +209,11 @@ class SafetensorsReader:
 
 
 def row_slices(shape: tuple[int, ...]) -> list[slice | None]:
-    """The rows of a matrix, about `CHUNK_ELEMENTS` at a time; None, which is all, for a small one or anything else."""
-    if len(shape) != 2 or shape[0] * shape[1] <= CHUNK_ELEMENTS:
+    """The rows of a matrix, or of three dimensions the first, about `CHUNK_ELEMENTS` at a time; None, which is all,
+    for a small tensor or anything else."""
+    if len(shape) not in (2, 3) or math.prod(shape) <= CHUNK_ELEMENTS:
         return [None]
-    step = max(1, CHUNK_ELEMENTS // shape[1])
+    step = max(1, CHUNK_ELEMENTS // math.prod(shape[1:]))
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 

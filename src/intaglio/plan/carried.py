@@ -19,6 +19,7 @@ from intaglio.errors import ConfigError
 from intaglio.plan.family import WHOLES, ModelSpec, TensorSpec, build_meta_model, describe, role_of
 
 TEXT_PREFIX = "model.language_model."  # of the text model's tensors within the whole; alone they begin with "model."
+TOWER_KINDS = ("vision", "audio")
 TOWERS = (
     *("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
     "model.vision_embedder.",  # of a model without encoders
@@ -40,6 +41,19 @@ def whole_name(name: str) -> str:
 def text_name(name: str) -> str:
     """The other way round: our name of what a checkpoint of either kind calls `name`."""
     return "model." + name.removeprefix(TEXT_PREFIX) if name.startswith(TEXT_PREFIX) else name
+
+
+def tower_kind(name: str) -> str:
+    """One of TOWER_KINDS for what belongs to such a tower or its embedder; empty for anything else."""
+    part = name.removeprefix("model.").partition(".")[0]
+    return next((kind for kind in TOWER_KINDS if part in (f"{kind}_tower", f"embed_{kind}")), "")
+
+
+def scales_in_use(carried_scales: Iterable[str], values: dict[str, float]) -> dict[str, tuple[int, int]]:
+    """For each kind of tower with activation scales: how many are known, and how many there are."""
+    found = [(tower_kind(name), bool(values[name])) for name in carried_scales]
+    totals = {kind: [known for of, known in found if of == kind] for kind in TOWER_KINDS}
+    return {kind: (sum(known), len(known)) for kind, known in totals.items() if known}
 
 
 def describe_whole(config: dict[str, Any], unused: Iterable[str] = ()) -> ModelSpec:

@@ -220,6 +220,11 @@ def _rule_for(recipe: Recipe, model: ModelSpec, spec: TensorSpec) -> WeightRule:
     rule = recipe.rule_for(spec.name, spec.role, model.first_late_layer)
     if rule is None and spec.role in TOWER_ROLES:
         return LEFT_ALONE
+    if rule is None and spec.role in ("expert", "router"):
+        raise RecipeError(
+            f"recipe {recipe.name} has no grid for experts and their routers, which this model has ({spec.name}): "
+            "choose one that has, for example q4_0"
+        )
     if rule is None:
         raise RecipeError(
             f"recipe {recipe.name}: no rule covers {spec.name} {list(spec.shape)}: "

@@ -19,8 +19,6 @@ from intaglio.errors import MismatchError
 from intaglio.numerics.grid import BlockGrid, Quantized, from_steps
 from intaglio.train.kernels import (
     LOWEST_RATIO,
-    SMALLEST_LOG_CHANNEL_STEP,
-    SMALLEST_LOG_STEP,
     Scales,
     backward,
     backward_group,
@@ -39,14 +37,15 @@ class WeightQuantizer(nn.Module):
 
     scale_latent: float32 parameter [R, S], or None in fixed mode.
     scale, super_scale: the fitted scales, in fixed mode only.
-    sign: int8 buffer [R, S] of +1 and -1, in free and frozen mode.
+    base: float32 buffer [R, S], in free and frozen mode: the steps that learning began with. A latent of
+        zero stands for just them, so that a model which was packed goes on from the very scales it has.
     codes: int8 buffer [R, C], only once frozen.
     compiled: decode and differentiate whole groups of weights through torch.compile.
     """
 
     scale: Tensor
     super_scale: Tensor | None
-    sign: Tensor | None
+    base: Tensor | None
     codes: Tensor | None
 
     def __init__(self, grid: BlockGrid, latent: Tensor, fitted: Quantized, *, learned: bool, compiled: bool = False):
@@ -57,12 +56,12 @@ class WeightQuantizer(nn.Module):
         fitted = _to_device(fitted, latent.device)
         self.register_buffer("scale", None if learned else fitted.scale)
         self.register_buffer("super_scale", None if learned else fitted.super_scale)
-        self.register_buffer("sign", _signs(fitted.step) if self.mode == "free" else None)
+        self.register_buffer("base", fitted.step if self.mode == "free" else None)
         self.register_buffer("codes", None)
         scale_latent = None
         if learned:
             step = fitted.step
-            scale_latent = _ratio_latent(grid, latent, step) if grid.canonical else _log_magnitude(grid, step)
+            scale_latent = _ratio_latent(grid, latent, step) if grid.canonical else torch.zeros_like(step)
         self.scale_latent = None if scale_latent is None else nn.Parameter(scale_latent)
         self.values: Tensor | None = None  # decoded once for the optimizer step; see `cache_values`
         self.steps: Tensor | None = None  # of those values
@@ -81,14 +80,14 @@ class WeightQuantizer(nn.Module):
         return blocks, self.blocks_of(self.codes if rows is None else self.codes[rows])
 
     def z_and_given(self, latent: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scale latents [N], and the signs (free, frozen) or steps (fixed) that are not learned; or empty."""
+        """Scale latents [N], and the bases (free, frozen) or steps (fixed) that are not learned; or empty."""
 
         def pick(tensor: Tensor | None) -> Tensor:
             if tensor is None:
                 return latent.new_empty(0)
             return tensor.detach() if rows is None else tensor.detach()[rows]
 
-        given = pick(self.sign)
+        given = pick(self.base)
         if self.mode == "fixed":
             supers = None if self.super_scale is None else pick(self.super_scale).flatten(0, -2)
             scale = pick(self.scale)
@@ -153,9 +152,9 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_steps(self, step: Tensor) -> None:
-        """Begin with other steps than the fitted ones, float32 [R, S]; in free mode, whose signs stay."""
-        assert self.scale_latent is not None and self.mode == "free"
-        self.scale_latent.copy_(_log_magnitude(self.grid, step))
+        """Begin with other steps than the fitted ones, float32 [R, S]; in free mode."""
+        assert self.base is not None and self.mode == "free"
+        self.base.copy_(step)
 
     @torch.no_grad()
     def freeze(self, latent: Tensor) -> None:
@@ -163,8 +162,8 @@ class WeightQuantizer(nn.Module):
         quantized = self.pack(latent)
         step = quantized.step.to(latent.device)
         self.codes = quantized.codes.to(latent.device)
-        self.sign, self.mode = _signs(step), "frozen"
-        self.scale_latent = nn.Parameter(_log_magnitude(self.grid, step))
+        self.base, self.mode = step, "frozen"
+        self.scale_latent = nn.Parameter(torch.zeros_like(step))
 
     @torch.no_grad()
     def pack(self, latent: Tensor) -> Quantized:
@@ -193,15 +192,6 @@ class WeightQuantizer(nn.Module):
 def _to_device(quantized: Quantized, device: torch.device) -> Quantized:
     super_scale = None if quantized.super_scale is None else quantized.super_scale.to(device)
     return Quantized(quantized.grid, quantized.codes, quantized.scale.to(device), super_scale)
-
-
-def _signs(step: Tensor) -> Tensor:
-    return torch.where(step < 0, -1, 1).to(torch.int8)
-
-
-def _log_magnitude(grid: BlockGrid, step: Tensor) -> Tensor:
-    smallest = SMALLEST_LOG_CHANNEL_STEP if grid.positive else SMALLEST_LOG_STEP
-    return step.abs().log().clamp_min(smallest)
 
 
 def _ratio_latent(grid: BlockGrid, latent: Tensor, step: Tensor) -> Tensor:

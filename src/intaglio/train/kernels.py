@@ -6,9 +6,9 @@ Four modes say where a block's step comes from. `z` is the learned scale latent 
 
     canonical  step = extremum / code_min x ratio(z), ratio in (0.6, 1]: clips, never widens, so
                the extremum keeps code_min and llama.cpp's quantizer finds the same grid again
-    free       step = sign x exp(z), sign fixed by the first fit; on channel grids always positive
+    free       step = base x exp(z), from the base that the first fit gave; it keeps its sign
     fixed      step as fitted; only the codes follow the latents
-    frozen     step = sign x exp(z), and the codes stand still
+    frozen     step = base x exp(z), and the codes stand still
 
 Rounding passes gradients straight through (STE); clipping stops them, and what clipping stops
 reaches the step instead, as in LSQ (Esser et al. 2020, arXiv:1902.08153). The backward recomputes
@@ -25,14 +25,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from intaglio.numerics.grid import FLOAT_SMALLEST, BlockGrid
+from intaglio.numerics.grid import BlockGrid
 
 Modes = tuple[tuple[str, BlockGrid], ...]
 
 LOWEST_RATIO = 0.6  # of the canonical step; a tighter clip would cost more than it gains
 CHUNK_ELEMENTS = 1 << 17
-SMALLEST_LOG_STEP = -28.0  # exp(-28) rounds to zero on every grid of float16 scales: an empty block
-SMALLEST_LOG_CHANNEL_STEP = math.log(FLOAT_SMALLEST)
 
 
 def ratio_of(z: Tensor) -> Tensor:
@@ -80,7 +78,7 @@ def features(mode: str, blocks: Tensor, z: Tensor, given: Tensor) -> tuple[Tenso
 
 
 def scales_of(mode: str, grid: BlockGrid, peak: Tensor, activation: Tensor, given: Tensor) -> Scales:
-    """Steps and their derivatives. `given`: signs (free, frozen) or the steps themselves (fixed), float32."""
+    """Steps and their derivatives. `given`: bases (free, frozen) or the steps themselves (fixed), float32."""
     pull = slope = given.new_empty(0)
     if mode == "fixed":
         step = given
