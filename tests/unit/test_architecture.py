@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "packed": {"errors", "numerics", "plan"},
     "train": {"errors", "numerics", "plan", "packed"},
     "export": {"errors", "numerics", "plan", "packed"},
+    "sources": {"errors", "numerics", "plan", "packed", "train"},
     "measure": {"errors", "numerics", "plan", "packed", "train", "export"},
     "tiny": set(),
     "formats": {"numerics", "plan", "export"},
@@ -34,8 +35,20 @@ MAY_IMPORT = {
     "proof": {"errors", "numerics", "plan", "packed", "train", "measure", "formats", "progress"},
     "workflow": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof"},
     "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow"},
-    "terminal": {"plan", "train", "measure", "progress"},
-    "cli": {"errors", "plan", "packed", "train", "export", "measure", "demo", "terminal", "proof", "workflow"},
+    "terminal": {"numerics", "plan", "train", "sources", "measure", "progress"},
+    "cli": {
+        "errors",
+        "plan",
+        "packed",
+        "train",
+        "sources",
+        "export",
+        "measure",
+        "demo",
+        "terminal",
+        "proof",
+        "workflow",
+    },
     "__init__": set(),  # names its homes as strings
 }
 # Only what learns or quantizes may fit a scale; anything else that could would be able to re-quantize.

@@ -44,7 +44,7 @@ def export_hf(packed: PackedModel, path: str | Path, *, replace: bool = False) -
         copy_assets(packed.path, temporary)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (temporary / "config.json").write_text(text, "utf-8")
-        with SafetensorsWriter(temporary / "model.safetensors", specs, {"format": "pt"}) as writer:
+        with SafetensorsWriter(temporary / "model.safetensors", specs, packed.file_metadata) as writer:
             for name, exact_in in dtypes.items():
                 writer.write(names[name], _decoded(packed.read(name), exact_in, name))
 

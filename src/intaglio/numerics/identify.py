@@ -37,12 +37,15 @@ ROW_RULES = {
 }
 ROW_GRIDS = {"int2": INT2, "int4": INT4, "int8": INT8}
 SHORTEST_ROW = 64  # a row of one block is a block
-ROWS_TRIED, COLUMNS_TRIED = 16, 1024
+ROWS_TRIED, FEW_ROWS, COLUMNS_TRIED = 16, 4, 1024
+BLOCKS_TRIED = 2048  # if none of so many lies on a grid, the tensor is latent
 # With so many values other than zero, one by one within a few hundredths of a step, chance is out of the question.
 TELLING = 8
 EXCEPTIONS = 1e-3  # of a rule: blocks that rounding pushed over an edge
 SEVERAL_LOWEST = 0.01  # of the blocks with a code -8, those with two: by absmax / 7.5 only where values tie
-MANY_LOWEST = 0.16  # the same: 0.10 to 0.14 by absmax / 8, 0.17 and more where scales clip, of normal and Laplace weights
+MANY_LOWEST = (
+    0.16  # the same: 0.10 to 0.14 by absmax / 8, 0.17 and more where scales clip, of normal and Laplace weights
+)
 
 
 @dataclass(frozen=True)
@@ -64,36 +67,49 @@ def identify(sample_RC: Tensor, slice_columns: int | None = None) -> Hypothesis 
     slice_columns: width of the slices with a scale each that rows may consist of.
     """
     columns = sample_RC.shape[1]
-    for width in dict.fromkeys((columns, slice_columns or columns)):
-        if width >= SHORTEST_ROW and columns % width == 0:
-            rows = sample_RC.reshape(-1, width)
-            name = _row_grid(rows[:: max(1, len(rows) // ROWS_TRIED)][:ROWS_TRIED])
-            if name is not None:
-                return Hypothesis(name, ROW_RULES[name], width)
-    return _block_grid(sample_RC) if columns % BLOCK == 0 else None
+    by_row = [
+        found
+        for width in dict.fromkeys((columns, slice_columns or columns))
+        if width >= SHORTEST_ROW and columns % width == 0
+        for found in [_row_grid(sample_RC.reshape(-1, width))]
+        if found is not None
+    ]
+    share, rows = max(by_row, key=lambda found: found[0], default=(0.0, None))
+    if share == 1 or columns % BLOCK:
+        return rows
+    blocks = _block_grid(sample_RC)
+    # short rows of few blocks may lie on an int8 grid by chance, and rows of a mixed tensor on none
+    return rows if blocks is None or share > blocks[0] else blocks[1]
 
 
-def _row_grid(rows_RK: Tensor) -> str | None:
-    """The first grid that explains at least half of the rows."""
-    rows = rows_RK[:, :COLUMNS_TRIED]
-    rows = rows[_telling(rows)]
+def _row_grid(rows_RK: Tensor) -> tuple[float, Hypothesis] | None:
+    """The grid that explains most rows of a few, and the share of these; the one with fewer bits where they tie."""
+    width = rows_RK.shape[1]
+    rows = rows_RK[:: max(1, len(rows_RK) // ROWS_TRIED)][:ROWS_TRIED]
+    rows = rows[_telling(rows)][:, :COLUMNS_TRIED]
+    best: tuple[float, Hypothesis] | None = None
     for name, rule in ROW_RULES.items():
-        held = guesses_that_hold(rows[:4] if name == "int8" else rows, rule).any(0)
-        if len(held) and 2 * int(held.sum()) >= len(held):
-            return name
-    return None
+        few = rows[:FEW_ROWS]
+        if not bool(guesses_that_hold(few, rule).any()):
+            continue
+        share = float(guesses_that_hold(rows, rule).any(0).float().mean())
+        if best is None or share > best[0]:
+            best = share, Hypothesis(name, rule, width)
+    return best
 
 
 def _telling(values_NK: Tensor) -> Tensor:
     return (values_NK != 0).sum(1) >= TELLING
 
 
-def _block_grid(sample_RC: Tensor) -> Hypothesis | None:
+def _block_grid(sample_RC: Tensor) -> tuple[float, Hypothesis] | None:
+    """Share of the blocks that lie on a grid, and which it is."""
     blocks = blocks_of(sample_RC, BLOCK)
     blocks = blocks[_telling(blocks)]
-    held = guesses_that_hold(blocks, BLOCK_RULE)
-    if not bool(held.any()):
+    few = blocks[:: max(1, len(blocks) // BLOCKS_TRIED)]
+    if not bool(guesses_that_hold(few, BLOCK_RULE).any()):
         return None
+    held = guesses_that_hold(blocks, BLOCK_RULE)
     clear = held.sum(0) == 1  # where one guess alone holds, it tells of the rule
     if not bool(clear.any()):
         clear = held.any(0)
@@ -104,7 +120,8 @@ def _block_grid(sample_RC: Tensor) -> Hypothesis | None:
     by_share = sorted(BLOCK_RULE.peaks, key=lambda magnitude: -int(counts[magnitude]))
     preferred = {"extremum-8": [8], "absmax-7": [7], "absmax-8": [8, 7], "absmax-7.5": [8, 7], "free": by_share}[name]
     peaks = tuple(dict.fromkeys([*preferred, *BLOCK_RULE.peaks]))
-    return Hypothesis(name, replace(BLOCK_RULE, signed=signed, peaks=peaks), BLOCK)
+    share = float(held.any(0).float().mean())
+    return share, Hypothesis(name, replace(BLOCK_RULE, signed=signed, peaks=peaks), BLOCK)
 
 
 def _name(peak: Tensor, blocks_NK: Tensor) -> tuple[str, bool]:

@@ -77,8 +77,8 @@ def _recover(stored_KN: Tensor, rule: Rule, peaks: tuple[int, ...]) -> Recovered
     x_KN = _computed(stored_KN)
     extremum = _extremum(x_KN)
     found = _attempt(stored_KN, x_KN, extremum, peaks_of(extremum, peaks[0], rule), rule)
-    left = ((found.width == NOTHING) & torch.isfinite(extremum)).nonzero().squeeze(1) if len(peaks) > 1 else []
-    if len(left):
+    left = ((found.width == NOTHING) & torch.isfinite(extremum)).nonzero().squeeze(1)
+    if len(left) and len(peaks) > 1:
         other = _recover(stored_KN[:, left], rule, peaks[1:])
         found.codes[:, left] = other.codes
         found.scale[left], found.peak[left], found.width[left] = other.scale, other.peak, other.width

@@ -154,6 +154,30 @@ def shards(model_dir: Path) -> list[Path]:
     return [model_dir / name for name in names]
 
 
+def tensor_files(model_dir: Path) -> dict[str, Path]:
+    """In which file of a checkpoint each tensor is, file by file.
+
+    Raises ConfigError for a tensor that two shards hold, and for one that the index promises of a shard which
+    has no such tensor.
+    """
+    files: dict[str, Path] = {}
+    for shard in shards(model_dir):
+        with open_safetensors(shard) as file:
+            for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
+                if name in files:
+                    raise ConfigError(
+                        f"{model_dir}: {name} is in {files[name].name} and in {shard.name}: expected once"
+                    )
+                files[name] = shard
+    index = model_dir / "model.safetensors.index.json"
+    if index.is_file() and not (model_dir / "model.safetensors").is_file():
+        for name, shard_name in json.loads(index.read_text("utf-8"))["weight_map"].items():
+            if name not in files or files[name].name != shard_name:
+                found = files[name].name if name in files else "no shard"
+                raise ConfigError(f"{index}: puts {name} into {shard_name}, but {found} holds it: download it again")
+    return files
+
+
 def checkpoint_spec(model_dir: str | Path, *, text_only: bool = False) -> ModelSpec:
     """The model of a folder with all that its files hold beside the text model; `text_only` leaves towers out.
 
@@ -163,7 +187,7 @@ def checkpoint_spec(model_dir: str | Path, *, text_only: bool = False) -> ModelS
     config = load_config(path)
     try:
         alone = describe_whole(config)
-        unused = unused_names(map(_text_name, _stored_names(path)), alone) if path.is_dir() else []
+        unused = unused_names(map(own_name, _stored_names(path)), alone) if path.is_dir() else []
         model = replace(alone, carried=describe_whole(text_config(config), unused).carried + alone.carried)
     except ConfigError as error:
         raise ConfigError(f"{model_dir}: {error}") from error
@@ -173,9 +197,7 @@ def checkpoint_spec(model_dir: str | Path, *, text_only: bool = False) -> ModelS
 def _stored_names(model_dir: Path) -> Iterator[str]:
     if not any(model_dir.glob("model*.safetensors*")):
         return
-    for shard in shards(model_dir):
-        with open_safetensors(shard) as file:
-            yield from file.keys()
+    yield from tensor_files(model_dir)
 
 
 def stream_tensors(model_dir: Path, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
@@ -206,11 +228,11 @@ def _entries(model_dir: Path, tensors: tuple[TensorSpec, ...]) -> dict[Path, lis
     """In which file each tensor is, and its name there; the headers alone are read."""
     wanted = {t.name: t for t in tensors}
     found: dict[Path, list[tuple[TensorSpec, str]]] = {}
-    for shard in shards(model_dir):
+    for shard in dict.fromkeys(tensor_files(model_dir).values()):
         found[shard] = []
         with open_safetensors(shard) as file:
             for stored_name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
-                tensor = wanted.pop(_text_name(stored_name), None)
+                tensor = wanted.pop(own_name(stored_name), None)
                 if tensor is None:
                     continue
                 shape = file.get_slice(stored_name).get_shape()
@@ -227,7 +249,8 @@ def _entries(model_dir: Path, tensors: tuple[TensorSpec, ...]) -> dict[Path, lis
     return found
 
 
-def _text_name(stored_name: str) -> str:
+def own_name(stored_name: str) -> str:
+    """Our name of a tensor that a checkpoint's file calls so."""
     for prefix in TEXT_PREFIXES:
         if stored_name.startswith(prefix):
             return "model." + stored_name.removeprefix(prefix)
