@@ -14,8 +14,9 @@ from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.model import PackedModel, write_packed
 from intaglio.plan.plan import Plan
 from intaglio.train.quantize import fit_tensor
-from tests.support.tiny import GEMMA4, make_checkpoint
+from tests.support.tiny import GEMMA4_DENSE, make_checkpoint
 
+SMALL = GEMMA4_DENSE | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -53,7 +54,7 @@ Originals = dict[str, tuple[Tensor, Tensor]]
 
 
 def make_stranger(
-    folder: Path, rule: str, *, scale: str = "bf16", stored: str = "bf16", config: dict[str, Any] = GEMMA4
+    folder: Path, rule: str, *, scale: str = "bf16", stored: str = "bf16", config: dict[str, Any] = SMALL
 ) -> Originals:
     """Save a random model whose linears lie on a grid; return their codes [N, 32] and scales [N, 1]."""
     make_checkpoint(folder, config)
@@ -61,7 +62,9 @@ def make_stranger(
     tensors = load_file(path)
     for name, weight in tensors.items():
         if weight.ndim == 2 and "embed" not in name and "model_projection" not in name:
-            originals[name] = put_on_grid(weight.reshape(-1, 32), rule, scale)
+            more_bits = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) * 2**-8
+            latent = (weight.float() * (1 + more_bits)).reshape(-1, 32)  # not the bfloat16 that it comes from
+            originals[name] = put_on_grid(latent, rule, scale)
             codes, scales = originals[name]
             tensors[name] = (codes * scales).to(DTYPES[stored]).reshape(weight.shape)
         else:

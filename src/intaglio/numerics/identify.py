@@ -99,7 +99,8 @@ def _row_grid(rows_RK: Tensor) -> tuple[float, Hypothesis] | None:
 
 
 def _telling(values_NK: Tensor) -> Tensor:
-    return (values_NK != 0).sum(1) >= TELLING
+    """Which blocks are more than one number over and over, or a few among zeros: these are on any grid."""
+    return ((values_NK != 0).sum(1) >= TELLING) & (values_NK.amin(1) != values_NK.amax(1))
 
 
 def _block_grid(sample_RC: Tensor) -> tuple[float, Hypothesis] | None:

@@ -26,9 +26,9 @@ ANY, BFLOAT16, HALF, FLOAT, NOTHING = 0, 1, 2, 3, 4
 SCALE_NAMES = {ANY: "any", BFLOAT16: "bfloat16", HALF: "float16", FLOAT: "float32"}
 # Of values up to 127 steps high, rounded to 8 significant bits, the upper ones do not tell their code before
 # the step is known to more than 8 bits. It is found from values below this share of the peak, and then from
-# all whose code is at most so high.
+# all whose code is at most so high, in two steps.
 SMALL_SHARE = 1 / 6
-CERTAIN_CODE = 48
+CERTAIN_CODES = (48, 96)
 SMALL_EXTREMUM = 2.0**-100  # of a block that has one, values with a code other than zero may be subnormal
 LOWEST_NORMAL_BITS = 0x00800000  # of float32
 FAR = 1e30  # beyond any scale
@@ -151,12 +151,13 @@ def _refined(stored_KN: Tensor, x_KN: Tensor, extremum: Tensor, inverse: Tensor)
     codes = (small * inverse).round_()
     along_x, along_code = (codes * small).sum(0).abs(), (codes * codes).sum(0)
     magnitude = torch.where(along_x > 0, along_code / along_x, inverse.abs())
-    codes = (x_KN * magnitude).round_()
-    codes *= codes.abs() <= CERTAIN_CODE
-    low, high = _interval(stored_KN, x_KN, codes, 0)
-    middle = (low + high) / 2
-    known = (middle > 0) & (middle < FAR / 4)
-    return torch.where(known, 1 / middle, magnitude).copysign(inverse)
+    for certain in CERTAIN_CODES:
+        codes = (x_KN * magnitude).round_()
+        codes *= codes.abs() <= certain
+        low, high = _interval(stored_KN, x_KN, codes, 0)
+        middle = (low + high) / 2
+        magnitude = torch.where((middle > 0) & (middle < FAR / 4), 1 / middle, magnitude)
+    return magnitude.copysign(inverse)
 
 
 def _interval(stored_KN: Tensor, x_KN: Tensor, codes_KN: Tensor, lowest_bits: int) -> tuple[Tensor, Tensor]:

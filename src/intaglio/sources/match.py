@@ -132,6 +132,8 @@ def _is_of(kind: str, verdict: Verdict) -> bool:
 
 
 def _found_grid(verdict: Verdict, stored: Stored, types: dict[str, BlockGrid]) -> Grid | None:
+    if len(verdict.shape) != 2:
+        return None
     if verdict.hypothesis is not None and verdict.hypothesis.by_row:
         return ROW_GRIDS[verdict.hypothesis.name]
     return next((grid for kind, grid in types.items() if _is_of(kind, verdict)), None)
