@@ -129,7 +129,9 @@ def _attempt(stored_KN: Tensor, x_KN: Tensor, extremum: Tensor, guess: Tensor, r
     scale, width = _scale_within(low, high, rule.narrow)
     scale = torch.where(usable, scale.copysign(inverse.float()), 0.0)
     # a code of zero has the sign of its value times that of the step, so even zeros come back with their signs
-    width = torch.where(_differs((codes_KN.float() * scale).to(stored_KN.dtype), stored_KN), NOTHING, width)
+    decoded_KN = (codes_KN.float() * scale).to(stored_KN.dtype)
+    # NaN has the bits of NaN
+    width = torch.where(_differs(decoded_KN, stored_KN) | ~torch.isfinite(extremum), NOTHING, width)
     width = torch.where(extremum == 0, ANY, width)
     scale = torch.where(width == NOTHING, 0.0, scale)
     return Recovered(codes_KN.to(torch.int8), scale, guess.to(torch.int16), width)
