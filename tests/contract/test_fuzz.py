@@ -58,7 +58,7 @@ def gguf_file(folder: Path) -> bytes:
 
 @st.composite
 def mutations(draw: st.DrawFn, data: bytes, header: int) -> bytes:
-    """Bytes flipped, numbers planted, pieces cut out, doubled or put in: most of them where the file says what it is."""
+    """Bytes flipped, numbers planted, pieces cut out, doubled or put in: mostly in the header."""
     mutated = bytearray(data)
     for _ in range(draw(st.integers(1, 4))):
         end = min(len(mutated), header if draw(st.integers(0, 5)) else len(mutated))
@@ -140,7 +140,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def test_mutated_files(kind: str, base: dict[str, bytes], tmp_path: Path) -> None:
     data, path = base[kind], tmp_path / f"x.{kind}"
     right = survives(data, path)
-    assert right is not None and [v.grid for v in right.verdicts][0] in ("Q4_0", "int4", "extremum-8", "absmax-8")
+    assert right is not None and right.verdicts[0].grid in ("Q4_0", "int4", "extremum-8", "absmax-8")
     header = 8 + int.from_bytes(data[:8], "little") if kind == "safetensors" else 480
     outcomes: list[bool] = []
 

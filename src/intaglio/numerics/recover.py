@@ -31,7 +31,7 @@ SMALL_SHARE = 1 / 6
 CERTAIN_CODES = (48, 96)
 SMALL_EXTREMUM = 2.0**-100  # of a block that has one, values with a code other than zero may be subnormal
 LOWEST_NORMAL_BITS = 0x00800000  # of float32
-FAR = 1e30  # beyond any scale
+FAR = 3e38  # beyond any scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +120,17 @@ def _extremum(x_KN: Tensor) -> Tensor:
 def _attempt(stored_KN: Tensor, x_KN: Tensor, extremum: Tensor, guess: Tensor, rule: Rule) -> Recovered:
     """One guess of the extremum's code for each block; codes are [K, N] here."""
     usable = (extremum != 0) & torch.isfinite(extremum)
-    inverse = torch.where(usable, guess / extremum, 1.0)
+    tiny = (extremum.abs() < SMALL_EXTREMUM) & usable
+    any_tiny = bool(tiny.any())
+    lifted_KN, lifted = x_KN, extremum
+    if any_tiny:  # so that what a code is divided by is no subnormal, nor its inverse infinite
+        lift = torch.where(tiny, 1 / SMALL_EXTREMUM, 1.0).to(extremum.dtype)
+        lifted_KN, lifted = x_KN * lift, extremum * lift
+    inverse = torch.where(usable, guess / lifted, 1.0)
     if rule.code_max > 8:
-        inverse = _refined(stored_KN, x_KN, extremum, inverse)
-    codes_KN = (x_KN * inverse).round_().clamp_(rule.code_min, rule.code_max)
-    tiny = bool(((extremum.abs() < SMALL_EXTREMUM) & (extremum != 0)).any())
-    low, high = _interval(stored_KN, x_KN, codes_KN, 0 if tiny else LOWEST_NORMAL_BITS)
+        inverse = _refined(stored_KN, lifted_KN, lifted, inverse)
+    codes_KN = (lifted_KN * inverse).round_().clamp_(rule.code_min, rule.code_max)
+    low, high = _interval(stored_KN, x_KN, codes_KN, 0 if any_tiny else LOWEST_NORMAL_BITS)
     scale, width = _scale_within(low, high, rule.narrow)
     scale = torch.where(usable, scale.copysign(inverse.float()), 0.0)
     # a code of zero has the sign of its value times that of the step, so even zeros come back with their signs
