@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -204,3 +206,111 @@ def test_towers_come_along_or_not(tmp_path: Path) -> None:
     assert text.left_out
     export_gguf(whole, tmp_path / "whole.gguf")
     assert verify(text.packed, tmp_path / "whole.gguf").exact
+
+
+# What they print
+
+
+def test_inspect_shows_what_would_become_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    make_stranger(tmp_path / "stranger", "absmax-7")
+    outcome = intaglio("inspect", tmp_path / "stranger")
+    assert outcome.code == 0
+    row = next(line for line in outcome.out.splitlines() if "mlp.up_proj" in line)
+    assert re.search(
+        r"layers\.\*\.mlp\.up_proj\.weight \(2\).*BF16.*absmax / 7 .*100\.00%.*bfloat16.*0\.00%.*100\.00%", row
+    )
+    assert re.search(r"embed_tokens\.weight.*latent", outcome.out)
+    assert len(intaglio("inspect", tmp_path / "stranger", "--all").out) > len(outcome.out)
+    said = json.loads(intaglio("inspect", tmp_path / "stranger", "--json").out)
+    up = next(t for t in said["tensors"] if t["name"] == "model.layers.0.mlp.up_proj.weight")
+    assert (up["grid"], up["recovered_share"], up["stock_keeps_share"], up["ships_share"]) == ("absmax-7", 1, 0, 1)
+    assert not up["portable"]
+
+
+def test_our_own_checkpoint_is_portable(gemma4: Case) -> None:
+    on_blocks = [v for v in inspect(gemma4.hf).verdicts if v.in_blocks]
+    assert len(on_blocks) == sum(t.grid.ggml_type == "Q4_0" for t in gemma4.packed.plan)
+    assert all(v.portable and v.grid == "extremum-8" and v.tally.stock == v.tally.all for v in on_blocks)
+    assert all(v.portable for v in inspect(gemma4.gguf).verdicts if v.stored in ("Q4_0", "Q6_K"))
+    assert {v.grid for v in inspect(gemma4.packed.path).verdicts} >= {"q4_0", "q6_k"}
+
+
+def test_convert_says_what_was_fitted(tmp_path: Path) -> None:
+    make_stranger(tmp_path / "stranger", "absmax-8")
+    outcome = intaglio("convert", tmp_path / "stranger", "-o", tmp_path / "packed")
+    assert outcome.code == 0
+    assert "model.embed_tokens.weight has no trained grid: fitted to q6_k" in outcome.out
+    assert "tensors: block 32, absmax / 8" in outcome.out
+    assert "LOSSY" not in outcome.out
+    provenance = PackedModel.open(tmp_path / "packed").provenance
+    assert provenance["fitted"] == {"model.embed_tokens.weight": "q6_k"}
+
+
+# What is refused
+
+
+def refused(folder: Path, *arguments: object, says: str) -> None:
+    """Exit code 2, one message, nothing written."""
+    outcome = intaglio("convert", *arguments, "-o", folder / "packed")
+    assert outcome.code == 2
+    assert re.search(says, outcome.error), outcome.error
+    assert not (folder / "packed").exists()
+
+
+def test_ggufs_that_do_not_fit(cases: dict[str, Case], tmp_path: Path) -> None:
+    gemma4, gemma3 = cases["gemma4"], cases["gemma3"]
+    refused(tmp_path, gemma4.gguf, says="brings no config.json.*--config")
+    refused(tmp_path, gemma4.gguf, "--config", gemma3.checkpoint, says="general.architecture = 'gemma4'.*'gemma3'")
+    refused(tmp_path, gemma4.packed.path, says="is a packed model: export it")
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((gemma4.checkpoint / "config.json").read_text("utf-8"))
+    (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 512}), "utf-8")
+    refused(tmp_path, gemma4.gguf, "--config", other, says="has shape .* config and weights are of different models")
+
+
+def test_a_gguf_with_a_broken_block_count(gemma4: Case, tmp_path: Path) -> None:
+    data = gemma4.gguf.read_bytes()
+    key = b"gemma4.block_count" + (4).to_bytes(4, "little")
+    at = data.index(key) + len(key)
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(data[:at] + (7).to_bytes(4, "little") + data[at + 4 :])
+    refused(tmp_path, broken, "--config", gemma4.checkpoint, says="block_count = 7, but its tensors are those of 4 lay")
+    assert intaglio("inspect", broken).code == 2
+
+
+def sharded(folder: Path, checkpoint: Path) -> dict[str, str]:
+    """The checkpoint in two files; the weight map of its index."""
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {name: f"model-{1 + i % 2}.safetensors" for i, name in enumerate(names)}
+    for shard in sorted(set(weight_map.values())):
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == shard}, folder / shard, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
+    return weight_map
+
+
+def test_shards_that_contradict_their_index(gemma4: Case, tmp_path: Path) -> None:
+    weight_map = sharded(tmp_path / "model", gemma4.hf)
+    assert {v.grid for v in inspect(tmp_path / "model").verdicts} == {v.grid for v in inspect(gemma4.hf).verdicts}
+    name, index = min(weight_map), tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map | {name: "model-2.safetensors"}}), "utf-8")
+    refused(tmp_path, tmp_path / "model", says=f"puts {name} into model-2.safetensors, but model-1")
+    index.write_text(json.dumps({"weight_map": weight_map | {"more": "model-2.safetensors"}}), "utf-8")
+    refused(tmp_path, tmp_path / "model", says="puts more into model-2.safetensors, but no shard holds it")
+    second = load_file(tmp_path / "model" / "model-2.safetensors")
+    second[name] = torch.zeros(2)
+    save_file(second, tmp_path / "model" / "model-2.safetensors", {"format": "pt"})
+    refused(tmp_path, tmp_path / "model", says=f"{name} is in model-1.safetensors and model-2.safetensors")
+    (tmp_path / "model" / "model-2.safetensors").unlink()
+    refused(tmp_path, tmp_path / "model", says="lists 'model-2.safetensors', which is not a file of this folder")
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"\x80\x04cos\nsystem\n")
+    for path, says in ((tmp_path / "weights.bin", "neither GGUF nor"), (tmp_path / "gone", "no such file or folder")):
+        outcome = intaglio("inspect", path)
+        assert outcome.code == 2 and says in outcome.error

@@ -263,4 +263,6 @@ def _recoded(value: Quantized, grid: BlockGrid, name: str) -> Quantized:
     if not all(bool(torch.isfinite(scale).all()) for scale in scales) or int(value.codes.min()) < grid.code_min:
         raise WeightError(f"{name}: has scales that are not finite, or codes below {grid.code_min}: download it again")
     scale = value.scale if value.scale.dtype == grid.scale_dtype else value.scale.to(grid.scale_dtype)
+    if not bool(torch.isfinite(scale).all()):
+        raise WeightError(f"{name}: a scale of {float(value.scale.abs().max()):.3g} is beyond float16")
     return Quantized(grid, value.codes, scale, value.super_scale)

@@ -49,6 +49,7 @@ def assets_of(source: Source, config: str | Path | None) -> Path:
 
 
 def model_of(source: Source, assets: Path, text_only: bool) -> ModelSpec:
+    """The model that the config describes, with what the source's files hold beside its text model."""
     if source.kind == "gguf":
         return _gguf_model(source, assets)
     config = load_config(assets)
