@@ -304,7 +304,7 @@ def test_shards_that_contradict_their_index(gemma4: Case, tmp_path: Path) -> Non
     second = load_file(tmp_path / "model" / "model-2.safetensors")
     second[name] = torch.zeros(2)
     save_file(second, tmp_path / "model" / "model-2.safetensors", {"format": "pt"})
-    refused(tmp_path, tmp_path / "model", says=f"{name} is in model-1.safetensors and model-2.safetensors")
+    refused(tmp_path, tmp_path / "model", says=f"{name} is in model-1.safetensors and in model-2.safetensors")
     (tmp_path / "model" / "model-2.safetensors").unlink()
     refused(tmp_path, tmp_path / "model", says="lists 'model-2.safetensors', which is not a file of this folder")
 
