@@ -2,7 +2,7 @@
 
     python benchmarks/convert_full_size.py --cache DIR
 
-It takes 14 GB in DIR, which are freed afterwards. The checkpoint is random: linears of the text model on blocks of
+It takes 18 GB in DIR, which are freed afterwards. The checkpoint is random: linears of the text model on blocks of
 32 by absmax / 7 with bfloat16 scales, everything else latent, in bfloat16, several files, towers included. Each command is a
 process of its own; peak memory is the operating system's count (ru_maxrss; pages of mapped files included).
 """
