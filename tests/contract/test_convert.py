@@ -25,7 +25,7 @@ from intaglio.sources.inspect import inspect
 from tests.support.cases import Case, fields
 from tests.support.cli import contents, intaglio
 from tests.support.strangers import RULES, make_stranger, pack_originals
-from tests.support.tiny import GEMMA3, MULTIMODAL, make_checkpoint, pack
+from tests.support.tiny import GEMMA3, GEMMA4, MULTIMODAL, add_unused, make_checkpoint, pack
 
 # Scales and weights of which a checkpoint keeps all bits: of a float16 scale, bfloat16 weights keep eight.
 DETERMINED = [(scale, stored) for scale in ("bf16", "fp16") for stored in ("bf16", "fp16", "fp32")]
@@ -314,3 +314,24 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     for path, says in ((tmp_path / "weights.bin", "neither GGUF nor"), (tmp_path / "gone", "no such file or folder")):
         outcome = intaglio("inspect", path)
         assert outcome.code == 2 and says in outcome.error
+
+
+def test_a_config_cannot_make_inspect_build_anything(gemma4: Case, tmp_path: Path) -> None:
+    """Layers without end, in a config; and a module of its own that is to be imported."""
+    folder = Path(shutil.copytree(gemma4.hf, tmp_path / "hf"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config |= {"num_hidden_layers": 10**9, "auto_map": {"AutoConfig": "evil.Config"}}
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    (folder / "evil.py").write_text("raise SystemExit('executed')", "utf-8")
+    assert len(inspect(folder).verdicts) == len(inspect(gemma4.hf).verdicts)
+
+
+def test_keys_and_values_that_no_one_reads_come_along(tmp_path: Path) -> None:
+    make_stranger(tmp_path / "stranger", "extremum-8", config=GEMMA4)
+    unused = add_unused(tmp_path / "stranger")
+    result = convert(tmp_path / "stranger", tmp_path / "packed")
+    assert [tensor.name for tensor in result.packed.plan.carried] == unused
+    assert len(result.left_out) == 2  # a norm in each of the two layers
+    for name in unused:
+        value = result.packed.read(name)
+        assert isinstance(value, Quantized) and value.grid.ggml_type == "Q4_0"

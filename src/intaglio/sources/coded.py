@@ -25,7 +25,7 @@ W4A16 = replace(Q4_0_FREE, name="w4a16", ggml_type=None, step_bits=24, scale_dty
 SCALES = (("weight", "weight_scale"), ("embedding_quantized", "embedding_scale"))
 
 
-def mobile_tensors(tensors: tuple[Stored, ...], quantization: dict[str, Any]) -> tuple[Stored, ...]:
+def mobile_tensors(path: Path, tensors: tuple[Stored, ...], quantization: dict[str, Any]) -> tuple[Stored, ...]:
     """A mobile folder's tensors with the bits of their codes; scales stand for themselves."""
     names = {tensor.name for tensor in tensors}
     found = []
@@ -35,9 +35,9 @@ def mobile_tensors(tensors: tuple[Stored, ...], quantization: dict[str, Any]) ->
             try:
                 bits = resolve_bits(module, quantization)
             except Exception as error:  # of regular expressions, and of anything in the place of a table
-                raise ConfigError(f"quantization_config cannot be read: {error}") from error
+                raise ConfigError(f"{path}: quantization_config cannot be read: {error}") from error
             if bits not in (2, 4, 8):
-                raise ConfigError(f"quantization_config gives {module} {bits!r} bits: expected 2, 4 or 8")
+                raise ConfigError(f"{path}: quantization_config gives {module} {bits!r} bits: expected 2, 4 or 8")
             columns = tensor.shape[-1] * 8 // bits if tensor.kind == "U8" else tensor.shape[-1]
             tensor = replace(tensor, kind=f"int{bits}", shape=(*tensor.shape[:-1], columns), bits=bits)
         found.append(tensor)

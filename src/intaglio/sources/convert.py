@@ -104,16 +104,18 @@ def convert(
     if source.kind == "packed":
         raise ConfigError(f"{source.path}: is a packed model: export it")
     if source.kind == "mobile":
+        if text_only:
+            raise ConfigError(f"{source.path}: a mobile folder is taken as a whole: say --text-only when you export it")
         return _imported(source, Path(out), recipe, replace)
     assets = assets_of(source, config)
     model = model_of(source, assets, text_only)
     found, left_out = match(source, model)
     total = 2 * len(found)
+    slices = {tensor.name: tensor.slice_columns for tensor in model.tensors}
     verdicts = {}
     for done, name in enumerate(in_file_order(source, found)):
         on_tensor(done, total, name)
-        spec = next(t for t in (*model.tensors, *model.carried) if t.name == name)
-        verdicts[name] = examine(found[name], spec.slice_columns)
+        verdicts[name] = examine(found[name], slices.get(name))
     if not any(verdict.on_grid for verdict in verdicts.values()):
         raise ConfigError(f"{source.path}: no tensor lies on a grid: fit one with `intaglio quantize`, or train to one")
     plan = make_plan(model, recipe if recipe is not None else recipe_of(model, found, verdicts))

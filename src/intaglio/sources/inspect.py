@@ -14,19 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intaglio.errors import ConfigError
 from intaglio.numerics.grid import Q4_0, Q6_K, Q8_0, BlockGrid, Quantized, round_half, round_significant
 from intaglio.numerics.identify import EXCEPTIONS, LATENT, NAMES, Hypothesis, identify
 from intaglio.numerics.recover import ANY, FLOAT, HALF, NOTHING, SCALE_NAMES, Recovered, blocks_of, recover
-from intaglio.packed.checkpoint import checkpoint_spec
 from intaglio.packed.model import PackedModel
-from intaglio.plan.carried import whole_name
-from intaglio.plan.family import gguf_name
+from intaglio.plan.family import text_config
 from intaglio.sources.open import open_source
 from intaglio.sources.stored import Source, Stored, codes_of
 
 CHUNK_BLOCKS = 1 << 13  # recovered at once: their temporaries stay in the processor's cache
 WHOLE = 0.99  # share of blocks on a grid from which on a tensor counts as lying on it
+TABLES = ("embed_tokens_per_layer.weight", "per_layer_token_embd.weight")  # whose rows are slices, one for each layer
 MIXED, VECTOR, OTHER = "mixed", "vector", "no floats"
 PORTABLE: dict[str, BlockGrid] = {"Q4_0": Q4_0, "Q6_K": Q6_K, "Q8_0": Q8_0}
 
@@ -164,15 +162,18 @@ def _packed(packed: PackedModel) -> Iterator[Verdict]:
 
 
 def slice_columns(source: Source) -> dict[str, int]:
-    """Width of the slices that rows consist of, by the names of tensors that have such; as far as a config tells."""
-    if source.config is None:
+    """Width of the slices that rows consist of, for tables of per-layer embeddings; as far as the source tells.
+
+    From one number of its config or metadata: no model is built for it, whose size a file could make up.
+    """
+    config, metadata = text_config(source.config or {}), source.metadata or {}
+    architecture = metadata.get("general.architecture")
+    width = config.get("hidden_size_per_layer_input") or metadata.get(
+        f"{architecture}.embedding_length_per_layer_input"
+    )
+    if type(width) is not int or width < 1:
         return {}
-    try:
-        model = checkpoint_spec(source.path)
-    except ConfigError:  # of a model that we do not know: inspecting is for any
-        return {}
-    widths = {tensor.name: tensor.slice_columns for tensor in model.tensors if tensor.slice_columns}
-    return {alias: width for name, width in widths.items() for alias in (name, whole_name(name), gguf_name(name))}
+    return {tensor.name: width for tensor in source.tensors if tensor.name.endswith(TABLES)}
 
 
 def examine(tensor: Stored, slice_columns: int | None = None) -> Verdict:

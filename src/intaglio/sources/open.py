@@ -39,7 +39,7 @@ def _open_folder(path: Path) -> Source:
     method = quantization.get("quant_method")
     tensors = _safetensors(dict.fromkeys(tensor_files(path).values()))
     if method == "gemma":
-        return Source(path, "mobile", mobile_tensors(tensors, quantization), config)
+        return Source(path, "mobile", mobile_tensors(path, tensors, quantization), config)
     if method == "compressed-tensors":
         return Source(path, "w4a16", w4a16_tensors(path, tensors, quantization), config)
     if method is not None:
