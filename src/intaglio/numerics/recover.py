@@ -68,21 +68,35 @@ class Recovered:
 
 def recover(values_NK: Tensor, rule: Rule) -> Recovered:
     """Codes and scales of blocks of bfloat16, float16 or float32 values, where there are any."""
-    found = _recover(values_NK.t().contiguous(), rule, rule.peaks)
+    found = _recover(values_NK.t().contiguous(), rule, rule.peaks, quick=rule.narrow)
     return Recovered(found.codes.t(), found.scale, found.peak, found.width)
 
 
-def _recover(stored_KN: Tensor, rule: Rule, peaks: tuple[int, ...]) -> Recovered:
-    """`recover` with codes [K, N]: a guess for all blocks, and the next ones for those where it does not hold."""
+def _recover(stored_KN: Tensor, rule: Rule, peaks: tuple[int, ...], *, quick: bool) -> Recovered:
+    """`recover` with codes [K, N]: a guess for all blocks, and the next ones for those where it does not hold.
+
+    quick: try first what costs half as much, the bfloat16 scale that the extremum itself suggests.
+    """
     x_KN = _computed(stored_KN)
     extremum = _extremum(x_KN)
-    found = _attempt(stored_KN, x_KN, extremum, peaks_of(extremum, peaks[0], rule), rule)
+    attempt = _quick_attempt if quick else _attempt
+    found = attempt(stored_KN, x_KN, extremum, peaks_of(extremum, peaks[0], rule), rule)
     left = ((found.width == NOTHING) & torch.isfinite(extremum)).nonzero().squeeze(1)
-    if len(left) and len(peaks) > 1:
-        other = _recover(stored_KN[:, left], rule, peaks[1:])
+    rest = peaks if quick else peaks[1:]
+    if len(left) and rest:
+        other = _recover(stored_KN[:, left], rule, rest, quick=rule.narrow and not quick)
         found.codes[:, left] = other.codes
         found.scale[left], found.peak[left], found.width[left] = other.scale, other.peak, other.width
     return found
+
+
+def _quick_attempt(stored_KN: Tensor, x_KN: Tensor, extremum: Tensor, guess: Tensor, rule: Rule) -> Recovered:
+    """A guess for blocks whose scale is the extremum divided by its code, rounded to bfloat16."""
+    usable = (extremum != 0) & torch.isfinite(extremum)
+    scale = round_significant(torch.where(usable, extremum / guess, 1.0).float(), 8)
+    inverse = torch.where(scale == 0, 0.0, 1 / scale.to(x_KN.dtype))
+    codes_KN = (x_KN * inverse).round_().clamp_(rule.code_min, rule.code_max)
+    return _checked(stored_KN, codes_KN, scale, torch.full_like(guess, BFLOAT16, dtype=torch.uint8), extremum, guess)
 
 
 def guesses_that_hold(values_NK: Tensor, rule: Rule) -> Tensor:
@@ -133,12 +147,21 @@ def _attempt(stored_KN: Tensor, x_KN: Tensor, extremum: Tensor, guess: Tensor, r
     low, high = _interval(stored_KN, x_KN, codes_KN, 0 if any_tiny else LOWEST_NORMAL_BITS)
     scale, width = _scale_within(low, high, rule.narrow)
     scale = torch.where(usable, scale.copysign(inverse.float()), 0.0)
-    # a code of zero has the sign of its value times that of the step, so even zeros come back with their signs
+    return _checked(stored_KN, codes_KN, scale, width, extremum, guess)
+
+
+def _checked(
+    stored_KN: Tensor, codes_KN: Tensor, scale: Tensor, width: Tensor, extremum: Tensor, guess: Tensor
+) -> Recovered:
+    """Codes and scales where they give the stored values back; width NOTHING where they do not.
+
+    A code of zero has the sign of its value times that of the step, so even zeros come back with their signs.
+    """
     decoded_KN = (codes_KN.float() * scale).to(stored_KN.dtype)
     # NaN has the bits of NaN
     width = torch.where(_differs(decoded_KN, stored_KN) | ~torch.isfinite(extremum), NOTHING, width)
     width = torch.where(extremum == 0, ANY, width)
-    scale = torch.where(width == NOTHING, 0.0, scale)
+    scale = torch.where((width == NOTHING) | (width == ANY), 0.0, scale)
     return Recovered(codes_KN.to(torch.int8), scale, guess.to(torch.int16), width)
 
 

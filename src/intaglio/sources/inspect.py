@@ -22,7 +22,7 @@ from intaglio.plan.family import text_config
 from intaglio.sources.open import open_source
 from intaglio.sources.stored import Source, Stored, codes_of
 
-CHUNK_BLOCKS = 1 << 13  # recovered at once: their temporaries stay in the processor's cache
+CHUNK_BLOCKS = 1 << 14  # recovered at once: their temporaries stay in the processor's cache
 WHOLE = 0.99  # share of blocks on a grid from which on a tensor counts as lying on it
 TABLES = ("embed_tokens_per_layer.weight", "per_layer_token_embd.weight")  # whose rows are slices, one for each layer
 MIXED, VECTOR, OTHER = "mixed", "vector", "no floats"
