@@ -40,6 +40,8 @@ _HOMES = {
     "intaglio.export.hf": ("export_hf",),
     "intaglio.export.mobile": ("export_mobile",),
     "intaglio.packed.import_mobile": ("import_mobile",),
+    "intaglio.sources.inspect": ("inspect",),
+    "intaglio.sources.convert": ("convert",),
 }
 _SHORT = {"train_model": "train"}  # the package intaglio.train would take the place of a function of that name
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -299,17 +299,67 @@ def _print_towers_off(packed: PackedModel) -> None:
             )
 
 
-@app.command("import")
-def import_(
-    folder: Annotated[Path, typer.Argument(help="Folder in the Gemma mobile format.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the packed model.", show_default=False)],
-    replace: Replace = False,
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Checkpoint folder, .safetensors or .gguf.", show_default=False)],
+    every: Annotated[bool, typer.Option("--all", help="A line for every tensor, not one for those of a kind.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Read a mobile folder, ours or Google's, into a packed model: the same codes and scales."""
-    from intaglio.packed.import_mobile import import_mobile
+    """Show which grid each tensor lies on, and what stock tools would make of it. Nothing is executed."""
+    from intaglio.sources.inspect import inspect as run_inspect
+    from intaglio.terminal import Bars, print_inspection
 
-    packed = import_mobile(folder, out, replace=replace)
-    typer.echo(f"{out}: {len(packed.plan.everything)} tensors on recipe {packed.plan.recipe.name}")
+    with Bars() as bars:
+        found = run_inspect(path, on_tensor=lambda done, total, name: bars.part(done >> 20, total >> 20, "MB"))
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        print_inspection(found, every=every)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A QAT checkpoint: floats on a grid, mobile folder, W4A16 folder, or Q4_0 .gguf.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the packed model.", show_default=False)],
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="None: the grids that are found.")] = None,
+    overrides: Overrides = (),  # type: ignore[assignment]
+    config: Annotated[
+        Path | None, typer.Option(help="Folder of config.json and tokenizer, for a .gguf or .safetensors.")
+    ] = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Fit blocks anew that are on no grid; the result is lossy.")
+    ] = False,
+    text_only: TextOnly = False,
+    replace: Replace = False,
+    as_json: Json = False,
+) -> None:
+    """Take the trained codes out of a checkpoint, ours or anyone's, into a packed model; then `export` it."""
+    from intaglio.plan.recipe import Recipe
+    from intaglio.sources.convert import convert as run_convert
+    from intaglio.terminal import Bars, print_conversion
+
+    if overrides and recipe is None:
+        raise typer.BadParameter("--set changes a recipe: say which with --recipe")
+    with Bars() as bars:
+        result = run_convert(
+            source,
+            out,
+            recipe=None if recipe is None else Recipe.load(recipe, overrides),
+            config=config,
+            requantize=requantize,
+            text_only=text_only,
+            replace=replace,
+            on_tensor=bars.part,
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        print_conversion(result)
 
 
 @app.command()

@@ -132,6 +132,9 @@ def _notes(bench: Bench) -> list[str]:
             "transformers' reader of the mobile format quantizes activations and leaves the KV cache in floats: "
             "rows of the exported folder are without KV quantization."
         )
+    lossy = bench.packed["trained"].lossy_blocks
+    if lossy:
+        notes.append(f"Lossy: the model was converted, and {lossy:,} of its blocks were fitted anew, not recovered.")
     if _needs_llama(bench) and not _has_llama():
         notes.append("llama-cpp-python is not installed, so no artifact was run in llama.cpp.")
     return notes

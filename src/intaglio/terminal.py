@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +12,10 @@ from rich.table import Table
 from intaglio.measure.metrics import Comparison
 from intaglio.measure.render import percent, size, with_ci
 from intaglio.measure.report import Report
+from intaglio.numerics.identify import NAMES
 from intaglio.progress import Progress as Callbacks
+from intaglio.sources.convert import Conversion
+from intaglio.sources.inspect import Inspection, Verdict
 from intaglio.train.loop import StepInfo
 
 console = Console()
@@ -111,3 +115,70 @@ def _table(title: str, headers: tuple[str, ...]) -> Table:
         words = header == "model"
         table.add_column(header, justify="left" if words else "right", no_wrap=not words)
     return table
+
+
+LEGEND = """recovered: blocks (rows, of grids per row) that code x scale gives back bit for bit
+stock: blocks whose codes and scale llama-quantize would find again; the others it moves
+Q4_0: blocks whose trained codes and scale can be shipped as they are
+portable: one set of codes is exact in GGUF and in bfloat16, and stock tools keep it"""
+
+
+def print_inspection(found: Inspection, *, every: bool = False) -> None:
+    """A table of tensors with what was found, those of one kind in a line."""
+    table = _table(
+        f"{found.path.name}: {found.kind}", ("tensors", "stored", "grid", "recovered", "scale", "stock", "Q4_0")
+    )
+    for column in (0, 2):
+        table.columns[column].justify, table.columns[column].no_wrap = "left", False
+        table.columns[column].overflow = "fold"
+    groups: dict[tuple[str, ...], list[Verdict]] = {}
+    for verdict in found.verdicts:
+        kind = verdict.name if every else re.sub(r"\.\d+\.", ".*.", verdict.name)
+        groups.setdefault((kind, verdict.stored, verdict.grid, verdict.scale_dtype or ""), []).append(verdict)
+    for (kind, stored, grid, scale), verdicts in groups.items():
+        label = kind if len(verdicts) == 1 else f"{kind} ({len(verdicts)})"
+        name = NAMES.get(grid, grid) + (", portable" if all(v.portable and v.in_blocks for v in verdicts) else "")
+        table.add_row(label, stored, name, *_shares(verdicts, scale))
+    console.print(table)
+    console.print(LEGEND, highlight=False, style="dim")
+
+
+def _shares(verdicts: list[Verdict], scale: str) -> tuple[str, ...]:
+    total = sum(v.tally.all for v in verdicts)
+    if not all(v.on_grid for v in verdicts) or not total:
+        return ("", "", "", "")
+    recovered, stock, ships = (
+        _share(sum(getattr(v.tally, name) for v in verdicts), total) for name in ("recovered", "stock", "ships")
+    )
+    blocks = all(v.in_blocks for v in verdicts)
+    return recovered, scale, stock if blocks else "", ships if blocks else ""
+
+
+def _share(count: int, total: int) -> str:
+    """In percent; 100% is said only of all, and 0% only of none."""
+    rounded = percent(count / total, 2)
+    return rounded if count in (0, total) else {"100.00%": "<100%", "0.00%": ">0%"}.get(rounded, rounded)
+
+
+def print_conversion(result: Conversion) -> None:
+    """What was taken over, what was fitted because it had no trained grid, and what was lost."""
+    packed = result.packed
+    for grid, count in result.grids.items():
+        console.print(f"{count:5} tensors: {grid}", highlight=False)
+    if result.blocks:
+        said = f"{result.recovered:,} of {result.blocks:,} blocks have their trained codes and scales"
+        console.print(said, highlight=False)
+    for name, grid in result.fitted.items():
+        console.print(f"{name} has no trained grid: fitted to {grid}, as the recipe says", highlight=False)
+    for name, count in result.rounded.items():
+        console.print(f"{name} stays float: {count:,} values were rounded", highlight=False)
+    if result.lossy:
+        console.print(
+            f"LOSSY: {sum(result.lossy.values()):,} blocks of {len(result.lossy)} tensors were fitted anew, "
+            f"the first is {min(result.lossy)}",
+            style="bold yellow",
+            highlight=False,
+        )
+    if result.left_out:
+        console.print(f"left out: {len(result.left_out)} tensors that the model does not use", highlight=False)
+    console.print(f"{packed.path}: recipe {packed.plan.recipe.name}", highlight=False)

@@ -19,7 +19,7 @@ from intaglio.plan.plan import make_plan
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
 
-VERBS = ["demo", "plan", "quantize", "train", "export", "import", "verify", "eval", "report"]
+VERBS = ["demo", "plan", "quantize", "train", "export", "inspect", "convert", "verify", "eval", "report"]
 SETTINGS = ["--set=schedule.tokens=512", "--set=schedule.batch_size=2", "--set=schedule.sequence_length=32"]
 REPORTS = {"report.html", "report.md", "report.json"}
 

@@ -165,6 +165,8 @@ def _add_general(writer: GGUFWriter, packed: PackedModel) -> None:
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_string("intaglio.plan", packed.plan.digest)
     writer.add_string("intaglio.recipe", packed.plan.recipe.name)
+    if packed.lossy_blocks:
+        writer.add_uint64("intaglio.lossy_blocks", packed.lossy_blocks)
 
 
 def _add_architecture(writer: GGUFWriter, spec: ModelSpec) -> None:

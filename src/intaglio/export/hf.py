@@ -41,7 +41,7 @@ def export_hf(packed: PackedModel, path: str | Path, *, replace: bool = False) -
         copy_assets(packed.path, temporary)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (temporary / "config.json").write_text(text, "utf-8")
-        with SafetensorsWriter(temporary / "model.safetensors", hf_tensors(plan), {"format": "pt"}) as writer:
+        with SafetensorsWriter(temporary / "model.safetensors", hf_tensors(plan), packed.file_metadata) as writer:
             for stored, (name, exact_in) in sources.items():
                 writer.write(stored, _decoded(packed.read(name), exact_in, name))
 

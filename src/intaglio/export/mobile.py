@@ -53,7 +53,7 @@ def export_mobile(
         temporary.mkdir()
         copy_assets(packed.path, temporary)
         (temporary / "config.json").write_text(config, "utf-8")
-        with SafetensorsWriter(temporary / FILE_NAME, specs, {"format": "pt"}) as writer:
+        with SafetensorsWriter(temporary / FILE_NAME, specs, packed.file_metadata) as writer:
             for tensor, rows, data in _contents(packed, stored):
                 writer.write(tensor.name, data, rows)
                 done += data.nbytes

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import WeightError
-from intaglio.numerics.grid import CHANNEL_STEP_LARGEST, FLOAT_SMALLEST, BlockGrid
+from intaglio.numerics.grid import CHANNEL_STEP_LARGEST, EMPTY_STEP, FLOAT_SMALLEST, BlockGrid
 
 CANDIDATES = 14
 # Where the search begins to clip, in root mean squares of the row, for one bit beside the sign and for
 # each one more. The best clip of Gaussian rows grows so, from 1.1 at two bits to 4 at eight.
 LOWEST_CLIP = 0.4
 ROUNDS = 2  # of least squares after the search; a third one changes the error by less than 0.01 dB
-EMPTY_STEP = 1.0  # of a block of zeros: any normal number serves, and this one survives every float format
 
 
 def absmax_steps(values_RC: Tensor, grid: BlockGrid) -> Tensor:

@@ -37,6 +37,9 @@ HALF_SUBNORMAL_MAGIC = 0.75
 FLOAT_SIGNIFICANT_BITS = 24
 FLOAT_SMALLEST = 2.0**-126  # the smallest normal float32: runtimes may flush what is below to zero
 CHANNEL_STEP_LARGEST = 2.0**120  # times any code of eight bits it is still finite
+EMPTY_STEP = (
+    1.0  # of a channel grid's block of zeros: any normal number serves, and this one survives every float format
+)
 WHOLE_ROW = 0  # as a block size: whatever the width of a row, or of its slices, turns out to be
 
 

@@ -21,13 +21,20 @@ from intaglio.packed.codes import unpack_codes
 from intaglio.packed.model import PackedModel, write_packed
 from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers, row_slices
 from intaglio.plan.carried import describe_whole, text_name, unused_names, whole_name
-from intaglio.plan.family import TOWER_ROLES, WHOLES, ModelSpec, TensorSpec, load_config, text_config
+from intaglio.plan.family import TOWER_ROLES, WHOLES, TensorSpec, load_config, text_config
+from intaglio.plan.found import recipe_for
 from intaglio.plan.mobile import LINEAR_OR_EMBEDDING, StoredTensor, resolve_bits, stored_tensors
-from intaglio.plan.plan import HEAD, Plan, expression, make_plan
-from intaglio.plan.recipe import Recipe, WeightRule
+from intaglio.plan.plan import HEAD, Plan, make_plan
+from intaglio.plan.recipe import Recipe
 from intaglio.plan.static import Activations, KvCache
 
 PRESETS = ("mobile-e2b", "mobile-e4b", "mobile")
+IMPORTED = Recipe(
+    name="mobile-imported",
+    summary="The bits of an imported folder",
+    activations=Activations(),
+    kv_cache=KvCache(),
+)
 GRIDS: dict[int | None, Grid] = {2: INT2, 4: INT4, 8: INT8, None: BF16}
 FLOATS = ("F32", "BF16", "F16")
 
@@ -99,7 +106,7 @@ def _plan(found: _Folder) -> Plan:
     except ConfigError as error:
         raise ConfigError(f"{found.path}: {error}") from error
     grids = {t.name: _grid(found, t, quantization, multimodal) for t in (*model.tensors, *model.carried)}
-    plan = make_plan(model, _recipe(model, grids))
+    plan = make_plan(model, recipe_for(model, grids, PRESETS, IMPORTED))
     scales = next((n for n in found.headers if n.endswith("embed_tokens_per_layer.embedding_scale")), None)
     if scales is not None and found.headers[scales][1][1:] == (1,):
         rules = tuple(replace(r, slices="ple_embedding" not in r.roles) for r in plan.recipe.rules)
@@ -134,38 +141,6 @@ def _grid(found: _Folder, tensor: TensorSpec, quantization: dict[str, Any], mult
         raise ConfigError(f"{found.path}: quantization_config gives {name} {bits!r} bits: expected 2, 4 or 8")
     in_full = bits is None and tensor.role in TOWER_ROLES and found.headers.get(name, ("",))[0] == "F32"
     return F32 if in_full else GRIDS[bits]
-
-
-def _recipe(model: ModelSpec, grids: dict[str, Grid]) -> Recipe:
-    """One of our recipes if it puts every tensor on its grid, else one made of the grids."""
-    for name in PRESETS:
-        try:
-            plan = make_plan(model, name)
-        except RecipeError:
-            continue
-        if all(tensor.rule.grid == grids[tensor.name] for tensor in plan.everything):
-            return plan.recipe
-    groups: dict[tuple[str, str], list[TensorSpec]] = {}
-    for tensor in (*model.tensors, *model.carried):
-        groups.setdefault((tensor.role, grids[tensor.name].name), []).append(tensor)
-    rules = [
-        WeightRule(
-            name=f"{role}_{grid}",
-            grid=grids[tensors[0].name],
-            roles=(role,),
-            match=expression(tensors),
-            trainable=role not in (*TOWER_ROLES, "ple_embedding"),
-        )
-        for (role, grid), tensors in groups.items()
-    ]
-    return Recipe(
-        name="mobile-imported",
-        summary="The bits of an imported folder",
-        families=(model.family.model_type,),
-        rules=tuple(rules),
-        activations=Activations(),
-        kv_cache=KvCache(),
-    )
 
 
 def _check_layout(found: _Folder, expected: list[StoredTensor]) -> None:

@@ -219,6 +219,18 @@ class PackedModel:
             raise ConfigError(f"{file_path}: tensor {odd} is missing, unexpected or not as planned")
         return cls(path, plan, provenance)
 
+    @property
+    def lossy_blocks(self) -> int:
+        """How many blocks a conversion fitted anew, because their trained codes could not be had."""
+        lossy = self.provenance.get("lossy")
+        return int(lossy["blocks"]) if isinstance(lossy, dict) else 0
+
+    @property
+    def file_metadata(self) -> dict[str, str]:
+        """What a safetensors file made of this model says of itself."""
+        lossy = {"intaglio_lossy_blocks": str(self.lossy_blocks)} if self.lossy_blocks else {}
+        return {"format": "pt"} | lossy
+
     def text_only(self) -> PackedModel:
         """The same without towers and their embedders."""
         return dataclasses.replace(self, plan=self.plan.text_only())

@@ -1,0 +1,1 @@
+"""Checkpoints that others made: opened, looked into, and converted without losing the grid they were trained on."""

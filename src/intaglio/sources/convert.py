@@ -1,0 +1,270 @@
+"""From a checkpoint that someone else trained on a grid to a PackedModel with the codes that were trained.
+
+Every tensor is looked into first (`inspect`). Nothing is written before it is clear that every trained block
+comes over exactly, or the caller has said `requantize`; then just the blocks that do not are fitted anew, and
+the packed model says so in its provenance, which exports and reports carry on.
+
+Tensors without a trained grid are no such loss. An embedding that training left in floats is fitted to what
+the recipe puts it on, Q6_K as in official files, or kept as floats if the recipe says so; the result says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from dataclasses import replace as dataclass_replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intaglio.errors import ConfigError, QualityError, RecipeError, WeightError
+from intaglio.numerics.grid import EMPTY_STEP, HALF_LARGEST, BlockGrid, FloatGrid, Quantized, round_half
+from intaglio.numerics.identify import NAMES
+from intaglio.packed.checkpoint import model_name
+from intaglio.packed.import_mobile import import_mobile
+from intaglio.packed.model import PackedModel, write_packed
+from intaglio.plan.plan import Plan, PlannedTensor, make_plan
+from intaglio.plan.recipe import Recipe
+from intaglio.sources.inspect import Verdict, examine, recovered_blocks
+from intaglio.sources.match import SHOWN, assets_of, in_file_order, match, model_of, recipe_of
+from intaglio.sources.open import open_source
+from intaglio.sources.stored import Source, Stored
+from intaglio.train.quantize import FITS, check_finite, fit_tensor
+
+FITTED_TYPES = ("Q6_K", "Q8_0")  # on which a tensor without a trained grid is put without further ado
+METHODS = {
+    "floats": "recovered from a float checkpoint",
+    "w4a16": "taken from compressed-tensors W4A16",
+    "gguf": "taken from a GGUF",
+    "mobile": "imported from the mobile format",
+}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What becomes of one tensor: its codes are taken, its values kept as floats, or it is fitted.
+
+    lossy: blocks whose trained codes or scales do not come over.
+    """
+
+    tensor: PlannedTensor
+    stored: Stored
+    verdict: Verdict
+    action: str  # "codes", "values" or "fit"
+    lossy: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What `convert` did.
+
+    kind: of the source. grids: how many tensors lay on each. blocks, recovered: of tensors whose codes were
+    taken. fitted: tensors without a trained grid, and the grid that the recipe gave them. rounded: tensors kept as
+    floats, and how many of their values changed. lossy: tensors, and how many of their trained blocks changed.
+    left_out: tensors of the source that the model has no use for.
+    """
+
+    packed: PackedModel
+    kind: str
+    grids: dict[str, int] = field(default_factory=dict)
+    blocks: int = 0
+    recovered: int = 0
+    fitted: dict[str, str] = field(default_factory=dict)
+    rounded: dict[str, int] = field(default_factory=dict)
+    lossy: dict[str, int] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        shared = {name: value for name, value in vars(self).items() if name not in ("packed", "left_out")}
+        return shared | {"recipe": self.packed.plan.recipe.name, "left_out": list(self.left_out)}
+
+
+def convert(
+    path: str | Path,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    config: str | Path | None = None,
+    requantize: bool = False,
+    text_only: bool = False,
+    replace: bool = False,
+    on_tensor: Callable[[int, int, str], None] = lambda done, total, name: None,
+) -> Conversion:
+    """Write the PackedModel `out` of a trained checkpoint: floats on a grid, mobile, W4A16 or GGUF.
+
+    recipe: None takes the grids that are found. config: folder of config.json and tokenizer, for a source
+    without. on_tensor: tensors done, in all (each counts twice: looked into, and written), and a name.
+    Raises QualityError for trained blocks that do not come over exactly, unless `requantize`; ConfigError for a
+    source that is damaged, of another model, or on no grid; RecipeError for a recipe that cannot hold it.
+    """
+    source = open_source(path)
+    if source.kind == "packed":
+        raise ConfigError(f"{source.path}: is a packed model: export it")
+    if source.kind == "mobile":
+        if text_only:
+            raise ConfigError(f"{source.path}: a mobile folder is taken as a whole: say --text-only when you export it")
+        return _imported(source, Path(out), recipe, replace)
+    assets = assets_of(source, config)
+    model = model_of(source, assets, text_only)
+    found, left_out = match(source, model)
+    total = 2 * len(found)
+    slices = {tensor.name: tensor.slice_columns for tensor in model.tensors}
+    verdicts = {}
+    for done, name in enumerate(in_file_order(source, found)):
+        on_tensor(done, total, name)
+        verdicts[name] = examine(found[name], slices.get(name))
+    if not any(verdict.on_grid for verdict in verdicts.values()):
+        raise ConfigError(f"{source.path}: no tensor lies on a grid: fit one with `intaglio quantize`, or train to one")
+    plan = make_plan(model, recipe if recipe is not None else recipe_of(model, found, verdicts))
+    steps = [_step(plan[name], found[name], verdicts[name]) for name in verdicts]
+    lossy = {step.tensor.name: step.lossy for step in steps if step.lossy}
+    if lossy and not requantize:
+        raise QualityError(_unrecovered(source.path, steps))
+    result = Conversion(
+        packed=PackedModel(Path(out), plan, {}),
+        kind=source.kind,
+        grids=_counts(verdicts),
+        blocks=sum(step.verdict.tally.all for step in steps if step.action == "codes"),
+        recovered=sum(step.verdict.tally.all - step.lossy for step in steps if step.action == "codes"),
+        fitted={step.tensor.name: step.tensor.grid.name for step in steps if step.action == "fit" and not step.lossy},
+        lossy=lossy,
+        left_out=left_out,
+    )
+    provenance = _provenance(source, result)
+    with write_packed(Path(out), plan, assets=assets, provenance=provenance, replace=replace) as writer:
+        writer.leave_static_off()
+        for done, step in enumerate(steps, len(found)):
+            on_tensor(done, total, step.tensor.name)
+            for rows, value in _values(step, plan, source.kind, result.rounded):
+                writer.add(step.tensor.name, value, rows)
+            step.stored.reader.close()
+    on_tensor(total, total, "")
+    return dataclass_replace(result, packed=PackedModel.open(out))
+
+
+def _imported(source: Source, out: Path, recipe: Recipe | None, replace: bool) -> Conversion:
+    if recipe is not None:
+        raise RecipeError(f"{source.path}: a mobile folder says itself which grids it has: leave out the recipe")
+    packed = import_mobile(source.path, out, replace=replace)
+    on_grids = [(t.spec, t.grid) for t in packed.plan.everything if isinstance(t.grid, BlockGrid)]
+    count = sum(torch.Size(spec.shape).numel() // grid.block_size for spec, grid in on_grids)
+    names = [grid.name for _, grid in on_grids]
+    grids = {name: names.count(name) for name in dict.fromkeys(names)}
+    return Conversion(packed=packed, kind=source.kind, grids=grids, blocks=count, recovered=count)
+
+
+def _step(tensor: PlannedTensor, stored: Stored, verdict: Verdict) -> _Step:
+    """What to do with a tensor, and how many of its trained blocks that changes."""
+    grid, tally = tensor.grid, verdict.tally
+    if isinstance(grid, FloatGrid):
+        return _Step(tensor, stored, verdict, "values")
+    if grid.portable and verdict.in_blocks and grid.ggml_type == "Q4_0" and not verdict.portable:
+        raise RecipeError(
+            f"{tensor.name}: the recipe's grid {grid.name} holds scales of {grid.step_bits} significant bits and "
+            "blocks with a code -8, and this tensor has others: use q4_0-free"
+        )
+    if verdict.in_blocks and grid.ggml_type == "Q4_0":
+        return _Step(tensor, stored, verdict, "codes", tally.all - tally.ships)
+    if verdict.on_grid and grid.ggml_type == stored.kind:
+        return _Step(tensor, stored, verdict, "codes")
+    rows = verdict.hypothesis if verdict.hypothesis is not None and verdict.hypothesis.by_row else None
+    if rows is not None and (grid.code_min, grid.block_size) == (rows.rule.code_min, rows.width):
+        return _Step(tensor, stored, verdict, "codes", tally.all - tally.recovered)
+    trained = verdict.on_grid or grid.ggml_type not in FITTED_TYPES
+    return _Step(tensor, stored, verdict, "fit", torch.Size(stored.shape).numel() // grid.block_size if trained else 0)
+
+
+def _unrecovered(path: Path, steps: list[_Step]) -> str:
+    lossy = [step for step in steps if step.lossy]
+    count = sum(step.lossy for step in lossy)
+    parts = []
+    for step in lossy[:SHOWN]:
+        tally = step.verdict.tally
+        unlike = tally.all - tally.recovered
+        what = "lies on no grid" if not step.verdict.on_grid else f"{unlike:,} of {tally.all:,} blocks lie on no grid"
+        if step.verdict.on_grid and step.action == "fit":
+            what = f"lies on another grid than {step.tensor.grid.name}, where the recipe puts it"
+        elif step.verdict.on_grid and step.lossy > unlike:
+            what += f", {step.lossy - unlike:,} have a scale that float16 does not hold"
+        parts.append(f"{step.tensor.name}: {what}")
+    more = f"; and {len(lossy) - SHOWN} more" if len(lossy) > SHOWN else ""
+    return (
+        f"{path}: {count:,} blocks of {len(lossy)} tensors cannot be taken over exactly: {'; '.join(parts)}{more}. "
+        "Say --requantize to fit these anew, which marks the result as lossy, or keep them as floats by a recipe"
+    )
+
+
+def _counts(verdicts: dict[str, Verdict]) -> dict[str, int]:
+    names = [NAMES.get(verdict.grid, verdict.grid) for verdict in verdicts.values()]
+    return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+def _provenance(source: Source, result: Conversion) -> dict[str, Any]:
+    folder = source.path if source.path.is_dir() else source.path.with_suffix("")
+    record: dict[str, Any] = {"name": model_name(folder), "method": METHODS[source.kind], "source_grids": result.grids}
+    if result.fitted:
+        record["fitted"] = result.fitted
+    if result.lossy:
+        record["lossy"] = {"blocks": sum(result.lossy.values()), "tensors": result.lossy}
+    return record
+
+
+def _values(step: _Step, plan: Plan, kind: str, rounded: dict[str, int]) -> Iterator[tuple[slice | None, Any]]:
+    """Every row of a tensor as it is packed, some at a time."""
+    name, spec = step.tensor.name, step.tensor.spec
+    shift = plan.model.family.norm_offset if kind == "gguf" and spec.role == "norm" else 0.0
+    whole = [(None, step.stored.reader.read(step.stored.name))] if len(spec.shape) != 2 else step.stored.pieces()
+    for rows, value in whole:
+        if step.action == "codes":
+            yield rows, _coded(step, value, plan.recipe.fit, rows)
+            continue
+        floats = value.decode() if isinstance(value, Quantized) else value
+        unshifted = floats.float() - shift if shift else floats
+        packed = fit_tensor(unshifted, plan, name, rows)
+        if step.action == "values":
+            assert isinstance(packed, Tensor)
+            changed = int((packed.float() + shift != floats.float()).sum())
+            if changed:
+                rounded[name] = rounded.get(name, 0) + changed
+        yield rows, packed
+
+
+def _coded(step: _Step, value: Any, fit: str, rows: slice | None) -> Quantized:
+    """Some rows by their codes; blocks that were not recovered by the recipe's fit."""
+    grid = step.tensor.grid
+    assert isinstance(grid, BlockGrid)
+    first_row = rows.start if rows else 0
+    if isinstance(value, Quantized):
+        return _recoded(value, grid, step.tensor.name)
+    assert step.verdict.hypothesis is not None
+    parts = list(recovered_blocks(value, step.verdict.hypothesis))
+    codes = torch.cat([part.codes for part in parts])
+    scale = torch.cat([part.scale for part in parts])
+    exact = torch.cat([part.exact for part in parts])
+    if not bool(exact.all()):
+        left = (~exact).nonzero().squeeze(1)
+        blocks = value.reshape(-1, grid.block_size)[left].float()
+        check_finite(value, step.tensor.name, first_row)
+        fitted = FITS[fit](blocks, grid)
+        codes[left], scale[left] = fitted.codes, fitted.step.squeeze(1)
+    empty = torch.tensor(EMPTY_STEP if grid.positive else -0.0)  # what ggml writes as the scale of an empty block
+    scale = torch.where((codes == 0).all(1), empty, scale)
+    scale = scale if grid.positive else round_half(scale)
+    if float(scale.abs().max()) > HALF_LARGEST and not grid.positive:
+        raise WeightError(f"{step.tensor.name}: a scale of {float(scale.abs().max()):.3g} is beyond float16")
+    shape = value.shape[0], -1
+    return Quantized(grid, codes.reshape(shape).contiguous(), scale.reshape(shape).to(grid.scale_dtype))
+
+
+def _recoded(value: Quantized, grid: BlockGrid, name: str) -> Quantized:
+    """The same codes and scales on the planned grid, which has the same bytes."""
+    scales = (value.scale, *(() if value.super_scale is None else (value.super_scale,)))
+    if not all(bool(torch.isfinite(scale).all()) for scale in scales) or int(value.codes.min()) < grid.code_min:
+        raise WeightError(f"{name}: has scales that are not finite, or codes below {grid.code_min}: download it again")
+    scale = value.scale if value.scale.dtype == grid.scale_dtype else value.scale.to(grid.scale_dtype)
+    if not bool(torch.isfinite(scale).all()):
+        raise WeightError(f"{name}: a scale of {float(value.scale.abs().max()):.3g} is beyond float16")
+    return Quantized(grid, value.codes, scale, value.super_scale)

@@ -1,0 +1,154 @@
+"""Which tensor of a source is which of the model's, and what recipe has the grids that were found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from intaglio.errors import ConfigError
+from intaglio.numerics.grid import F16, F32, Q4_0, Q4_0_FREE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE, BlockGrid, Grid
+from intaglio.numerics.identify import ROW_GRIDS
+from intaglio.packed.checkpoint import own_name
+from intaglio.plan.carried import describe_whole, unused_names
+from intaglio.plan.family import (
+    GGUF_ROPE_FACTORS,
+    TOWER_ROLES,
+    ModelSpec,
+    TensorSpec,
+    gguf_name,
+    load_config,
+    read_spec,
+)
+from intaglio.plan.found import recipe_for
+from intaglio.plan.plan import LEFT_ALONE
+from intaglio.plan.recipe import Recipe
+from intaglio.sources.inspect import Verdict
+from intaglio.sources.stored import GgufFile, Source, Stored
+
+PRESETS = ("q4_0", "q4_0-free", "mobile-e2b", "mobile-e4b", "mobile")
+CONVERTED = Recipe(name="converted", summary="The grids of a converted checkpoint")
+# GGUF types with the grids that hold them: portable ones if all tensors of the type allow it, or the others.
+TYPES: tuple[tuple[str, BlockGrid, BlockGrid], ...] = (
+    ("Q4_0", Q4_0, Q4_0_FREE),
+    ("Q6_K", Q6_K, Q6_K_FREE),
+    ("Q8_0", Q8_0, Q8_0_FREE),
+)
+SHOWN = 3  # names in a message
+
+
+def assets_of(source: Source, config: str | Path | None) -> Path:
+    """The folder of config and tokenizer."""
+    if config is not None:
+        return Path(config)
+    if source.kind == "gguf" or not source.path.is_dir():
+        raise ConfigError(
+            f"{source.path}: brings no config.json and tokenizer.json: give a folder that has them with --config, "
+            "for example the original checkpoint's"
+        )
+    return source.path
+
+
+def model_of(source: Source, assets: Path, text_only: bool) -> ModelSpec:
+    """The model that the config describes, with what the source's files hold beside its text model."""
+    if source.kind == "gguf":
+        return _gguf_model(source, assets)
+    config = load_config(assets)
+    config.pop("quantization_config", None)
+    try:
+        alone = describe_whole(config)
+        unused = unused_names((own_name(tensor.name) for tensor in source.tensors), alone)
+        model = describe_whole(config, unused)
+    except ConfigError as error:
+        raise ConfigError(f"{assets}: {error}") from error
+    return model.text_only() if text_only else model
+
+
+def _gguf_model(source: Source, assets: Path) -> ModelSpec:
+    """The text model of the config; ConfigError where the GGUF says that it is of another one."""
+    model, metadata = read_spec(assets), source.metadata or {}
+    architecture = model.family.gguf_architecture
+    config = model.config
+    expected = {
+        "general.architecture": architecture,
+        f"{architecture}.block_count": config.get("num_hidden_layers"),
+        f"{architecture}.embedding_length": config.get("hidden_size"),
+    }
+    for key, value in expected.items():
+        if metadata.get(key) != value:
+            raise ConfigError(
+                f"{source.path}: {key} = {metadata.get(key)!r}, but the config of {assets} makes it {value!r}: "
+                "expected the config of the same model"
+            )
+    return model
+
+
+def match(source: Source, model: ModelSpec) -> tuple[dict[str, Stored], tuple[str, ...]]:
+    """The source's tensor for each of the model's, and the names of those that the model has no use for."""
+    gguf = source.kind == "gguf"
+    stored = {tensor.name if gguf else own_name(tensor.name): tensor for tensor in source.tensors}
+    found = {}
+    for tensor in (*model.tensors, *model.carried):
+        name = gguf_name(tensor.name) if gguf else tensor.name
+        part = stored.pop(name, None)
+        if part is None:
+            advice = ": to do without towers, say --text-only" if tensor.role in TOWER_ROLES else ""
+            raise ConfigError(f"{source.path}: {name} is missing{advice}")
+        if part.shape != tensor.shape:
+            raise ConfigError(
+                f"{source.path}: {part.name} has shape {list(part.shape)}, the config says {list(tensor.shape)}: "
+                "config and weights are of different models"
+            )
+        if not part.is_float and (part.bits is None or len(tensor.shape) != 2):
+            raise ConfigError(f"{source.path}: {part.name} is of type {part.kind}: expected floats, or codes we know")
+        found[tensor.name] = part
+    stored.pop(GGUF_ROPE_FACTORS, None)
+    if gguf and stored:
+        raise ConfigError(f"{source.path}: {len(stored)} tensors are not part of this model: {_some(list(stored))}")
+    return found, tuple(tensor.name for tensor in stored.values())
+
+
+def in_file_order(source: Source, found: dict[str, Stored]) -> Iterator[str]:
+    """Names of the tensors that were found, as their files have them; a file is closed when the next begins."""
+    names = {tensor.name: name for name, tensor in found.items()}
+    yield from (names[tensor.name] for tensor in source if tensor.name in names)
+
+
+def recipe_of(model: ModelSpec, found: dict[str, Stored], verdicts: dict[str, Verdict]) -> Recipe:
+    """A preset if it has the grids that were found, else one made of them."""
+    by_row = any(v.hypothesis is not None and v.hypothesis.by_row for v in verdicts.values())
+    base = Recipe.load("mobile" if by_row else "q4_0")
+    types = {
+        kind: portable if all(v.portable for v in verdicts.values() if _is_of(kind, v)) else free
+        for kind, portable, free in TYPES
+    }
+    grids = {}
+    for spec in (*model.tensors, *model.carried):
+        grid = _found_grid(verdicts[spec.name], found[spec.name], types)
+        grids[spec.name] = grid or _usual_grid(model, spec, base, found[spec.name], types)
+    return recipe_for(model, grids, PRESETS, CONVERTED)
+
+
+def _is_of(kind: str, verdict: Verdict) -> bool:
+    return verdict.in_blocks if kind == "Q4_0" else verdict.grid == kind
+
+
+def _found_grid(verdict: Verdict, stored: Stored, types: dict[str, BlockGrid]) -> Grid | None:
+    if len(verdict.shape) != 2:
+        return None
+    if verdict.hypothesis is not None and verdict.hypothesis.by_row:
+        return ROW_GRIDS[verdict.hypothesis.name]
+    return next((grid for kind, grid in types.items() if _is_of(kind, verdict)), None)
+
+
+def _usual_grid(model: ModelSpec, spec: TensorSpec, base: Recipe, stored: Stored, types: dict[str, BlockGrid]) -> Grid:
+    """Where nothing was found: what the recipe says of such a tensor; towers and a GGUF's matrices stay floats."""
+    if spec.role in TOWER_ROLES and stored.kind == "F32":
+        return F32
+    if isinstance(stored.reader, GgufFile) and stored.kind in ("F16", "BF16") and len(spec.shape) == 2:
+        return F16
+    rule = base.rule_for(spec.name, spec.role, model.first_late_layer) or LEFT_ALONE
+    return types["Q4_0"] if rule.grid == Q4_0 else rule.grid
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
