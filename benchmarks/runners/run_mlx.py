@@ -1,4 +1,4 @@
-"""An MLX folder in mlx-lm, on the CPU."""
+"""An MLX folder in mlx-lm, on the CPU, in float32."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from runner import Runtime, run
 def load(path: Path) -> Runtime:
     mx.set_default_device(mx.cpu)
     model, _ = load_model(str(path))
+    model.set_dtype(mx.float32)  # scales and floats of 16 bits become float32: exact, and so is the rest
 
     def logits(ids: np.ndarray) -> np.ndarray:
         return np.array(model(mx.array(ids)[None])[0].astype(mx.float32))
