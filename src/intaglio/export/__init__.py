@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from intaglio.export.bundles import export_lmstudio, export_ollama
 from intaglio.export.gguf import export_gguf
 from intaglio.export.hf import export_hf
 from intaglio.export.mlx import export_mlx
@@ -15,4 +16,6 @@ EXPORTERS: dict[str, Callable[..., Any]] = {
     "gemma-mobile": export_mobile,
     "vllm": export_vllm,
     "mlx": export_mlx,
+    "ollama": export_ollama,
+    "lmstudio": export_lmstudio,
 }
