@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "progress": {"train"},
     "proof": {"errors", "numerics", "plan", "packed", "train", "measure", "formats", "progress"},
     "workflow": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof"},
+    "release": {"errors", "numerics", "plan", "packed", "export", "progress"},
     "finetune": {"errors", "packed", "train", "measure", "formats", "progress", "proof", "workflow"},
     "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow"},
     "terminal": {"numerics", "plan", "train", "sources", "measure", "progress"},
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "planning_page": {"plan", "packed", "export", "measure", "planning", "terminal_plan"},
     "cli": {
         *("errors", "plan", "packed", "train", "sources", "export", "measure", "demo", "terminal", "proof", "workflow"),
-        "finetune",
+        *("finetune", "release"),
         *("planning", "terminal_plan", "planning_page"),
     },
     "__init__": set(),  # names its homes as strings
