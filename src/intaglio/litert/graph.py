@@ -6,6 +6,7 @@ one buffer however many signatures use it. `files` writes the result.
 
     x -> QUANTIZE -> FULLY_CONNECTED(codes) -> DEQUANTIZE -> y     with scales of input and output
     x -> FULLY_CONNECTED(DEQUANTIZE(codes)) -> y                   without: the weight alone is rounded
+    x -> FULLY_CONNECTED(blocks of codes) -> y                     Q4_0: the kernel rounds x as it comes
     cache -> DYNAMIC_UPDATE_SLICE(QUANTIZE(k)) -> cache            and DEQUANTIZE for those that attend to it
 """
 
@@ -25,7 +26,7 @@ from intaglio.litert.trace import FLOATS, LINEAR
 Operator = schema.BuiltinOperator
 Type = schema.TensorType
 CACHE_NAME = re.compile(r"kv_cache_(k|v)_(\d+)")
-NUMPY_TYPES = {Type.FLOAT32: np.float32, Type.INT32: np.int32}
+NUMPY_TYPES = {Type.FLOAT32: np.float32, Type.FLOAT16: np.float16, Type.INT32: np.int32}
 # The first version of each operator that takes these types (tflite/tools/versioning/op_version.cc).
 VERSIONS = {
     Operator.FULLY_CONNECTED: 10,
@@ -44,7 +45,7 @@ class Stored:
     """A tensor of the plan as LiteRT stores it.
 
     name: of the tensor in the file. source: what fills its bytes, for `files`. type: of the schema.
-    scale: float32 [rows], or None for floats. size_bytes: of the data.
+    scale: float32 [rows]; float16 [rows, blocks] of blocks of columns; None for floats. size_bytes: of the data.
     """
 
     name: str
@@ -128,7 +129,14 @@ class Subgraph:
         return self.tensor(name, values.shape, kind, self.model.buffer(values.astype(NUMPY_TYPES[kind]).tobytes()))
 
     def stored(self, stored: Stored) -> int:
-        quantization = None if stored.scale is None else per_row(stored.scale)
+        scale = stored.scale
+        if scale is None or scale.ndim == 1:
+            quantization = None if scale is None else per_row(scale)
+        else:
+            scales = self.constant(f"{stored.name}.scales", scale, Type.FLOAT16)
+            blocks = schema.BlockwiseQuantizationT(scales=scales, blockSize=stored.shape[1] // scale.shape[1])
+            kind = schema.QuantizationDetails.BlockwiseQuantization
+            quantization = schema.QuantizationParametersT(details=blocks, detailsType=kind, quantizedDimension=0)
         return self.tensor(stored.name, stored.shape, stored.type, self.model.buffer_of(stored), quantization)
 
     def add(self, operator: int, inputs: list[int], outputs: list[int], options: Any = None) -> None:
@@ -158,28 +166,20 @@ class Subgraph:
         self.add(Operator.DEQUANTIZE, [x], [output], schema.DequantizeOptionsT())
 
     def linear(self, x: int, y: int, weight: Stored, input_scale: float, output_scale: float) -> None:
-        """y = x times the weight, with the static scales that are not 0."""
+        """y = x times the weight: int8 on both sides, or with scales of 0 on none."""
         module = weight.name.removesuffix(".weight")
         options = schema.FullyConnectedOptionsT(keepNumDims=True)
         w = self.stored(weight)
-        static = weight.scale is not None and input_scale != 0 and output_scale != 0
         if input_scale:
-            x = codes = self.quantize(x, input_scale, f"{module}.input")
-            if not static:
-                x = self.tensor(f"{module}.input_values", self.shape(codes), Type.FLOAT32)
-                self.dequantize(codes, x)
-        if weight.scale is not None and not static:
+            x = self.quantize(x, input_scale, f"{module}.input")
+            codes = self.tensor(f"{module}.output", self.shape(y), Type.INT8, quantization=per_tensor(output_scale))
+            self.add(Operator.FULLY_CONNECTED, [x, w, -1], [codes], options)
+            return self.dequantize(codes, y)
+        if weight.scale is not None and weight.scale.ndim == 1:
             values = self.tensor(f"{module}.weight_values", weight.shape, Type.FLOAT32)
             self.dequantize(w, values)
             w = values
-        if not output_scale:
-            return self.add(Operator.FULLY_CONNECTED, [x, w, -1], [y], options)
-        codes = self.tensor(f"{module}.output", self.shape(y), Type.INT8, quantization=per_tensor(output_scale))
-        product = codes if static else self.tensor(f"{module}.product", self.shape(y), Type.FLOAT32)
-        self.add(Operator.FULLY_CONNECTED, [x, w, -1], [product], options)
-        if not static:
-            self.add(Operator.QUANTIZE, [product], [codes], schema.QuantizeOptionsT())
-        self.dequantize(codes, y)
+        self.add(Operator.FULLY_CONNECTED, [x, w, -1], [y], options)
 
 
 def fill(model: Model, stored: Callable[[str], Stored], static: dict[str, float]) -> None:
@@ -192,9 +192,7 @@ def fill(model: Model, stored: Callable[[str], Stored], static: dict[str, float]
     prune(model)
 
 
-def _fill_signature(
-    model: Model, signature: Any, stored: Callable[[str], Stored], static: dict[str, float]
-) -> None:
+def _fill_signature(model: Model, signature: Any, stored: Callable[[str], Stored], static: dict[str, float]) -> None:
     subgraph = Subgraph(model, model.root.subgraphs[signature.subgraphIndex])
     caches = {
         int(entry.tensorIndex): static.get(f"model.layers.{found[2]}.self_attn.{found[1]}_cache_scale", 0.0)
@@ -220,7 +218,9 @@ def _fill_signature(
         index = moved.get(int(entry.tensorIndex), int(entry.tensorIndex))
         scale = _cache_scale(entry.name.decode(), static)
         if scale and index not in moved.values():
-            raise ConfigError(f"{entry.name.decode()}: litert-torch laid this cache out in a way that is not known here")
+            raise ConfigError(
+                f"{entry.name.decode()}: litert-torch laid out this cache in an unknown way"
+            )
         entry.tensorIndex = index
     subgraph.subgraph.outputs = [moved.get(int(x), int(x)) for x in subgraph.subgraph.outputs]
 
@@ -230,9 +230,7 @@ def _cache_scale(name: str, static: dict[str, float]) -> float:
     return static.get(f"model.layers.{found[2]}.self_attn.{found[1]}_cache_scale", 0.0) if found else 0.0
 
 
-def _fill_call(
-    subgraph: Subgraph, call: Any, stored: Callable[[str], Stored], static: dict[str, float]
-) -> None:
+def _fill_call(subgraph: Subgraph, call: Any, stored: Callable[[str], Stored], static: dict[str, float]) -> None:
     target, name = call.builtinOptions2.callTargetName.decode(), bytes(call.builtinOptions2.backendConfig).decode()
     if target == FLOATS:
         value = stored(name)
@@ -260,12 +258,25 @@ def _fill_update(subgraph: Subgraph, update: Any, scale: float, read: set[int], 
 
 def prune(model: Model) -> None:
     """Drop tensors, buffers and operator codes that nothing uses any more."""
-    root = model.root
+    _prune_tensors(model.root)
+    _prune_buffers(model)
+    operators = [op for subgraph in model.root.subgraphs for op in subgraph.operators]
+    place = {old: new for new, old in enumerate(sorted({op.opcodeIndex for op in operators}))}
+    model.root.operatorCodes = [model.root.operatorCodes[old] for old in place]
+    for op in operators:
+        op.opcodeIndex = place[op.opcodeIndex]
+
+
+def _prune_tensors(root: Any) -> None:
     for number, subgraph in enumerate(root.subgraphs):
         used = {int(x) for op in subgraph.operators for x in (*op.inputs, *op.outputs) if x >= 0}
         used |= {int(x) for x in (*subgraph.inputs, *subgraph.outputs)}
+        used |= {_scales_of(tensor) for i, tensor in enumerate(subgraph.tensors) if i in used} - {-1}
         place = {old: new for new, old in enumerate(sorted(used))} | {-1: -1}
         subgraph.tensors = [subgraph.tensors[old] for old in sorted(used)]
+        for tensor in subgraph.tensors:
+            if _scales_of(tensor) >= 0:
+                tensor.quantization.details.scales = place[_scales_of(tensor)]
         subgraph.inputs = [place[int(x)] for x in subgraph.inputs]
         subgraph.outputs = [place[int(x)] for x in subgraph.outputs]
         for op in subgraph.operators:
@@ -273,6 +284,16 @@ def prune(model: Model) -> None:
         for signature in root.signatureDefs:
             for entry in (*signature.inputs, *signature.outputs) if signature.subgraphIndex == number else ():
                 entry.tensorIndex = place[int(entry.tensorIndex)]
+
+
+def _scales_of(tensor: Any) -> int:
+    """The tensor that holds another's scales, one for each block; -1 if it has none."""
+    details = None if tensor.quantization is None else tensor.quantization.details
+    return -1 if details is None else int(details.scales)
+
+
+def _prune_buffers(model: Model) -> None:
+    root = model.root
     root.metadata, root.metadataBuffer = None, None
     tensors = [tensor for subgraph in root.subgraphs for tensor in subgraph.tensors]
     for tensor in tensors:
@@ -283,8 +304,3 @@ def prune(model: Model) -> None:
     model.stored = {place[old]: value for old, value in model.stored.items()}
     for tensor in tensors:
         tensor.buffer = place[tensor.buffer]
-    operators = [op for subgraph in root.subgraphs for op in subgraph.operators]
-    place = {old: new for new, old in enumerate(sorted({op.opcodeIndex for op in operators}))}
-    root.operatorCodes = [root.operatorCodes[old] for old in place]
-    for op in operators:
-        op.opcodeIndex = place[op.opcodeIndex]

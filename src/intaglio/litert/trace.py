@@ -58,9 +58,7 @@ def _lower_floats(context: Any, like: ir.Value, name: str) -> ir.Value:
 
 
 def _call(target: str, name: str, argument: ir.Value, result: ir.Type) -> ir.Value:
-    return stablehlo.custom_call(
-        [result], [argument], call_target_name=target, backend_config=ir.StringAttr.get(name)
-    )
+    return stablehlo.custom_call([result], [argument], call_target_name=target, backend_config=ir.StringAttr.get(name))
 
 
 class PlaceholderLinear(nn.Module):
@@ -145,7 +143,7 @@ class PerLayerDecode(_PerLayer, Decode):
 
 def trace(plan: Plan, *, context_tokens: int, prefill_tokens: tuple[int, ...]) -> bytes:
     """The .tflite of the model behind its embeddings, with placeholders and float activations."""
-    model = placeholder_model(plan)
+    model: Any = placeholder_model(plan)
     config = ExportableModuleConfig(
         model="", prefill_lengths=list(prefill_tokens), cache_length=context_tokens, externalize_embedder=True
     )

@@ -37,7 +37,9 @@ class Weights:
         if not isinstance(grid, BlockGrid):
             size = int(np.prod(shape)) * 4
             return Stored(name, source, shape, TensorType.FLOAT32, None, size)
-        scale = np.concatenate([value.scale[:, 0].numpy() for _, value in self.packed.chunks(source)])
+        scale = self._scales(source)
+        if scale.shape[1] == 1:
+            scale = scale[:, 0]
         size = shape[0] * shape[1] * grid.code_bits // 8
         return Stored(name, source, shape, CODE_TYPES[grid.code_bits], scale, size)
 
@@ -51,10 +53,14 @@ class Weights:
             size = rows * width * 4
             shape = (rows, width)
             return [Stored(f"{name}.{i}", name, shape, TensorType.FLOAT32, None, size) for i in range(layers)]
-        scale_RS = np.concatenate([value.scale.numpy() for _, value in self.packed.chunks(name)])
-        scale_RL = np.ascontiguousarray(np.broadcast_to(scale_RS, (rows, layers)).T)
+        scale_RL = np.ascontiguousarray(np.broadcast_to(self._scales(name), (rows, layers)).T)
         kind, size = CODE_TYPES[grid.code_bits], rows * width * grid.code_bits // 8
         return [Stored(f"{name}.{i}", name, (rows, width), kind, scale_RL[i], size) for i in range(layers)]
+
+    def _scales(self, source: str) -> np.ndarray:
+        """[rows, blocks of a row], in the dtype they are packed in."""
+        values = (value for _, value in self.packed.chunks(source))
+        return np.concatenate([value.scale.numpy() for value in values if isinstance(value, Quantized)])
 
     def pieces(self, stored: list[Stored]) -> Iterator[tuple[Stored, int, memoryview]]:
         """The bytes of tensors that share a source, with their place in the tensor's data; the source is read once."""

@@ -25,7 +25,9 @@ from intaglio.packed.checkpoint import is_mobile, shards
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import open_safetensors
 from intaglio.packed.tally import Tally
+from intaglio.packed.tflite import is_bundle
 from intaglio.packed.verify_affine import compare_compressed, compare_mlx, is_compressed, is_mlx
+from intaglio.packed.verify_litert import compare_litert
 from intaglio.packed.verify_mobile import compare_mobile
 from intaglio.plan.carried import whole_name
 from intaglio.plan.family import GGUF_ROPE_FACTORS, TOWER_ROLES, gguf_name, gguf_rope_factors, load_config
@@ -225,5 +227,6 @@ READERS = (
     Reader(is_compressed, lambda packed, folder, tally: compare_compressed(_as_in(packed, folder), folder, tally)),
     Reader(is_mlx, compare_mlx),
     Reader(Path.is_dir, _compare_folder),
+    Reader(is_bundle, compare_litert),
     Reader(lambda path: True, _compare_gguf),
 )
