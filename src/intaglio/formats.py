@@ -79,5 +79,7 @@ MOBILE = Format(
 
 def format_of(plan: Plan) -> Format:
     """The format that holds the plan's grids."""
-    channels = any(isinstance(tensor.grid, BlockGrid) and tensor.grid.positive and tensor.grid.ggml_type is None for tensor in plan)
+    channels = any(
+        isinstance(tensor.grid, BlockGrid) and tensor.grid.positive and tensor.grid.ggml_type is None for tensor in plan
+    )
     return MOBILE if channels else GGUF

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from intaglio.export.bundles import export_lmstudio, export_ollama
 from intaglio.export.gguf import export_gguf
 from intaglio.export.hf import export_hf
 from intaglio.export.litert import export_litert
@@ -17,4 +18,6 @@ EXPORTERS: dict[str, Callable[..., Any]] = {
     "vllm": export_vllm,
     "mlx": export_mlx,
     "litert": export_litert,
+    "ollama": export_ollama,
+    "lmstudio": export_lmstudio,
 }

@@ -48,7 +48,7 @@ def export_litert(
     working directory or beside intaglio's source. context_tokens: that fit into the KV cache; by default
     CONTEXT_TOKENS or what the model allows. prefill_tokens: of a prompt that are read at once.
     Raises RecipeError for grids that LiteRT does not have, InputError if the environment is missing or not as
-    required, OutputError if the bundle cannot be written.
+    required (ConfigError where there is none), OutputError if the bundle cannot be written.
     """
     plan = packed.plan.text_only()
     check_litert(plan)
@@ -122,10 +122,12 @@ def find_python(python: str | Path | None) -> Path:
         if not Path(python).is_file():
             raise InputError(f"{python}: no such file: expected the interpreter of LiteRT's environment")
         return Path(python).absolute()
-    candidates = [folder / ENVIRONMENT / "bin/python" for folder in (Path.cwd(), PACKAGE.parents[1])]
+    named = os.environ.get("INTAGLIO_RUNTIMES")  # as the runners of benchmarks/ take it
+    folders = [Path(named)] if named else [folder / ENVIRONMENT.parent for folder in (Path.cwd(), PACKAGE.parents[1])]
+    candidates = [folder / ENVIRONMENT.name / "bin/python" for folder in folders]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
-        raise InputError(
+        raise ConfigError(
             f"LiteRT's packages need an environment of their own, and {candidates[0]} is not there: make it with "
             f"`make {ENVIRONMENT}/.done` in intaglio's folder, or with `python3 -m venv {ENVIRONMENT} && "
             f"{ENVIRONMENT}/bin/pip install -r {REQUIREMENTS}` (2.3 GB), or name its interpreter with --python"

@@ -218,9 +218,7 @@ def _fill_signature(model: Model, signature: Any, stored: Callable[[str], Stored
         index = moved.get(int(entry.tensorIndex), int(entry.tensorIndex))
         scale = _cache_scale(entry.name.decode(), static)
         if scale and index not in moved.values():
-            raise ConfigError(
-                f"{entry.name.decode()}: litert-torch laid out this cache in an unknown way"
-            )
+            raise ConfigError(f"{entry.name.decode()}: litert-torch laid out this cache in an unknown way")
         entry.tensorIndex = index
     subgraph.subgraph.outputs = [moved.get(int(x), int(x)) for x in subgraph.subgraph.outputs]
 

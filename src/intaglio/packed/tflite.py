@@ -125,12 +125,18 @@ class Signature:
     outputs: dict[str, int]
 
 
-def is_bundle(path: Path) -> bool:
-    """Whether a path is a .litertlm file, by its first bytes."""
-    if not path.is_file():
+def holds_bundle(path: Path) -> bool:
+    """Whether a path is a .litertlm file, by its first bytes, or a folder with one."""
+    found = bundle_in(path)
+    if not found.is_file():
         return False
-    with open(path, "rb") as file:
+    with open(found, "rb") as file:
         return file.read(len(MAGIC)) == MAGIC
+
+
+def bundle_in(path: Path) -> Path:
+    """The file itself, or the first of its kind in a folder."""
+    return next(iter(sorted(path.glob("*.litertlm"))), path) if path.is_dir() else path
 
 
 def read_bundle(path: Path) -> dict[str, list[Signature]]:

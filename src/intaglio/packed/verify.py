@@ -25,8 +25,9 @@ from intaglio.packed.checkpoint import is_mobile, shards
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import open_safetensors
 from intaglio.packed.tally import Tally
-from intaglio.packed.tflite import is_bundle
+from intaglio.packed.tflite import bundle_in, holds_bundle
 from intaglio.packed.verify_affine import compare_compressed, compare_mlx, is_compressed, is_mlx
+from intaglio.packed.verify_bundles import bundled_gguf, holds_ggufs, is_ollama
 from intaglio.packed.verify_litert import compare_litert
 from intaglio.packed.verify_mobile import compare_mobile
 from intaglio.plan.carried import whole_name
@@ -226,7 +227,9 @@ READERS = (
     Reader(is_mobile, lambda packed, folder, tally: compare_mobile(_as_in(packed, folder), folder, tally)),
     Reader(is_compressed, lambda packed, folder, tally: compare_compressed(_as_in(packed, folder), folder, tally)),
     Reader(is_mlx, compare_mlx),
+    Reader(is_ollama, lambda packed, folder, tally: _compare_gguf(packed, bundled_gguf(folder), tally)),
+    Reader(holds_ggufs, lambda packed, folder, tally: _compare_gguf(packed, bundled_gguf(folder), tally)),
+    Reader(holds_bundle, lambda packed, path, tally: compare_litert(packed, bundle_in(path), tally)),
     Reader(Path.is_dir, _compare_folder),
-    Reader(is_bundle, compare_litert),
     Reader(lambda path: True, _compare_gguf),
 )
