@@ -9,8 +9,9 @@ from typing import Any
 
 from intaglio.export.gguf import check_exportable, check_grids, export_gguf
 from intaglio.export.hf import export_hf
+from intaglio.export.litert import check_litert
 from intaglio.export.mobile import export_mobile
-from intaglio.numerics.grid import BlockGrid
+from intaglio.numerics.grid import Q4_0_POSITIVE, BlockGrid
 from intaglio.plan.plan import Plan
 from intaglio.plan.recipe import Recipe
 
@@ -77,9 +78,18 @@ MOBILE = Format(
 )
 
 
+LITERT = Format(
+    label="absmax for LiteRT",
+    stock_label="Absmax rounding",
+    stock_recipe=_absmax,
+    exports=(Export(name="hf", kind="trained", write=export_hf, runs=False),),  # the bundle needs an environment
+    check=lambda plan, model_dir: check_litert(plan),
+)
+
+
 def format_of(plan: Plan) -> Format:
     """The format that holds the plan's grids."""
-    channels = any(
-        isinstance(tensor.grid, BlockGrid) and tensor.grid.positive and tensor.grid.ggml_type is None for tensor in plan
-    )
-    return MOBILE if channels else GGUF
+    grids = [tensor.grid for tensor in plan]
+    if not any(isinstance(grid, BlockGrid) and grid.positive and grid.ggml_type is None for grid in grids):
+        return GGUF
+    return LITERT if Q4_0_POSITIVE in grids else MOBILE

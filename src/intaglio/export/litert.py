@@ -80,7 +80,7 @@ def check_litert(plan: Plan) -> None:
         raise RecipeError(
             f"LiteRT bundles are made for {FAMILY}, this model is {plan.model.family.model_type}: export it to gguf"
         )
-    for tensor in plan:
+    for tensor in sorted(plan, key=lambda tensor: "embedding" in tensor.spec.role):
         _check_tensor(plan, tensor)
 
 

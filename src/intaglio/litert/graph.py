@@ -26,7 +26,7 @@ from intaglio.litert.trace import FLOATS, LINEAR
 Operator = schema.BuiltinOperator
 Type = schema.TensorType
 CACHE_NAME = re.compile(r"kv_cache_(k|v)_(\d+)")
-NUMPY_TYPES = {Type.FLOAT32: np.float32, Type.FLOAT16: np.float16, Type.INT32: np.int32}
+NUMPY_TYPES = {Type.FLOAT32: np.float32, Type.INT32: np.int32}
 # The first version of each operator that takes these types (tflite/tools/versioning/op_version.cc).
 VERSIONS = {
     Operator.FULLY_CONNECTED: 10,
@@ -62,6 +62,7 @@ class Model:
 
     root: Any
     stored: dict[int, Stored] = field(default_factory=dict)
+    scales: dict[str, int] = field(default_factory=dict)  # buffers of the scales of blocks, by the tensor's name
 
     @classmethod
     def parse(cls, data: bytes) -> Model:
@@ -99,6 +100,13 @@ class Model:
         self.stored[number] = stored
         return number
 
+    def scales_of(self, stored: Stored) -> int:
+        """The one buffer of a stored tensor's scales."""
+        if stored.name not in self.scales:
+            assert stored.scale is not None
+            self.scales[stored.name] = self.buffer(stored.scale.tobytes())
+        return self.scales[stored.name]
+
 
 def per_tensor(scale: float) -> Any:
     """Quantization of activations and caches."""
@@ -133,7 +141,7 @@ class Subgraph:
         if scale is None or scale.ndim == 1:
             quantization = None if scale is None else per_row(scale)
         else:
-            scales = self.constant(f"{stored.name}.scales", scale, Type.FLOAT16)
+            scales = self.tensor(f"{stored.name}.scales", scale.shape, Type.FLOAT16, self.model.scales_of(stored))
             blocks = schema.BlockwiseQuantizationT(scales=scales, blockSize=stored.shape[1] // scale.shape[1])
             kind = schema.QuantizationDetails.BlockwiseQuantization
             quantization = schema.QuantizationParametersT(details=blocks, detailsType=kind, quantizedDimension=0)

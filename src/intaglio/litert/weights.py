@@ -38,7 +38,7 @@ class Weights:
             size = int(np.prod(shape)) * 4
             return Stored(name, source, shape, TensorType.FLOAT32, None, size)
         scale = self._scales(source)
-        if scale.shape[1] == 1:
+        if grid.block_size == shape[1] and grid.ggml_type is None:
             scale = scale[:, 0]
         size = shape[0] * shape[1] * grid.code_bits // 8
         return Stored(name, source, shape, CODE_TYPES[grid.code_bits], scale, size)

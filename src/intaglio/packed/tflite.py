@@ -155,6 +155,8 @@ def read_bundle(path: Path) -> dict[str, list[Signature]]:
                 if not HEADER_START < begin < end <= len(data):
                     raise ValueError(f"a model in bytes {begin} to {end} of {len(data)}")
                 found[_model_type(section)] = list(_signatures(data[begin:end]))
+        if not found:
+            raise ValueError("it has no models")
         return found
     except (struct.error, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{path}: not a valid bundle ({error}): export it again") from error
