@@ -1,15 +1,18 @@
 """A .litertlm bundle in LiteRT's interpreter (XNNPACK), token by token through the caches of its decode signature.
 
-LiteRT-LM drives the same models with the same kernels, but takes and gives text alone: `litert_lm_text.py` runs it.
+LiteRT-LM drives the same models with the same kernels, but takes and gives text alone; so the speed is LiteRT-LM's, and
+what it writes is compared as text (`litert_lm_text.py`).
 """
 
 from __future__ import annotations
 
+import time
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import litert_lm
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 from litert_lm_builder import litertlm_builder
@@ -56,6 +59,18 @@ def _signature(folder: Path, model: str, key: str) -> Any:
     return Interpreter(model_content=found[0].read_bytes(), num_threads=2).get_signature_runner(key) if found else None
 
 
+def tokens_per_second(path: Path, count: int = 40) -> float:
+    """Of LiteRT-LM's engine, after a first answer."""
+    with litert_lm.Engine(str(path), backend=litert_lm.Backend.CPU()) as engine:
+        for _ in range(2):
+            with engine.create_session(apply_prompt_template=False, max_output_tokens=count) as session:
+                session.run_prefill(["The"])
+                began = time.perf_counter()
+                text = session.run_decode().texts[0]
+                seconds = time.perf_counter() - began
+        return len(engine.tokenize(text)) / seconds
+
+
 def load(path: Path) -> Runtime:
     bundle = Bundle(path)
 
@@ -69,7 +84,8 @@ def load(path: Path) -> Runtime:
             tokens.append(int(bundle.read(tokens[-1]).argmax()))
         return tokens
 
-    return Runtime(f"LiteRT {version('ai-edge-litert')}", logits, greedy)
+    name = f"LiteRT {version('ai-edge-litert')}, LiteRT-LM {version('litert-lm-api')}"
+    return Runtime(name, logits, greedy, {"tokens_per_second": tokens_per_second(path)})
 
 
 if __name__ == "__main__":
