@@ -75,6 +75,7 @@ class Model:
         return cls(root)
 
     def opcode(self, operator: int) -> int:
+        """Number of the operator's code in its version of VERSIONS, which is added if it is new."""
         version = VERSIONS[operator]
         for number, code in enumerate(self.root.operatorCodes):
             if code.builtinCode == operator and code.version == version:
@@ -127,6 +128,7 @@ class Subgraph:
         self.quantized: dict[tuple[int, float], int] = {}  # float tensor and scale -> its int8 tensor
 
     def tensor(self, name: str, shape: Any, kind: int, buffer: int = 0, quantization: Any = None) -> int:
+        """Number of a new tensor; buffer 0 is that of one that is computed."""
         tensor = schema.TensorT(
             name=name, shape=[int(size) for size in shape], type=kind, buffer=buffer, quantization=quantization
         )
@@ -137,6 +139,7 @@ class Subgraph:
         return self.tensor(name, values.shape, kind, self.model.buffer(values.astype(NUMPY_TYPES[kind]).tobytes()))
 
     def stored(self, stored: Stored) -> int:
+        """Number of a new tensor on a stored one's buffer, with its scales."""
         scale = stored.scale
         if scale is None or scale.ndim == 1:
             quantization = None if scale is None else per_row(scale)
@@ -148,6 +151,7 @@ class Subgraph:
         return self.tensor(stored.name, stored.shape, stored.type, self.model.buffer_of(stored), quantization)
 
     def add(self, operator: int, inputs: list[int], outputs: list[int], options: Any = None) -> None:
+        """Append an operator; options: of the schema, by whose class its kind is told."""
         kind = 0 if options is None else getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
         self.operators.append(
             schema.OperatorT(

@@ -71,6 +71,7 @@ class Table:
         return None if place is None else Table(self.data, self.follow(place))
 
     def vector(self, field: int, dtype: str) -> NDArray[Any]:
+        """A list of numbers, without a copy; empty if the field has its default."""
         place = self.place(field)
         if place is None:
             return np.zeros(0, dtype)
@@ -84,6 +85,7 @@ class Table:
         return self.vector(field, "u1").tobytes().decode("utf-8")
 
     def tables(self, field: int) -> list[Table]:
+        """A list of tables; empty if the field has its default."""
         place = self.place(field)
         if place is None:
             return []
