@@ -1,8 +1,8 @@
 """The LiteRT-LM bundle in LiteRT's interpreter and in LiteRT-LM's own engine, against the training forward.
 
 Two sums of the same numbers in another order differ in their last bits, and now and then such a bit moves an
-activation across the border between two int8 codes, which all later layers see: the training forward, run in
-float64, equals itself in float32 in two thirds of these logits only. So rows either agree in all logits or show
+activation across the border between two int8 codes, which all later layers see: even the training forward, run in
+float64, equals itself in float32 in nine tenths of these logits only. So rows either agree in all logits or show
 such a step; a wrong scale, a wrong rounding or a wrong operation would leave no row equal.
 """
 
@@ -135,4 +135,4 @@ def test_q4_0_differs_by_what_the_kernel_rounds(q4_0: Bundle, tmp_path: Path) ->
     result = agreement(logits_of(q4_0.forward, ids_NT), found.logits, ids_NT)
     print(result)
     assert result.kl_nats < 5e-3
-    assert result.same_top_share > 0.95
+    assert result.same_top_share > 0.9
