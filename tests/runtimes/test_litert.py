@@ -104,6 +104,14 @@ def test_codes_and_scales_are_those_of_the_packed_model(mobile: Bundle, q4_0: Bu
     assert verify(mobile.packed, mobile.path).static_scales > 2 * len(mobile.packed.plan.static_scales) * 0.6
 
 
+def test_a_single_code_that_differs_is_found(mobile: Bundle, tmp_path: Path) -> None:
+    data = bytearray(mobile.path.read_bytes())
+    data[-2] ^= 1  # in the last row of the last layer's table
+    (tmp_path / "x.litertlm").write_bytes(data)
+    result = verify(mobile.packed, tmp_path / "x.litertlm")
+    assert (result.differing_codes, result.differing_scales, result.exact) == (1, 0, False)
+
+
 def test_two_exports_are_the_same_file(mobile: Bundle, tmp_path: Path) -> None:
     export(mobile.packed, tmp_path / "again.litertlm")
     assert filecmp.cmp(mobile.path, tmp_path / "again.litertlm", shallow=False)
