@@ -64,6 +64,14 @@ RUNTIMES = (
     Row(label="MLX", recipe="q4_0", export="mlx", runner="mlx", environment="mlx"),
     Row(label="vLLM", recipe="q4_0", export="vllm", runner="vllm", environment="vllm", reference=DENSE),
     Row(label="transformers", recipe="mobile", export="gemma-mobile", runner="mobile"),
+    Row(
+        label="LiteRT-LM",
+        recipe="mobile",
+        export="litert",
+        runner="litert",
+        environment="litert",
+        file="model.litertlm",
+    ),
     Row(label="MLX", recipe="mobile", export="mlx", runner="mlx", environment="mlx", reference=FLOATS),
 )
 

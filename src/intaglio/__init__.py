@@ -39,6 +39,7 @@ _HOMES = {
     "intaglio.export.gguf": ("export_gguf",),
     "intaglio.export.hf": ("export_hf",),
     "intaglio.export.vllm": ("export_vllm",),
+    "intaglio.export.litert": ("export_litert",),
     "intaglio.export.mlx": ("export_mlx",),
     "intaglio.export.bundles": ("export_lmstudio", "export_ollama"),
     "intaglio.release": ("make_release",),

@@ -268,6 +268,8 @@ def export(
         str | None, typer.Option(help="Instead of a target: a release for these, with commas between, or for all.")
     ] = None,
     draft: Annotated[Path | None, typer.Option(help="Of ollama: GGUF of a drafter that goes along.")] = None,
+    python: Annotated[Path | None, typer.Option(help="Of litert: interpreter of its environment.")] = None,
+    context: Annotated[int | None, typer.Option(help="Of litert: tokens that the KV cache holds.")] = None,
     text_only: TextOnly = False,
     replace: Replace = False,
 ) -> None:
@@ -281,19 +283,23 @@ def export(
         raise typer.BadParameter(f"{target!r}: expected one of {', '.join(EXPORTERS)}")
     if draft is not None and target != "ollama":
         raise typer.BadParameter("--draft is for the target ollama")
+    own = {"draft": draft, "python": python, "context_tokens": context}
+    own = {key: value for key, value in own.items() if value is not None}
+    if own.keys() - {"draft"} and target != "litert":
+        raise typer.BadParameter("--python and --context are for the target litert")
     model = PackedModel.open(packed)
     model = model.text_only() if text_only else model
     if to is not None:
         _release(model, out, to, replace)
     elif target is not None:
-        EXPORTERS[target](model, out, replace=replace, **({"draft": draft} if draft else {}))
+        EXPORTERS[target](model, out, replace=replace, **own)
         if target == "gemma-mobile":
             _print_towers_off(model)
         _verify(packed, out, as_json=False)
         if target == "gguf" and model.plan.model.whole and not text_only:
             typer.echo(
-                f"{out} is the text model alone: for images and sound export the hf folder too, and make an mmproj file "
-                "of it with llama.cpp's convert_hf_to_gguf.py --mmproj"
+                f"{out} is the text model alone: for images and sound export the hf folder too, and make an mmproj "
+                "file of it with llama.cpp's convert_hf_to_gguf.py --mmproj"
             )
 
 

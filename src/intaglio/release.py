@@ -74,6 +74,10 @@ def _mlx_note(plan: Plan) -> str:
     return "MLX has no static scales: activations and KV cache stay in floats." if plan.static_scales else ""
 
 
+def _litert_note(plan: Plan) -> str:
+    return "" if plan.static_scales else "LiteRT rounds activations to 8 bits as they come where weights are Q4_0."
+
+
 def _mobile_note(plan: Plan) -> str:
     return "transformers quantizes activations and leaves the KV cache in floats." if plan.recipe.kv_cache else ""
 
@@ -91,6 +95,9 @@ RUNTIMES: dict[str, Runtime] = {
     "hf": Runtime(title="transformers", command=PIPELINE, wanted=lambda plan: plan.portable),
     "gemma-mobile": Runtime(title="transformers", command=PIPELINE, note=_mobile_note),
     "vllm": Runtime(title="vLLM", command="vllm serve {path}", note=_vllm_note),
+    "litert": Runtime(
+        title="LiteRT-LM", command="litert-lm run {path} --prompt Hello", file="model.litertlm", note=_litert_note
+    ),
     "mlx": Runtime(title="MLX", command='mlx_lm.generate --model {path} --prompt "Hello"', note=_mlx_note),
 }
 

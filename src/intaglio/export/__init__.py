@@ -6,6 +6,7 @@ from typing import Any
 from intaglio.export.bundles import export_lmstudio, export_ollama
 from intaglio.export.gguf import export_gguf
 from intaglio.export.hf import export_hf
+from intaglio.export.litert import export_litert
 from intaglio.export.mlx import export_mlx
 from intaglio.export.mobile import export_mobile
 from intaglio.export.vllm import export_vllm
@@ -16,6 +17,7 @@ EXPORTERS: dict[str, Callable[..., Any]] = {
     "gemma-mobile": export_mobile,
     "vllm": export_vllm,
     "mlx": export_mlx,
+    "litert": export_litert,
     "ollama": export_ollama,
     "lmstudio": export_lmstudio,
 }

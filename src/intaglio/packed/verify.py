@@ -25,8 +25,10 @@ from intaglio.packed.checkpoint import is_mobile, shards
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import open_safetensors
 from intaglio.packed.tally import Tally
+from intaglio.packed.tflite import bundle_in, holds_bundle
 from intaglio.packed.verify_affine import compare_compressed, compare_mlx, is_compressed, is_mlx
 from intaglio.packed.verify_bundles import bundled_gguf, holds_ggufs, is_ollama
+from intaglio.packed.verify_litert import compare_litert
 from intaglio.packed.verify_mobile import compare_mobile
 from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES, load_config
@@ -228,6 +230,7 @@ READERS = (
     Reader(is_mlx, compare_mlx),
     Reader(is_ollama, lambda packed, folder, tally: _compare_gguf(packed, bundled_gguf(folder), tally)),
     Reader(holds_ggufs, lambda packed, folder, tally: _compare_gguf(packed, bundled_gguf(folder), tally)),
+    Reader(holds_bundle, lambda packed, path, tally: compare_litert(packed, bundle_in(path), tally)),
     Reader(Path.is_dir, _compare_folder),
     Reader(lambda path: True, _compare_gguf),
 )
