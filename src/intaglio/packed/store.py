@@ -21,6 +21,7 @@ from intaglio.errors import ConfigError, OutputError
 
 CHUNK_ELEMENTS = 1 << 24  # of a large tensor that is read, and worked on, a few rows at a time
 REMAP_BYTES = 1 << 28
+MODEL_FILES = ("*.safetensors", "onnx/*.onnx", "model/onnx/*.onnx")  # one of which a folder of ours holds
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 SAFETENSORS_DTYPES = {
@@ -42,7 +43,7 @@ def new_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if path.exists() and not replace:
         raise OutputError(f"{path}: already exists: choose another output or remove it")
-    if path.is_dir() and any(path.iterdir()) and not any(path.glob("*.safetensors")):
+    if path.is_dir() and any(path.iterdir()) and not any(any(path.glob(pattern)) for pattern in MODEL_FILES):
         raise OutputError(f"{path}: holds no model, so it is not replaced: choose another output or remove it")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
