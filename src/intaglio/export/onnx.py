@@ -59,10 +59,11 @@ def export_onnx(packed: PackedModel, path: str | Path, *, replace: bool = False)
 def web_config(packed: PackedModel, files: dict[str, int]) -> dict[str, Any]:
     """config.json as Transformers.js wants it: the text model within a Gemma 4, and how many data files there are."""
     text = hf_config(packed.plan.model, torch.float32)
+    del text["architectures"]
     ids = {key: text.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {
         "model_type": "gemma4",
-        "architectures": ["Gemma4ForCausalLM"],
+        "architectures": ["Gemma4ForConditionalGeneration"],
         "text_config": text,
         **ids,
         "transformers.js_config": {"dtype": "q4", "use_external_data_format": files},
