@@ -5,6 +5,14 @@ from typing import Any
 
 from intaglio.export.gguf import export_gguf
 from intaglio.export.hf import export_hf
+from intaglio.export.mlx import export_mlx
 from intaglio.export.mobile import export_mobile
+from intaglio.export.vllm import export_vllm
 
-EXPORTERS: dict[str, Callable[..., Any]] = {"gguf": export_gguf, "hf": export_hf, "gemma-mobile": export_mobile}
+EXPORTERS: dict[str, Callable[..., Any]] = {
+    "gguf": export_gguf,
+    "hf": export_hf,
+    "gemma-mobile": export_mobile,
+    "vllm": export_vllm,
+    "mlx": export_mlx,
+}

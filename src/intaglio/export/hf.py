@@ -46,7 +46,7 @@ def export_hf(packed: PackedModel, path: str | Path, *, replace: bool = False) -
         (temporary / "config.json").write_text(text, "utf-8")
         with SafetensorsWriter(temporary / "model.safetensors", specs, {"format": "pt"}) as writer:
             for name, exact_in in dtypes.items():
-                writer.write(names[name], _decoded(packed.read(name), exact_in, name))
+                writer.write(names[name], decoded(packed.read(name), exact_in, name))
 
 
 def _tower_dtype(tensor: PlannedTensor) -> torch.dtype:
@@ -80,7 +80,8 @@ def whole_config(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
     return spec.whole | {"architectures": [architecture], "dtype": name, "text_config": text}
 
 
-def _decoded(value: Quantized | Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def decoded(value: Quantized | Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The values of a tensor in `dtype`. WeightError, with the tensor's name, if that does not hold them exactly."""
     if not isinstance(value, Quantized):
         return value.to(dtype)
     decoded = torch.empty(value.codes.shape, dtype=dtype)

@@ -133,11 +133,12 @@ class BlockGrid:
         """Nearest allowed step, float32. Q6_K steps are rounded by their fit, two levels at once.
 
         A canonical step below 2^-20 becomes zero: with fewer than five bits left above float16's
-        smallest subnormal, the extremum could miss `code_min`. A positive step is any float32
-        number that is normal and stays finite times a code.
+        smallest subnormal, the extremum could miss `code_min`. A positive step is a float32 number
+        that is normal and stays finite times a code.
         """
         if self.positive:
-            return step.clamp(FLOAT_SMALLEST, CHANNEL_STEP_LARGEST)
+            rounded = step if self.step_bits == FLOAT_SIGNIFICANT_BITS else round_significant(step, self.step_bits)
+            return rounded.clamp(FLOAT_SMALLEST, CHANNEL_STEP_LARGEST)
         subnormal_below = HALF_SMALLEST * 2.0 ** (self.step_bits - 1)
         if _cheaply_known_at_least(subnormal_below, step):
             return round_significant(step, self.step_bits)
@@ -235,12 +236,21 @@ INT2 = BlockGrid(
 )
 INT4 = replace(INT2, name="int4", code_min=-8, code_max=7)
 INT8 = replace(INT2, name="int8", code_min=-127, code_max=127)
+# The same with scales that are exact in bfloat16, where vLLM keeps them.
+INT2_BF16, INT4_BF16, INT8_BF16 = (
+    replace(grid, name=f"{grid.name}-bf16", step_bits=BFLOAT16_SIGNIFICANT_BITS) for grid in (INT2, INT4, INT8)
+)
 F16 = FloatGrid(name="f16", ggml_type="F16", bytes_per_value=2)
 F32 = FloatGrid(name="f32", ggml_type="F32", bytes_per_value=4)
 BF16 = FloatGrid(name="bf16", ggml_type=None, bytes_per_value=2)
 
 GRIDS: dict[str, Grid] = {
-    g.name: g for g in (Q4_0, Q4_0_FREE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE, INT2, INT4, INT8, F16, F32, BF16)
+    g.name: g
+    for g in (
+        *(Q4_0, Q4_0_FREE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE),
+        *(INT2, INT4, INT8, INT2_BF16, INT4_BF16, INT8_BF16),
+        *(F16, F32, BF16),
+    )
 }
 
 

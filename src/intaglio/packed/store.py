@@ -28,6 +28,9 @@ SAFETENSORS_DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint32: "U32",
     torch.int8: "I8",
     torch.uint8: "U8",
 }
