@@ -7,6 +7,7 @@ from intaglio.export.gguf import export_gguf
 from intaglio.export.hf import export_hf
 from intaglio.export.mlx import export_mlx
 from intaglio.export.mobile import export_mobile
+from intaglio.export.onnx import export_onnx
 from intaglio.export.vllm import export_vllm
 
 EXPORTERS: dict[str, Callable[..., Any]] = {
@@ -15,4 +16,5 @@ EXPORTERS: dict[str, Callable[..., Any]] = {
     "gemma-mobile": export_mobile,
     "vllm": export_vllm,
     "mlx": export_mlx,
+    "onnx": export_onnx,
 }
