@@ -9,6 +9,7 @@ from intaglio.export.mlx import export_mlx
 from intaglio.export.mobile import export_mobile
 from intaglio.export.onnx import export_onnx
 from intaglio.export.vllm import export_vllm
+from intaglio.export.web import export_web
 
 EXPORTERS: dict[str, Callable[..., Any]] = {
     "gguf": export_gguf,
@@ -17,4 +18,5 @@ EXPORTERS: dict[str, Callable[..., Any]] = {
     "vllm": export_vllm,
     "mlx": export_mlx,
     "onnx": export_onnx,
+    "web": export_web,
 }

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from intaglio.errors import InputError
+from intaglio.errors import ConfigError, InputError
 from intaglio.export.hf import hf_config
 from intaglio.export.onnx_data import DataFiles
 from intaglio.export.onnx_trace import CACHE, DOMAIN, LINEAR, OPSET, trace_decoder
@@ -41,19 +41,42 @@ def export_onnx(packed: PackedModel, path: str | Path, *, replace: bool = False)
     Raises ConfigError for a model that these files cannot hold, RecipeError for a grid that no kernel
     has, InputError for packages that are missing, OutputError if the folder cannot be written.
     """
+    with new_path(Path(path), replace=replace) as temporary:
+        write_onnx(packed, temporary)
+
+
+def write_onnx(packed: PackedModel, folder: Path) -> None:
+    """`export_onnx` into a new folder that stays, whole or not."""
     packed = packed.text_only()
     placed = matrices(packed.plan)
-    with new_path(Path(path), replace=replace) as temporary:
-        (temporary / FOLDER).mkdir(parents=True)
-        copy_assets(packed.path, temporary)
-        files = {}
-        for session, make in ((DECODER, decoder_graph), (EMBEDDINGS, embeddings_graph)):
-            with DataFiles(temporary / FOLDER, file_name(session)) as data:
-                model = make(packed, {m.module: m for m in placed if m.session == session}, data)
-                (temporary / FOLDER / file_name(session)).write_bytes(_finished(model, packed))
-                files[file_name(session)] = data.count
-        config = json.dumps(web_config(packed, files), indent=2) + "\n"
-        (temporary / "config.json").write_text(config, "utf-8")
+    (folder / FOLDER).mkdir(parents=True)
+    copy_tokenizer(packed.path, folder)
+    files = {}
+    for session, make in ((DECODER, decoder_graph), (EMBEDDINGS, embeddings_graph)):
+        with DataFiles(folder / FOLDER, file_name(session)) as data:
+            model = make(packed, {m.module: m for m in placed if m.session == session}, data)
+            (folder / FOLDER / file_name(session)).write_bytes(_finished(model, packed))
+            files[file_name(session)] = data.count
+    config = json.dumps(web_config(packed, files), indent=2) + "\n"
+    (folder / "config.json").write_text(config, "utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy what belongs to a model; the chat template into tokenizer_config.json, where Transformers.js looks for it.
+
+    ConfigError where that could not read the tokenizer.
+    """
+    copy_assets(source, folder)
+    path = folder / "tokenizer_config.json"
+    if not (folder / "tokenizer.json").is_file() or not path.is_file():
+        raise ConfigError(f"{source}: no tokenizer.json or no tokenizer_config.json: Transformers.js needs both")
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        if (folder / "chat_template.jinja").is_file():
+            config["chat_template"] = (folder / "chat_template.jinja").read_text("utf-8")
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{source}: tokenizer_config.json or chat_template.jinja is damaged: {error}") from None
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def web_config(packed: PackedModel, files: dict[str, int]) -> dict[str, Any]:

@@ -20,11 +20,20 @@ from intaglio.numerics.grid import Quantized
 from intaglio.packed.model import PackedModel
 from intaglio.packed.tally import Tally
 from intaglio.plan.family import one_line
-from intaglio.plan.onnx import DECODER, EMBEDDINGS, FOLDER, SMALL_ROLES, Kernel, Matrix, file_name, matrices
+from intaglio.plan.onnx import (
+    DECODER,
+    EMBEDDINGS,
+    FOLDER,
+    SMALL_ROLES,
+    WEB_MODEL,
+    Kernel,
+    Matrix,
+    file_name,
+    matrices,
+)
 
 KERNELS = {DECODER: "MatMulNBits", EMBEDDINGS: "GatherBlockQuantized"}
 PASSING = ("Cast", "Transpose")  # between a matrix of floats and the node that computes with it
-WEB_MODEL = "model"  # the folder of the model in that of a web page
 
 
 def is_onnx(path: Path) -> bool:

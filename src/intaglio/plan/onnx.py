@@ -20,6 +20,7 @@ from intaglio.plan.plan import HEAD, Plan, PlannedTensor
 
 FAMILY = "gemma4_text"
 FOLDER = "onnx"
+WEB_MODEL = "model"  # the folder of a web page that has all this in it
 EMBEDDINGS, DECODER = "embed_tokens", "decoder_model_merged"
 SUFFIX = "_q4.onnx"
 STORED_BITS = (2, 4, 8)
