@@ -49,7 +49,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) --editable '.[llama,tensorboard,dev]'
+	$(PIP) --editable '.[llama,onnx,tensorboard,dev]'
 	touch $@ $(VENV)/.demo
 
 # The report is tested in a real browser; on Debian and Ubuntu the package manager has one.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from runner import Runtime, run
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 
 def load(path: Path) -> Runtime:
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+    return runtime_of(
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+    )
+
+
+def runtime_of(model: Any) -> Runtime:
+    """A model that transformers has loaded."""
 
     @torch.no_grad()
     def logits(ids: np.ndarray) -> np.ndarray:
@@ -22,8 +26,9 @@ def load(path: Path) -> Runtime:
 
     @torch.no_grad()
     def greedy(prompt: np.ndarray, count: int) -> list[int]:
+        model.generation_config.eos_token_id = None  # the end of a text is no reason to stop
         ids = torch.from_numpy(prompt).long()[None]
-        plain = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "eos_token_id": None}
+        plain = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return model.generate(ids, max_new_tokens=count, **plain)[0, ids.shape[1] :].tolist()
 
     return Runtime(f"transformers {transformers.__version__}", logits, greedy)

@@ -12,11 +12,11 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import numpy as np  # noqa: E402
-import vllm  # noqa: E402
-from runner import Runtime, run  # noqa: E402
+import numpy as np
+import vllm
+from runner import Runtime, run
 
 
 def load(path: Path) -> Runtime:

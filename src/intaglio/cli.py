@@ -12,7 +12,11 @@ import typer
 from intaglio.errors import IntaglioError
 
 if TYPE_CHECKING:
+    from intaglio.packed.model import PackedModel
+    from intaglio.packed.verify import Verification
     from intaglio.proof import Evaluation
+
+TARGETS = "gguf, hf (a transformers checkpoint of floats), gemma-mobile, vllm, mlx, onnx, web, ollama, lmstudio"
 
 app = typer.Typer(
     help="Quantization-aware training for Gemma 4: what was trained is, bit for bit, what ships.",
@@ -183,11 +187,15 @@ def train(
 @app.command()
 def export(
     packed: PackedDir,
-    target: Annotated[
-        str,
-        typer.Argument(help="gguf, gemma-mobile, or hf for a transformers checkpoint of floats.", show_default=False),
-    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="File or folder to write.", show_default=False)],
+    target: Annotated[str | None, typer.Argument(help=f"One of {TARGETS}.", show_default=False)] = None,
+    to: Annotated[
+        str | None, typer.Option(help="Instead of a target: a release for these, with commas between, or for all.")
+    ] = None,
+    draft: Annotated[Path | None, typer.Option(help="Of ollama: GGUF of a drafter that goes along.")] = None,
+    transformers_js: Annotated[
+        Path | None, typer.Option(help="Of web: node_modules with @huggingface/transformers.", show_default=False)
+    ] = None,
     text_only: TextOnly = False,
     replace: Replace = False,
 ) -> None:
@@ -195,11 +203,34 @@ def export(
     from intaglio.export import EXPORTERS
     from intaglio.packed.model import PackedModel
 
-    if target not in EXPORTERS:
+    if (target is None) == (to is None):
+        raise typer.BadParameter(f"expected a target, one of {', '.join(EXPORTERS)}, or --to, and not both")
+    if target is not None and target not in EXPORTERS:
         raise typer.BadParameter(f"{target!r}: expected one of {', '.join(EXPORTERS)}")
+    if draft is not None and target != "ollama":
+        raise typer.BadParameter("--draft is for the target ollama")
+    if transformers_js is not None and target not in (None, "web"):
+        raise typer.BadParameter("--transformers-js is for the target web")
     model = PackedModel.open(packed)
-    EXPORTERS[target](model.text_only() if text_only else model, out, replace=replace)
-    _verify(packed, out, as_json=False)
+    model = model.text_only() if text_only else model
+    if to is not None:
+        _release(model, out, to, replace, {"transformers_js": transformers_js} if transformers_js else {})
+    elif target is not None:
+        given = {"draft": draft, "transformers_js": transformers_js}
+        EXPORTERS[target](model, out, replace=replace, **{name: value for name, value in given.items() if value})
+        _verify(packed, out, as_json=False)
+
+
+def _release(model: PackedModel, out: Path, to: str, replace: bool, options: dict[str, Any]) -> None:
+    from intaglio.release import make_release
+    from intaglio.terminal import Bars
+
+    with Bars() as bars:
+        release = make_release(model, out, to, replace=replace, options=options, progress=bars.progress)
+    for result in release.verified.values():
+        typer.echo(result.summary())
+    for name, reason in release.left_out.items():
+        typer.echo(f"{name}: left out: {reason}")
 
 
 @app.command("import")
@@ -218,7 +249,9 @@ def import_(
 @app.command()
 def verify(
     packed: PackedDir,
-    artifact: Annotated[Path, typer.Argument(help="A .gguf file or a transformers folder.", show_default=False)],
+    artifact: Annotated[
+        Path, typer.Argument(help="What `export` wrote: a file, a folder or a release.", show_default=False)
+    ],
     as_json: Json = False,
 ) -> None:
     """Compare an artifact with the packed model bit for bit. Exit code 3 if anything differs."""
@@ -226,19 +259,38 @@ def verify(
 
 
 def _verify(packed: Path, artifact: Path, as_json: bool) -> None:
-    from dataclasses import asdict
-
     from intaglio.errors import MismatchError
     from intaglio.packed.model import PackedModel
     from intaglio.packed.verify import verify as run_verify
+    from intaglio.release import is_release, verify_release
 
-    result = run_verify(PackedModel.open(packed), artifact)
+    model = PackedModel.open(packed)
+    wrong: list[str] = []
+    if is_release(artifact):
+        results, wrong = verify_release(model, artifact)
+        rows: Any = {"artifacts": [_row(r) for r in results], "files": wrong, "exact": _exact(results) and not wrong}
+    else:
+        results = [run_verify(model, artifact)]
+        rows = _row(results[0])
     if as_json:
-        _print_json({**asdict(result), "artifact": str(artifact), "exact": result.exact})
-    elif result.exact:
-        typer.echo(result.summary())
-    if not result.exact:
-        raise MismatchError(f"{result.summary()}: export it again from the packed model")
+        _print_json(rows)
+    else:
+        for result in results:
+            if result.exact:
+                typer.echo(result.summary())
+    wrong = [result.summary() for result in results if not result.exact] + wrong
+    if wrong:
+        raise MismatchError(f"{'; '.join(wrong)}: export it again from the packed model")
+
+
+def _row(result: Verification) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(result), "artifact": str(result.artifact), "exact": result.exact}
+
+
+def _exact(results: list[Verification]) -> bool:
+    return all(result.exact for result in results)
 
 
 @app.command("eval")

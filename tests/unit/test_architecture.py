@@ -33,9 +33,22 @@ MAY_IMPORT = {
     "progress": {"train"},
     "proof": {"errors", "numerics", "plan", "packed", "train", "measure", "formats", "progress"},
     "workflow": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof"},
+    "release": {"errors", "numerics", "plan", "packed", "export", "progress"},
     "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow"},
     "terminal": {"plan", "train", "measure", "progress"},
-    "cli": {"errors", "plan", "packed", "train", "export", "measure", "demo", "terminal", "proof", "workflow"},
+    "cli": {
+        "errors",
+        "plan",
+        "packed",
+        "train",
+        "export",
+        "measure",
+        "demo",
+        "terminal",
+        "proof",
+        "release",
+        "workflow",
+    },
     "__init__": set(),  # names its homes as strings
 }
 # Only what learns or quantizes may fit a scale; anything else that could would be able to re-quantize.

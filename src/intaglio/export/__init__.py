@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from intaglio.export.bundles import export_lmstudio, export_ollama
 from intaglio.export.gguf import export_gguf
 from intaglio.export.hf import export_hf
 from intaglio.export.mlx import export_mlx
@@ -19,4 +20,6 @@ EXPORTERS: dict[str, Callable[..., Any]] = {
     "mlx": export_mlx,
     "onnx": export_onnx,
     "web": export_web,
+    "ollama": export_ollama,
+    "lmstudio": export_lmstudio,
 }

@@ -50,16 +50,16 @@ def _data(tensor: AffineTensor, value: Quantized | Tensor, advice: str) -> Tenso
     exact = value.step * factor
     stored = exact.to(tensor.dtype)
     if not torch.equal(stored.float(), exact):
-        wrong = int((stored.float() != exact).sum())
+        wrong = exact[stored.float() != exact]
         raise WeightError(
-            f"{tensor.source}: {wrong} of {exact.numel()} scales of grid {value.grid.name} are not exact in "
-            f"{str(tensor.dtype).removeprefix('torch.')}, the first is {float(exact[stored.float() != exact][0])!r}: {advice}"
+            f"{tensor.source}: {len(wrong)} of {exact.numel()} scales of grid {value.grid.name} are not exact in "
+            f"{str(tensor.dtype).removeprefix('torch.')}, the first is {float(wrong[0])!r}: {advice}"
         )
     return stored.repeat_interleave(tensor.repeat, dim=-1)
 
 
 def pack_words(codes: Tensor, grid: BlockGrid) -> Tensor:
-    """int8 [R, C] as the bytes of little-endian words, uint8 [R, C x bits / 8]: code + 2^(bits - 1), lowest bits first."""
+    """int8 [R, C] as bytes of little-endian words, uint8 [R, C x bits / 8]: code + 2^(bits - 1), lowest bits first."""
     if grid.code_bits == 8:
         return codes.view(torch.uint8) ^ 0x80
     return pack_codes(codes, grid)

@@ -27,7 +27,7 @@ from intaglio.packed.codes import pack_codes
 from intaglio.packed.model import PackedModel, copy_assets
 from intaglio.packed.store import new_path
 from intaglio.plan.family import transformers_config
-from intaglio.plan.onnx import DECODER, EMBEDDINGS, FOLDER, Matrix, file_name, matrices
+from intaglio.plan.onnx import DECODER, EMBEDDINGS, FOLDER, Matrix, file_name, is_onnx, matrices
 
 KERNELS = "com.microsoft"
 IR_VERSION = 10
@@ -41,7 +41,7 @@ def export_onnx(packed: PackedModel, path: str | Path, *, replace: bool = False)
     Raises ConfigError for a model that these files cannot hold, RecipeError for a grid that no kernel
     has, InputError for packages that are missing, OutputError if the folder cannot be written.
     """
-    with new_path(Path(path), replace=replace) as temporary:
+    with new_path(Path(path), replace=replace, is_such=is_onnx) as temporary:
         write_onnx(packed, temporary)
 
 

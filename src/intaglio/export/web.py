@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.errors import InputError
+from intaglio.export.bundles import model_title
 from intaglio.export.onnx import write_onnx
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
-from intaglio.plan.onnx import FOLDER, WEB_MODEL
+from intaglio.plan.onnx import FOLDER, WEB_MODEL, is_onnx
 
 LIBRARY, RUNTIME = "@huggingface/transformers", "onnxruntime-web"
 LIBRARY_VERSION = "4.3.1"
@@ -40,7 +41,7 @@ def export_web(
     Raises InputError where that is missing or of another version, and what `export_onnx` raises.
     """
     modules = node_modules(transformers_js)
-    with new_path(Path(path), replace=replace) as temporary:
+    with new_path(Path(path), replace=replace, is_such=is_onnx) as temporary:
         write_onnx(packed, temporary / WEB_MODEL)
         size = sum(file.stat().st_size for file in (temporary / WEB_MODEL / FOLDER).iterdir())
         for name in PAGE:
@@ -48,11 +49,6 @@ def export_web(
         versions = copy_library(modules, temporary / "vendor")
         about = {"name": model_title(packed), "recipe": packed.plan.recipe.name, "bytes": size, "vendor": versions}
         (temporary / "model.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-
-
-def model_title(packed: PackedModel) -> str:
-    """What the page calls the model."""
-    return str(packed.provenance.get("name") or packed.path.resolve().name)
 
 
 def node_modules(folder: str | Path | None) -> Path:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from intaglio.errors import ConfigError, OutputError
 
 CHUNK_ELEMENTS = 1 << 24  # of a large tensor that is read, and worked on, a few rows at a time
 REMAP_BYTES = 1 << 28
-MODEL_FILES = ("*.safetensors", "onnx/*.onnx", "model/onnx/*.onnx")  # one of which a folder of ours holds
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 SAFETENSORS_DTYPES = {
@@ -36,17 +35,22 @@ SAFETENSORS_DTYPES = {
 }
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has safetensors."""
+    return any(folder.glob("*.safetensors"))
+
+
 @contextmanager
-def new_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_path(path: Path, *, replace: bool = False, is_such: Callable[[Path], bool] = holds_weights) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it otherwise.
 
     Works for a file and for a folder (which the caller makes). Raises OutputError if `path` exists
     and may not be replaced, and for a full disk or a folder that cannot be written. A folder is
-    replaced only if it holds what such a folder holds: a wrong path shall not cost anyone a home.
+    replaced only if `is_such` finds in it what such a folder holds: a wrong path shall not cost anyone a home.
     """
     if path.exists() and not replace:
         raise OutputError(f"{path}: already exists: choose another output or remove it")
-    if path.is_dir() and any(path.iterdir()) and not any(any(path.glob(pattern)) for pattern in MODEL_FILES):
+    if path.is_dir() and any(path.iterdir()) and not is_such(path):
         raise OutputError(f"{path}: holds no model, so it is not replaced: choose another output or remove it")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:

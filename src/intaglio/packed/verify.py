@@ -26,10 +26,12 @@ from intaglio.packed.model import PackedModel
 from intaglio.packed.store import open_safetensors
 from intaglio.packed.tally import Tally
 from intaglio.packed.verify_affine import compare_compressed, compare_mlx, is_compressed, is_mlx
+from intaglio.packed.verify_bundles import bundled_gguf, holds_ggufs, is_ollama
 from intaglio.packed.verify_mobile import compare_mobile
-from intaglio.packed.verify_onnx import compare_onnx, is_onnx
+from intaglio.packed.verify_onnx import compare_onnx
 from intaglio.plan.carried import whole_name
 from intaglio.plan.family import GGUF_ROPE_FACTORS, TOWER_ROLES, gguf_name, gguf_rope_factors, load_config
+from intaglio.plan.onnx import is_onnx
 from intaglio.plan.plan import PlannedTensor
 
 KINDS = ("codes", "scales", "static_scales", "values")
@@ -226,6 +228,8 @@ READERS = (
     Reader(is_compressed, lambda packed, folder, tally: compare_compressed(_as_in(packed, folder), folder, tally)),
     Reader(is_mlx, compare_mlx),
     Reader(is_onnx, compare_onnx),
+    Reader(is_ollama, lambda packed, folder, tally: _compare_gguf(packed, bundled_gguf(folder), tally)),
+    Reader(holds_ggufs, lambda packed, folder, tally: _compare_gguf(packed, bundled_gguf(folder), tally)),
     Reader(Path.is_dir, _compare_folder),
     Reader(lambda path: True, _compare_gguf),
 )

@@ -128,7 +128,7 @@ def _compare_rows(packed: PackedModel, tensor: AffineTensor, file: SafetensorsRe
 
 
 def words_unpacked(words: Tensor, bits: int) -> Tensor:
-    """int8 codes [R, C] of 32-bit words [R, C x bits / 32]: fields from the lowest bits on, each less half its range."""
+    """int8 codes [R, C] of words [R, C x bits / 32]: fields from the lowest bits on, each less half its range."""
     fields = words.numpy().view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)
     codes = (fields & np.uint32((1 << bits) - 1)).astype(np.int16) - (1 << (bits - 1))
     return torch.from_numpy(codes.astype(np.int8).reshape(len(words), -1))

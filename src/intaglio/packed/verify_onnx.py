@@ -36,11 +36,6 @@ KERNELS = {DECODER: "MatMulNBits", EMBEDDINGS: "GatherBlockQuantized"}
 PASSING = ("Cast", "Transpose")  # between a matrix of floats and the node that computes with it
 
 
-def is_onnx(path: Path) -> bool:
-    """Whether a folder holds our ONNX files, or a web page with them."""
-    return any((path / where / FOLDER / file_name(DECODER)).is_file() for where in ("", WEB_MODEL))
-
-
 def compare_onnx(packed: PackedModel, folder: Path, tally: Tally) -> None:
     """Count into `tally` what the folder holds and what of it differs from the packed model's text model."""
     packed = packed.text_only()

@@ -68,7 +68,7 @@ def mlx_tensors(plan: Plan) -> list[AffineTensor]:
 
 
 def mlx_group(tensor: PlannedTensor) -> int | None:
-    """Columns of a group in MLX, of which a block of the grid has one or several; None where it is written as floats."""
+    """Columns of a group in MLX, of which a block of the grid has one or several; None if it is written as floats."""
     grid = tensor.grid
     if not isinstance(grid, BlockGrid) or not packable(grid):
         return None
@@ -116,14 +116,10 @@ def schemes(plan: Plan) -> dict[str, Scheme]:
     tower = next((t for t in plan.carried if t.spec.role in TOWER_ROLES and isinstance(t.grid, BlockGrid)), None)
     if tower is not None:
         raise RecipeError(
-            f"{tower.name}: recipe {plan.recipe.name} quantizes it, and vLLM reads towers as floats only: leave them out "
-            "with --text-only, or quantize by a recipe that leaves them alone"
+            f"{tower.name}: recipe {plan.recipe.name} quantizes it, and vLLM reads towers as floats only: leave them "
+            "out with --text-only, or quantize by a recipe that leaves them alone"
         )
-    found = {
-        _module(plan, tensor.name): scheme
-        for tensor in plan
-        if (scheme := _scheme(plan, tensor)) is not None
-    }
+    found = {_module(plan, tensor.name): scheme for tensor in plan if (scheme := _scheme(plan, tensor)) is not None}
     embedding = _embedding(plan)
     if plan.model.tied_head and _scheme(plan, embedding) is not None:
         found[HEAD.removesuffix(".weight")] = found[_module(plan, embedding.name)]
@@ -187,9 +183,10 @@ def compressed_tensors(plan: Plan) -> list[AffineTensor]:
 def _compressed_parts(plan: Plan, tensor: PlannedTensor, ours: str, scheme: Scheme) -> list[AffineTensor]:
     """The tensors that hold a planned one under our name `ours`, which for a tied head is not its own."""
     module, source, (rows, columns) = _module(plan, ours), tensor.name, tensor.spec.shape
+    words = columns * scheme.bits // WORD_BITS
     scales = 1 if scheme.group_size is None else columns // scheme.group_size
     parts = [
-        AffineTensor(f"{module}.weight_packed", "codes", source, torch.int32, (rows, columns * scheme.bits // WORD_BITS)),
+        AffineTensor(f"{module}.weight_packed", "codes", source, torch.int32, (rows, words)),
         AffineTensor(f"{module}.weight_scale", "scale", source, torch.bfloat16, (rows, scales)),
         AffineTensor(f"{module}.weight_shape", "shape", source, torch.int64, (2,)),
     ]

@@ -13,6 +13,7 @@ for a block of 16, 32, 64, 128 or 256 columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from intaglio.errors import ConfigError, RecipeError
 from intaglio.numerics.grid import BlockGrid
@@ -107,6 +108,11 @@ def kernel_of(tensor: PlannedTensor) -> Kernel:
             f"rule of their own with a grid of floats, for example --set weights.{tensor.rule.name}.grid=bf16"
         )
     return Kernel(bits, block, grid.block_size // block)
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether a folder holds such files, or a web page with them."""
+    return any((path / where / FOLDER / file_name(DECODER)).is_file() for where in ("", WEB_MODEL))
 
 
 def file_name(session: str) -> str:
