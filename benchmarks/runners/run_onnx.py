@@ -41,7 +41,9 @@ class Sessions:
         feed["position_ids"] = np.arange(self.length - new, self.length)[None]
         feed["num_logits_to_keep"] = np.array(keep, np.int64)
         found = _by_name(self.decode, feed | self.past)
-        self.past = {f"past_key_values{name.removeprefix('present')}": x for name, x in found.items() if name != "logits"}
+        self.past = {
+            f"past_key_values{name.removeprefix('present')}": x for name, x in found.items() if name != "logits"
+        }
         return found["logits"][0]
 
 

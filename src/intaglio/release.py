@@ -34,8 +34,9 @@ PIPELINE = (
     "('Hello', max_new_tokens=40)[0]['generated_text'])\""
 )
 NODE = (
-    "npm install --ignore-scripts @huggingface/transformers@4.3.1 && node --input-type=module -e \""
-    "import {{ env, pipeline }} from '@huggingface/transformers'; env.allowRemoteModels = false; env.localModelPath = './'; "
+    'npm install --ignore-scripts @huggingface/transformers@4.3.1 && node --input-type=module -e "'
+    "import {{ env, pipeline }} from '@huggingface/transformers'; "
+    "env.allowRemoteModels = false; env.localModelPath = './'; "
     "const generate = await pipeline('text-generation', '{path}', {{ dtype: 'q4' }}); "
     "console.log((await generate('Hello', {{ max_new_tokens: 40 }}))[0].generated_text)\""
 )
@@ -52,8 +53,8 @@ class Runtime:
 
     title: of the runtime. command: runs the artifact from the release's folder; {path} stands for the
     artifact's, {name} for the model's. file: of the artifact in the folder; empty where it is the folder.
-    option: of the exporter, without which a release for all is left without it. note: what a plan's artifact is without, or has otherwise, for its README. wanted: whether a plan's
-    release has it if all are asked for.
+    option: of the exporter, without which a release for all is left without it. note: what a plan's artifact is
+    without, or has otherwise, for its README. wanted: whether a plan's release has it if all are asked for.
     """
 
     title: str
@@ -135,7 +136,8 @@ def make_release(
 
     to: names of RUNTIMES with commas between, or "all", which leaves out those whose format cannot say the
     model exactly; of ones that are named, that is the exporter's RecipeError, ConfigError or WeightError.
-    options: of exporters, by the names that rows of RUNTIMES give them. Raises MismatchError if an artifact is not what was packed.
+    options: of exporters, by the names that rows of RUNTIMES give them. Raises MismatchError if an artifact is not
+    what was packed.
     """
     progress, names, every = progress or Progress(), parse_targets(to), ALL in to.split(",")
     options = options or {}

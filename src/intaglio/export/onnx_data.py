@@ -1,4 +1,4 @@
-"""The data of an ONNX graph in files beside it, written a few rows at a time.
+"""What ONNX graphs hold: tensors of a packed model, and files beside a graph for them, a few rows at a time.
 
 Transformers.js asks for NAME_data, NAME_data_1 and so on. A browser reads each of these files into one
 buffer, which may have two gigabytes, so that a new file begins before it gets larger.
@@ -6,11 +6,20 @@ buffer, which may have two gigabytes, so that a new file begins before it gets l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from intaglio.export.onnx_trace import OPSET
+from intaglio.numerics.grid import Quantized
+from intaglio.packed.codes import pack_codes
+from intaglio.packed.model import PackedModel
+from intaglio.plan.onnx import Matrix
+
+KERNELS = "com.microsoft"
+IR_VERSION = 10
 
 LARGEST_BYTES = 2**31 - 2**20
 ALIGNMENT = 64  # bytes, so that a runtime can use the data where they are mapped
@@ -53,10 +62,10 @@ class DataFiles:
         return f"{self.name}_data" + (f"_{self.count - 1}" if self.count > 1 else "")
 
     def _place_for(self, size: int) -> tuple[BinaryIO, int]:
-        if self.file is None or self.file.tell() and self.file.tell() + ALIGNMENT + size > LARGEST_BYTES:
+        if self.file is None or (self.file.tell() and self.file.tell() + ALIGNMENT + size > LARGEST_BYTES):
             self.close()
             self.count += 1
-            self.file = open(self.folder / self._location(), "wb")
+            self.file = open(self.folder / self._location(), "wb")  # noqa: SIM115 - closed with the others
         self.file.write(bytes(-self.file.tell() % ALIGNMENT))
         return self.file, self.file.tell()
 
@@ -76,3 +85,45 @@ def _bytes(array: np.ndarray, dtype: np.dtype) -> bytes:
     if array.dtype != dtype:
         raise ValueError(f"{array.dtype}, announced {dtype}")
     return np.ascontiguousarray(array).tobytes()
+
+
+def opsets() -> list[Any]:
+    """What the nodes of both graphs are defined by."""
+    from onnx import helper
+
+    return [helper.make_opsetid("", OPSET), helper.make_opsetid(KERNELS, 1)]
+
+
+def quantized_tensors(packed: PackedModel, matrix: Matrix, data: DataFiles) -> list[Any]:
+    """Codes, uint8 [R, C x bits / 8], and scales, float32 [R, S], of a matrix on a block grid."""
+    kernel = matrix.kernel
+    assert kernel is not None
+    rows, columns = matrix.tensor.spec.shape
+    name = matrix.tensor.name
+    codes = (packed_bytes(value, kernel.bits) for value in _quantized(packed, name))
+    scales = (value.step.repeat_interleave(kernel.repeats, dim=-1).numpy() for value in _quantized(packed, name))
+    return [
+        data.add(f"{matrix.module}.weight.codes", np.uint8, (rows, columns * kernel.bits // 8), codes),
+        data.add(f"{matrix.module}.weight.scale", np.float32, (rows, columns // kernel.block), scales),
+    ]
+
+
+def packed_bytes(value: Quantized, bits: int) -> np.ndarray:
+    """uint8 [R, C x bits / 8]: each code plus half of its range, from the lowest bits of a byte on."""
+    if bits == value.grid.code_bits and bits < 8:
+        return pack_codes(value.codes, value.grid).numpy()
+    assert bits == 8
+    return value.codes.numpy().view(np.uint8) ^ np.uint8(128)  # adds 128
+
+
+def float_tensor(packed: PackedModel, matrix: Matrix, data: DataFiles) -> Any:
+    """A matrix of floats, as it is."""
+    dtype = np.float16 if matrix.half else np.float32
+    pieces = (value.float().numpy().astype(dtype) for _, value in packed.chunks(matrix.tensor.name))  # type: ignore[union-attr]
+    return data.add(f"{matrix.module}.weight", dtype, matrix.tensor.spec.shape, pieces)
+
+
+def _quantized(packed: PackedModel, name: str) -> Iterator[Quantized]:
+    for _, value in packed.chunks(name):
+        assert isinstance(value, Quantized)
+        yield value

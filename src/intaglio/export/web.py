@@ -47,8 +47,21 @@ def export_web(
         for name in PAGE:
             (temporary / name).write_bytes((files("intaglio.export") / "page" / name).read_bytes())
         versions = copy_library(modules, temporary / "vendor")
-        about = {"name": model_title(packed), "recipe": packed.plan.recipe.name, "bytes": size, "vendor": versions}
+        about = {
+            "name": model_title(packed),
+            "recipe": packed.plan.recipe.name,
+            "bytes": size,
+            "devices": devices(packed),
+            "vendor": versions,
+        }
         (temporary / "model.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+
+
+def devices(packed: PackedModel) -> list[str]:
+    """What can run the model: ONNX Runtime keeps no int8 cache on a GPU from one step to the next."""
+    static = packed.read_static()
+    int8_cache = any(static[scale.name] for scale in packed.plan.static_scales if scale.kind.endswith("cache"))
+    return ["wasm"] if int8_cache else ["webgpu", "wasm"]
 
 
 def node_modules(folder: str | Path | None) -> Path:

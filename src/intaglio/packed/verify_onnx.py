@@ -49,7 +49,9 @@ def compare_onnx(packed: PackedModel, folder: Path, tally: Tally) -> None:
             _compare_small(packed, graph, tally)
             _compare_static(packed, graph, tally)
         names = {matrix.module for matrix in placed}
-        tally.extra += sorted(n for n, node in graph.named.items() if node.op_type in KERNELS.values() and n not in names)
+        tally.extra += sorted(
+            n for n, node in graph.named.items() if node.op_type in KERNELS.values() and n not in names
+        )
         tally.extra += sorted(n for n, t in graph.tensors.items() if len(t.dims) > 1 and n not in graph.seen)
 
 
@@ -108,9 +110,9 @@ class Graph:
                 raise ConfigError(f"{self.path}: {name} lies in {location!r}: expected a file of the same folder")
             return np.memmap(self.path.parent / location, dtype, mode="r", offset=offset, shape=shape)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{self.path}: the data of {name} cannot be read ({one_line(error)}): export it again") from (
-                error
-            )
+            raise ConfigError(
+                f"{self.path}: the data of {name} cannot be read ({one_line(error)}): export it again"
+            ) from (error)
 
 
 def _compare_matrix(packed: PackedModel, matrix: Matrix, graph: Graph, tally: Tally) -> None:
@@ -169,7 +171,9 @@ def taken_apart(data: np.ndarray, kernel: Kernel) -> Tensor:
     """int8 codes [R, C] of stored bytes: fields from the lowest bits on, each less half of its range."""
     bits = np.unpackbits(np.asarray(data)[..., None], axis=-1, bitorder="little")
     fields = bits.reshape(len(data), -1, kernel.bits).astype(np.int16)
-    return torch.from_numpy((fields @ (1 << np.arange(kernel.bits, dtype=np.int16)) - (1 << (kernel.bits - 1))).astype(np.int8))
+    return torch.from_numpy(
+        (fields @ (1 << np.arange(kernel.bits, dtype=np.int16)) - (1 << (kernel.bits - 1))).astype(np.int8)
+    )
 
 
 def _compare_small(packed: PackedModel, graph: Graph, tally: Tally) -> None:
@@ -236,7 +240,9 @@ def _cache_scale(graph: Graph, name: str) -> np.ndarray | None:
     if join is None or join.op_type != "Concat" or len(join.input) != 2:
         return None
     coding = graph.makers.get(join.input[1])
-    ends = [value for value in (*graph.graph.input, *graph.graph.output) if value.name in (join.input[0], join.output[0])]
+    ends = [
+        value for value in (*graph.graph.input, *graph.graph.output) if value.name in (join.input[0], join.output[0])
+    ]
     int8 = [value.type.tensor_type.elem_type == 3 for value in ends]
     if coding is None or coding.op_type != "QuantizeLinear":
         return OFF if len(int8) == 2 and not any(int8) else None
@@ -244,7 +250,7 @@ def _cache_scale(graph: Graph, name: str) -> np.ndarray | None:
 
 
 def _pair(graph: Graph, coding: Any, decoding: list[Any]) -> np.ndarray | None:
-    """The scale of a QuantizeLinear and the DequantizeLinear behind it, which have the same one, to int8 without offset."""
+    """The scale of a QuantizeLinear and the DequantizeLinear behind it, to int8 without offset; None if they differ."""
     if coding is None or coding.op_type != "QuantizeLinear" or not decoding:
         return None
     if any(node.op_type != "DequantizeLinear" or list(node.input[1:]) != list(coding.input[1:]) for node in decoding):

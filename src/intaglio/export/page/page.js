@@ -6,6 +6,7 @@ const $ = (id) => document.getElementById(id);
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e8 ? 1 : 0)} MB`;
 const asked = new URLSearchParams(location.search);
 const longest = Number(asked.get("tokens")) || 512;
+const threads = Math.max(1, Math.min(8, navigator.hardwareConcurrency || 1));
 const EXAMPLES = ["Who are you?", 'What does "harbor" mean?', "Tell me about the sea."];
 
 let messages = []; // { role, content }, as the chat template wants them
@@ -33,6 +34,19 @@ async function hasGpu() {
   return Boolean(adapter) && !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter);
 }
 
+function load(device, bytes) {
+  worker?.terminate();
+  waiting.clear();
+  worker = new Worker("worker.js", { type: "module" });
+  worker.onmessage = received;
+  worker.onerror = (event) => fail(new Error(event.message || "the worker could not be loaded"));
+  return call("load", { device, threads, stopFlag, bytes }, ({ share, text }) => {
+    $("bar").style.width = `${Math.round(100 * share)}%`;
+    $("loading").setAttribute("aria-valuenow", Math.round(100 * share));
+    $("status").textContent = text;
+  });
+}
+
 async function start() {
   if (!crossOriginIsolated)
     throw new Error("This server does not send the two headers that the page needs. Start it with: python serve.py");
@@ -40,17 +54,16 @@ async function start() {
   document.title = $("name").textContent = about.name;
   $("about").textContent = `recipe ${about.recipe}, exported by intaglio`;
   $("weights").textContent = megabytes(about.bytes);
-  const device = asked.get("device") ?? ((await hasGpu()) ? "webgpu" : "wasm");
-  const threads = Math.max(1, Math.min(8, navigator.hardwareConcurrency || 1));
-  worker = new Worker("worker.js", { type: "module" });
-  worker.onmessage = received;
-  worker.onerror = (event) => fail(new Error(event.message || "the worker could not be loaded"));
   stopFlag = new Int32Array(new SharedArrayBuffer(4));
   const began = performance.now();
-  await call("load", { device, threads, stopFlag, bytes: about.bytes }, ({ share, text }) => {
-    $("bar").style.width = `${Math.round(100 * share)}%`;
-    $("loading").setAttribute("aria-valuenow", Math.round(100 * share));
-    $("status").textContent = text;
+  const chosen = asked.get("device");
+  let device = chosen ?? (about.devices.includes("webgpu") && (await hasGpu()) ? "webgpu" : "wasm");
+  await load(device, about.bytes).catch((error) => {
+    if (chosen || device === "wasm") throw error;
+    console.warn(error);
+    $("device").title = `WebGPU could not run this model: ${error.message}`;
+    device = "wasm";
+    return load(device, about.bytes);
   });
   $("device").textContent = device === "webgpu" ? "WebGPU" : `CPU, ${threads} thread${threads > 1 ? "s" : ""}`;
   $("status").textContent = `Ready after ${((performance.now() - began) / 1000).toFixed(1)} s`;
@@ -142,6 +155,7 @@ async function ask(text) {
 // Of the page with its workers; the browser answers when it has collected garbage, which may take a while.
 async function measureMemory() {
   if (!performance.measureUserAgentSpecificMemory) return void ($("memory").textContent = "not told");
+  $("memory").textContent = "measuring";
   const { bytes } = await performance.measureUserAgentSpecificMemory();
   $("memory").textContent = megabytes(bytes);
 }
