@@ -36,6 +36,10 @@ _HOMES = {
     "intaglio.train.quantize": ("quantize",),
     "intaglio.export.gguf": ("export_gguf",),
     "intaglio.export.hf": ("export_hf",),
+    "intaglio.export.vllm": ("export_vllm",),
+    "intaglio.export.mlx": ("export_mlx",),
+    "intaglio.export.bundles": ("export_lmstudio", "export_ollama"),
+    "intaglio.release": ("make_release",),
     "intaglio.export.mobile": ("export_mobile",),
     "intaglio.packed.import_mobile": ("import_mobile",),
 }

@@ -67,7 +67,7 @@ class Runtime:
 
 def _vllm_note(plan: Plan) -> str:
     notes = []
-    if any(isinstance(t.grid, BlockGrid) and "embedding" in t.spec.role for t in plan) and not plan.static_scales:
+    if any("embedding" in t.spec.role and isinstance(t.grid, BlockGrid) and t.grid.portable for t in plan):
         notes.append("Embeddings are bfloat16, exactly what their codes and scales decode to.")
     if any(scheme.static for scheme in schemes(plan).values()):
         notes.append(

@@ -103,7 +103,7 @@ def test_the_last_override_wins() -> None:
         ("schedule.lr", r"--set 'schedule\.lr': expected key=value"),
         ("name.first=x", r"--set 'name\.first=x': 'name' of q4_0 is a value"),
         ("schedule.speed=3", "unknown key 'speed': expected one of batch_size"),
-        ("scedule.lr=3", "unknown key 'scedule': expected one of activations, families, fit"),
+        ("scedule.lr=3", "unknown key 'scedule': expected one of activations, channel_scales, families, fit"),
         ("weights.linear.grid=q5_0", r"\[weights\.linear\].*'q5_0': expected one of bf16, f16, f32, int2"),
         ("=3", "unknown key ''"),
     ],
@@ -259,3 +259,16 @@ def test_recipes_for_gguf_say_nothing_of_activations() -> None:
     """So that their plans keep the digests that they had before recipes could."""
     for name in (name for name in PRESETS if name.startswith("q4_0")):
         assert set(Recipe.load(name).to_dict()) == {"name", "summary", "fit", "weights", "schedule"}
+
+
+def test_channel_scales_may_be_those_that_bfloat16_holds() -> None:
+    plain, narrow = Recipe.load("mobile-e2b"), Recipe.load("mobile-e2b", ["channel_scales=bf16"])
+    for before, after in zip(plain.rules, narrow.rules, strict=True):
+        channel = before.grid.name.startswith("int")
+        assert after.grid.name == before.grid.name + "-bf16" * channel
+    assert Recipe.from_toml(narrow.to_toml()) == narrow
+    assert Recipe.load("mobile-e2b", ["channel_scales=f32"]) == plain
+    with pytest.raises(RecipeError, match="no rule has grid int2, int4 or int8"):
+        Recipe.load("q4_0", ["channel_scales=bf16"])
+    with pytest.raises(RecipeError, match="channel_scales = 'f16'"):
+        Recipe.load("mobile", ["channel_scales=f16"])
