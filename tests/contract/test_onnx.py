@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from intaglio.errors import ConfigError, InputError, OutputError, RecipeError
 from intaglio.export import onnx_decoder
 from intaglio.export.onnx import export_onnx
+from intaglio.export.onnx_trace import trace_decoder
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model
 from intaglio.packed.model import PackedModel
@@ -28,7 +29,7 @@ from intaglio.train.static import switch_static
 from intaglio.workflow import quantize_model
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
-from tests.support.onnx import Sessions, export, traced
+from tests.support.onnx import Sessions, traced
 from tests.support.tiny import GEMMA4, VOCABULARY, make_checkpoint, pack
 
 DECODER, EMBEDDINGS = "onnx/decoder_model_merged_q4.onnx", "onnx/embed_tokens_q4.onnx"
@@ -46,11 +47,16 @@ def expected_logits(model: Any, ids: torch.Tensor, **more: Any) -> np.ndarray:
     return model(input_ids=ids, use_cache=False, **more).logits.numpy()
 
 
+def exported(packed: PackedModel, folder: Path, **options: Any) -> Path:
+    export_onnx(packed, folder, **options)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folders(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Exported Gemma 4s by name, on recipe q4_0. Shared: not to be changed."""
     where = tmp_path_factory.mktemp("onnx")
-    return {name: export(cases[name].packed, where / name) for name in ("gemma4", "gemma4-dense")}
+    return {name: exported(cases[name].packed, where / name) for name in ("gemma4", "gemma4-dense")}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,7 @@ def calibrated(text: Path, tmp_path_factory: pytest.TempPathFactory) -> PackedMo
 
 @pytest.fixture(scope="module")
 def mobile_folder(calibrated: PackedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(calibrated, tmp_path_factory.mktemp("mobile-onnx") / "mobile")
+    return exported(calibrated, tmp_path_factory.mktemp("mobile-onnx") / "mobile")
 
 
 # What it computes
@@ -128,7 +134,7 @@ def test_static_int8_is_that_of_the_training_forward(calibrated: PackedModel, mo
 
 
 def test_scales_that_are_off_leave_floats(mobile_packed: PackedModel, tmp_path: Path) -> None:
-    sessions, ids = Sessions(export(mobile_packed, tmp_path / "off")), tokens(2, 40)
+    sessions, ids = Sessions(exported(mobile_packed, tmp_path / "off")), tokens(2, 40)
     model = decoded_model(load_model(mobile_packed.path.parent / "checkpoint"), mobile_packed)
     sessions.start(2)
     assert np.abs(sessions.step(ids.numpy()) - expected_logits(model, ids)).max() < TOLERANCE
@@ -140,7 +146,7 @@ def test_scales_that_are_off_leave_floats(mobile_packed: PackedModel, tmp_path: 
 def test_embeddings_on_other_grids(grid: str, cases: dict[str, Case], tmp_path: Path) -> None:
     rules = [f"weights.{rule}.grid={grid}" for rule in ("token_embedding", "ple_embedding")]
     packed = pack(cases["gemma4"].checkpoint, tmp_path / "packed", Recipe.load("q4_0", rules))
-    sessions, ids = Sessions(export(packed, tmp_path / "onnx-folder")), tokens(1, 20)
+    sessions, ids = Sessions(exported(packed, tmp_path / "onnx-folder")), tokens(1, 20)
     assert verify(packed, tmp_path / "onnx-folder").exact
     sessions.start(1)
     expected = expected_logits(decoded_model(load_model(cases["gemma4"].checkpoint), packed), ids)
@@ -149,7 +155,9 @@ def test_embeddings_on_other_grids(grid: str, cases: dict[str, Case], tmp_path: 
 
 @pytest.mark.environment  # for its time: it traces anew
 def test_the_same_model_makes_the_same_bytes(gemma4: Case, folders: dict[str, Path], tmp_path: Path) -> None:
-    export_onnx(gemma4.packed, tmp_path / "again")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(onnx_decoder, "trace_decoder", trace_decoder)
+        export_onnx(gemma4.packed, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(folders["gemma4"])
     graph = (tmp_path / "again" / DECODER).read_bytes()
     assert b"/site-packages/" not in graph and b".py" not in graph  # whose machine it was
@@ -318,6 +326,7 @@ def test_missing_packages_and_tokenizers_are_named(
     packed_copy: PackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
+        patched.setattr(onnx_decoder, "trace_decoder", trace_decoder)
         patched.setitem(sys.modules, "onnxscript", None)
         outcome = intaglio("export", packed_copy.path, "onnx", f"--out={tmp_path / 'x'}")
     assert outcome.code == 2 and "pip install 'intaglio[onnx]'" in outcome.error
@@ -328,15 +337,15 @@ def test_missing_packages_and_tokenizers_are_named(
 
 
 def test_existing_output_is_kept_unless_replaced(gemma4: Case, tmp_path: Path) -> None:
-    export(gemma4.packed, tmp_path / "out")
+    exported(gemma4.packed, tmp_path / "out")
     with pytest.raises(OutputError, match="already exists"):
-        export(gemma4.packed, tmp_path / "out")
-    export(gemma4.packed, tmp_path / "out", replace=True)
+        exported(gemma4.packed, tmp_path / "out")
+    exported(gemma4.packed, tmp_path / "out", replace=True)
     assert verify(gemma4.packed, tmp_path / "out").exact
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter").touch()
     with pytest.raises(OutputError, match="holds no model"):
-        export(gemma4.packed, tmp_path / "home", replace=True)
+        exported(gemma4.packed, tmp_path / "home", replace=True)
     assert (tmp_path / "home" / "letter").exists()
 
 

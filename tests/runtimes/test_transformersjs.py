@@ -25,7 +25,6 @@ from intaglio.packed.checkpoint import load_model, load_tokenizer
 from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import verify
 from intaglio.tiny import MODEL_DIR
-from tests.support.onnx import traced
 from tests.support.tiny import pack
 
 pytestmark = pytest.mark.environment
@@ -47,11 +46,9 @@ def model(packed: PackedModel) -> Any:
 
 @pytest.fixture(scope="module")
 def site(packed: PackedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("intaglio.export.onnx_decoder.trace_decoder", traced)
-        folder = tmp_path_factory.mktemp("site") / "site"
-        export_web(packed, folder, transformers_js=MODULES)
-        export_onnx(packed, folder.with_name("onnx"))
+    folder = tmp_path_factory.mktemp("site") / "site"
+    export_web(packed, folder, transformers_js=MODULES)
+    export_onnx(packed, folder.with_name("onnx"))
     assert verify(packed, folder).exact and verify(packed, folder.with_name("onnx")).exact
     return folder
 

@@ -1,4 +1,4 @@
-"""ONNX folders of tiny models, and ONNX Runtime on them."""
+"""Traces of tiny models, made once, and ONNX Runtime on their folders."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import functools
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import onnx
 import onnxruntime
 
-from intaglio.export import onnx_decoder
-from intaglio.export.onnx import export_onnx
 from intaglio.export.onnx_trace import trace_decoder
-from intaglio.packed.model import PackedModel
 from intaglio.plan.family import ModelSpec, describe
 
 DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
@@ -29,13 +25,6 @@ def _traced(config: str) -> bytes:
 def traced(spec: ModelSpec) -> Any:
     """`trace_decoder`, which takes seconds and depends on the config alone: once for each config."""
     return onnx.load_from_string(_traced(json.dumps(spec.config)))
-
-
-def export(packed: PackedModel, folder: Path, **options: Any) -> Path:
-    """`export_onnx` with a trace that may have been made before."""
-    with patch.object(onnx_decoder, "trace_decoder", traced):
-        export_onnx(packed, folder, **options)
-    return folder
 
 
 class Sessions:
