@@ -17,7 +17,7 @@ test: $(VENV)/.test browser
 # that cannot be installed fails here. The artifacts are written in $(VENV) and run there.
 RUNTIMES := $(basename $(notdir $(wildcard benchmarks/runners/*.txt)))
 
-test-runtimes: $(VENV)/.test $(RUNTIMES:%=.runtimes/%/.done)
+test-runtimes: $(VENV)/.test browser $(RUNTIMES:%=.runtimes/%/.done)
 	$(BIN)/python -m pytest tests/runtimes -m environment
 
 .runtimes/%/.done: benchmarks/runners/%.txt

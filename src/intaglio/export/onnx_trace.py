@@ -168,7 +168,8 @@ def _cache(past: list[Tensor]) -> Any:
             self.values = self._joined("v_cache", self.values, value_states)
             return self.keys, self.values
 
-        def _joined(self, kind: str, past: Tensor, new: Tensor) -> Tensor:
+        def _joined(self, kind: str, past: Tensor | None, new: Tensor) -> Tensor:
+            assert past is not None
             shape = [past.shape[0], past.shape[1], past.shape[2] + new.shape[2], past.shape[3]]
             return _node(CACHE, (past, new), f"{self.module}.{kind}_scale", shape)
 
