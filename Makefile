@@ -17,7 +17,7 @@ test: $(VENV)/.test browser
 # that cannot be installed fails here. The artifacts are written in $(VENV) and run there.
 RUNTIMES := $(basename $(notdir $(wildcard benchmarks/runners/*.txt)))
 
-test-runtimes: $(VENV)/.test $(RUNTIMES:%=.runtimes/%/.done)
+test-runtimes: $(VENV)/.test browser $(RUNTIMES:%=.runtimes/%/.done)
 	$(BIN)/python -m pytest tests/runtimes -m environment
 
 .runtimes/%/.done: benchmarks/runners/%.txt
@@ -49,7 +49,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) --editable '.[llama,tensorboard,dev]'
+	$(PIP) --editable '.[llama,onnx,tensorboard,dev]'
 	touch $@ $(VENV)/.demo
 
 # The report is tested in a real browser; on Debian and Ubuntu the package manager has one.

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import environment, write_result
-from runners.start import MAIN, Agreement, Output, agreement, start
+from runners.start import ENVIRONMENTS, MAIN, Agreement, Output, agreement, start
 
 from intaglio.demo import run_demo
 from intaglio.export import EXPORTERS
@@ -63,6 +63,9 @@ RUNTIMES = (
     Row(label="llama.cpp", recipe="q4_0", export="gguf", runner="llamacpp", file="model.gguf"),
     Row(label="MLX", recipe="q4_0", export="mlx", runner="mlx", environment="mlx"),
     Row(label="vLLM", recipe="q4_0", export="vllm", runner="vllm", environment="vllm", reference=DENSE),
+    Row(label="ONNX Runtime", recipe="q4_0", export="onnx", runner="onnx"),
+    Row(label="Transformers.js", recipe="q4_0", export="onnx", runner="node", environment="transformersjs"),
+    Row(label="Chromium", recipe="q4_0", export="web", runner="wasm", environment="transformersjs"),
     Row(label="transformers", recipe="mobile", export="gemma-mobile", runner="mobile"),
     Row(
         label="LiteRT-LM",
@@ -73,6 +76,9 @@ RUNTIMES = (
         file="model.litertlm",
     ),
     Row(label="MLX", recipe="mobile", export="mlx", runner="mlx", environment="mlx", reference=FLOATS),
+    Row(label="ONNX Runtime", recipe="mobile", export="onnx", runner="onnx"),
+    Row(label="Transformers.js", recipe="mobile", export="onnx", runner="node", environment="transformersjs"),
+    Row(label="Chromium", recipe="mobile", export="web", runner="wasm", environment="transformersjs"),
 )
 
 
@@ -136,7 +142,8 @@ def _measure(
 ) -> dict[str, Any]:
     artifact = folder / row.recipe / row.export / (row.file or "artifact")
     if not artifact.exists():
-        EXPORTERS[row.export](model.packed, artifact)
+        options = {"transformers_js": ENVIRONMENTS / "transformersjs" / "node_modules"} if row.export == "web" else {}
+        EXPORTERS[row.export](model.packed, artifact, **options)
     read_back = verify(model.packed, artifact)
 
     def run(path: Path) -> Output:

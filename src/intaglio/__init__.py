@@ -41,6 +41,8 @@ _HOMES = {
     "intaglio.export.vllm": ("export_vllm",),
     "intaglio.export.litert": ("export_litert",),
     "intaglio.export.mlx": ("export_mlx",),
+    "intaglio.export.onnx": ("export_onnx",),
+    "intaglio.export.web": ("export_web",),
     "intaglio.export.bundles": ("export_lmstudio", "export_ollama"),
     "intaglio.release": ("make_release",),
     "intaglio.export.mobile": ("export_mobile",),

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from intaglio.packed.verify import Verification
     from intaglio.proof import Evaluation
 
-TARGETS = "gguf, hf (a transformers checkpoint of floats), gemma-mobile, vllm, mlx, ollama, lmstudio"
+TARGETS = "gguf, hf (a transformers checkpoint of floats), gemma-mobile, vllm, mlx, onnx, web, ollama, lmstudio"
+
+# Options of `export` that one target alone knows.
+OWN_OPTIONS = {"draft": "ollama", "python": "litert", "context_tokens": "litert", "transformers_js": "web"}
 
 app = typer.Typer(
     help="Quantization-aware training for Gemma 4: what was trained is, bit for bit, what ships.",
@@ -270,6 +273,9 @@ def export(
     draft: Annotated[Path | None, typer.Option(help="Of ollama: GGUF of a drafter that goes along.")] = None,
     python: Annotated[Path | None, typer.Option(help="Of litert: interpreter of its environment.")] = None,
     context: Annotated[int | None, typer.Option(help="Of litert: tokens that the KV cache holds.")] = None,
+    transformers_js: Annotated[
+        Path | None, typer.Option(help="Of web: node_modules with @huggingface/transformers.", show_default=False)
+    ] = None,
     text_only: TextOnly = False,
     replace: Replace = False,
 ) -> None:
@@ -281,18 +287,18 @@ def export(
         raise typer.BadParameter(f"expected a target, one of {', '.join(EXPORTERS)}, or --to, and not both")
     if target is not None and target not in EXPORTERS:
         raise typer.BadParameter(f"{target!r}: expected one of {', '.join(EXPORTERS)}")
-    if draft is not None and target != "ollama":
-        raise typer.BadParameter("--draft is for the target ollama")
-    own = {"draft": draft, "python": python, "context_tokens": context}
-    own = {key: value for key, value in own.items() if value is not None}
-    if own.keys() - {"draft"} and target != "litert":
-        raise typer.BadParameter("--python and --context are for the target litert")
+    given = {"draft": draft, "python": python, "context_tokens": context, "transformers_js": transformers_js}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if target != OWN_OPTIONS[name] and not (to is not None and name == "transformers_js"):
+            option = {"context_tokens": "context"}.get(name, name).replace("_", "-")
+            raise typer.BadParameter(f"--{option} is for the target {OWN_OPTIONS[name]}")
     model = PackedModel.open(packed)
     model = model.text_only() if text_only else model
     if to is not None:
-        _release(model, out, to, replace)
+        _release(model, out, to, replace, given)
     elif target is not None:
-        EXPORTERS[target](model, out, replace=replace, **own)
+        EXPORTERS[target](model, out, replace=replace, **given)
         if target == "gemma-mobile":
             _print_towers_off(model)
         _verify(packed, out, as_json=False)
@@ -303,12 +309,12 @@ def export(
             )
 
 
-def _release(model: PackedModel, out: Path, to: str, replace: bool) -> None:
+def _release(model: PackedModel, out: Path, to: str, replace: bool, options: dict[str, Any]) -> None:
     from intaglio.release import make_release
     from intaglio.terminal import Bars
 
     with Bars() as bars:
-        release = make_release(model, out, to, replace=replace, progress=bars.progress)
+        release = make_release(model, out, to, replace=replace, options=options, progress=bars.progress)
     for result in release.verified.values():
         typer.echo(result.summary())
     for name, reason in release.left_out.items():

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from intaglio.errors import ConfigError, InputError, MismatchError, RecipeError, WeightError
 from intaglio.export import EXPORTERS
@@ -32,6 +33,13 @@ PIPELINE = (
     "python -c \"from transformers import pipeline; print(pipeline('text-generation', model='{path}')"
     "('Hello', max_new_tokens=40)[0]['generated_text'])\""
 )
+NODE = (
+    'npm install --ignore-scripts @huggingface/transformers@4.3.1 && node --input-type=module -e "'
+    "import {{ env, pipeline }} from '@huggingface/transformers'; "
+    "env.allowRemoteModels = false; env.localModelPath = './'; "
+    "const generate = await pipeline('text-generation', '{path}', {{ dtype: 'q4' }}); "
+    "console.log((await generate('Hello', {{ max_new_tokens: 40 }}))[0].generated_text)\""
+)
 LINKED = ("ollama", "lmstudio")  # the GGUF once more
 
 
@@ -45,13 +53,14 @@ class Runtime:
 
     title: of the runtime. command: runs the artifact from the release's folder; {path} stands for the
     artifact's, {name} for the model's. file: of the artifact in the folder; empty where it is the folder.
-    note: what a plan's artifact is without, or has otherwise, for its README. wanted: whether a plan's
-    release has it if all are asked for.
+    option: of the exporter, without which a release for all is left without it. note: what a plan's artifact is
+    without, or has otherwise, for its README. wanted: whether a plan's release has it if all are asked for.
     """
 
     title: str
     command: str
     file: str = ""
+    option: str = ""
     note: Callable[[Plan], str] = _nothing
     wanted: Callable[[Plan], bool] = lambda plan: True
 
@@ -98,6 +107,8 @@ RUNTIMES: dict[str, Runtime] = {
     "litert": Runtime(
         title="LiteRT-LM", command="litert-lm run {path} --prompt Hello", file="model.litertlm", note=_litert_note
     ),
+    "onnx": Runtime(title="ONNX Runtime and Transformers.js", command=NODE),
+    "web": Runtime(title="a web page", command="python {path}/serve.py", option="transformers_js"),
     "mlx": Runtime(title="MLX", command='mlx_lm.generate --model {path} --prompt "Hello"', note=_mlx_note),
 }
 
@@ -120,24 +131,37 @@ class Release:
 
 
 def make_release(
-    packed: PackedModel, out: str | Path, to: str = ALL, *, replace: bool = False, progress: Progress | None = None
+    packed: PackedModel,
+    out: str | Path,
+    to: str = ALL,
+    *,
+    replace: bool = False,
+    options: dict[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Release:
     """Write the release `out`.
 
     to: names of RUNTIMES with commas between, or "all", which leaves out those whose format cannot say the
     model exactly; of ones that are named, that is the exporter's RecipeError, ConfigError or WeightError.
-    Raises MismatchError if an artifact is not what was packed.
+    options: of exporters, by the names that rows of RUNTIMES give them. Raises MismatchError if an artifact is not
+    what was packed.
     """
     progress, names, every = progress or Progress(), parse_targets(to), ALL in to.split(",")
+    options = options or {}
     release = Release({}, {})
     with new_path(Path(out), replace=replace, is_such=is_release) as temporary:
         temporary.mkdir()
         for name in names:
             if every and not RUNTIMES[name].wanted(packed.plan):
                 continue
+            option = RUNTIMES[name].option
+            given = {option: options[option]} if option in options else {}
+            if every and option and not given:
+                release.left_out[name] = f"it needs --{option.replace('_', '-')}"
+                continue
             progress.stage(f"Exporting {name}")
             try:
-                release.verified[name] = _export(packed, temporary, name)
+                release.verified[name] = _export(packed, temporary, name, given)
             except (ConfigError, RecipeError, WeightError) as error:
                 if not every:
                     raise
@@ -150,12 +174,12 @@ def make_release(
     return release
 
 
-def _export(packed: PackedModel, out: Path, name: str) -> Verification:
+def _export(packed: PackedModel, out: Path, name: str, options: dict[str, Any]) -> Verification:
     """Write one artifact and its README, and read it back."""
     runtime, folder = RUNTIMES[name], out / name
     gguf = out / "gguf" / RUNTIMES["gguf"].file
     linked = {"gguf": gguf} if name in LINKED and gguf.is_file() else {}
-    EXPORTERS[name](packed, folder / runtime.file, **linked)
+    EXPORTERS[name](packed, folder / runtime.file, **linked, **options)
     result = verify(packed, folder)
     if not result.exact:
         raise MismatchError(f"{name}: {result.summary()}: the export is not what was packed; please report this")

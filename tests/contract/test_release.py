@@ -23,6 +23,7 @@ def release(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) ->
     outcome = intaglio("export", cases["gemma4"].packed.path, "--to", "all", "-o", out)
     assert outcome.code == 0, outcome.err
     assert "gemma-mobile: left out: model.embed_tokens.weight: recipe q4_0 puts it on grid q6_k" in outcome.out
+    assert "web: left out: it needs --transformers-js" in outcome.out
     return out
 
 
@@ -34,7 +35,7 @@ def test_every_runtime_has_an_exporter_and_a_command() -> None:
 
 def test_each_folder_has_its_artifact_a_readme_and_the_card_its_command(gemma4: Case, release: Path) -> None:
     folders = {path.name for path in release.iterdir() if path.is_dir()}
-    assert folders >= {"gguf", "hf", "vllm", "mlx", "ollama", "lmstudio"}
+    assert folders >= {"gguf", "hf", "vllm", "mlx", "onnx", "ollama", "lmstudio"}
     card = (release / "README.md").read_text()
     assert f"`{gemma4.packed.sha256()}`" in card and "left out" in card and "was not measured" in card
     for name in folders:
@@ -66,6 +67,7 @@ def test_verify_reads_all_of_it_back(gemma4: Case, release: Path) -> None:
     [
         ("vllm/model.safetensors", "vllm: NOT exact: 1 of"),
         ("mlx/model.safetensors", "mlx: NOT exact: 1 of"),
+        ("onnx/onnx/embed_tokens_q4.onnx_data", "onnx: NOT exact: 1 of"),
         ("hf/model.safetensors", "hf: NOT exact: 1 of"),
         ("gguf/model.gguf", "gguf: NOT exact: 1 of"),
         ("ollama/model.gguf", "ollama: NOT exact: 1 of"),

@@ -30,9 +30,11 @@ from intaglio.packed.verify_affine import compare_compressed, compare_mlx, is_co
 from intaglio.packed.verify_bundles import bundled_gguf, holds_ggufs, is_ollama
 from intaglio.packed.verify_litert import compare_litert
 from intaglio.packed.verify_mobile import compare_mobile
+from intaglio.packed.verify_onnx import compare_onnx
 from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES, load_config
 from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors
+from intaglio.plan.onnx import is_onnx
 from intaglio.plan.plan import PlannedTensor
 
 KINDS = ("codes", "scales", "static_scales", "values")
@@ -228,6 +230,7 @@ READERS = (
     Reader(is_mobile, lambda packed, folder, tally: compare_mobile(_as_in(packed, folder), folder, tally)),
     Reader(is_compressed, lambda packed, folder, tally: compare_compressed(_as_in(packed, folder), folder, tally)),
     Reader(is_mlx, compare_mlx),
+    Reader(is_onnx, compare_onnx),
     Reader(is_ollama, lambda packed, folder, tally: _compare_gguf(packed, bundled_gguf(folder), tally)),
     Reader(holds_ggufs, lambda packed, folder, tally: _compare_gguf(packed, bundled_gguf(folder), tally)),
     Reader(holds_bundle, lambda packed, path, tally: compare_litert(packed, bundle_in(path), tally)),
