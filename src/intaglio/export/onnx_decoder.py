@@ -97,7 +97,8 @@ class _Filling:
         matrix = self.placed.pop(name, None)
         if matrix is None:
             raise InputError(f"{name}: in the traced decoder, but not in the plan: pack the model again")
-        x, nodes = inputs[0], []
+        x = inputs[0]
+        nodes: list[Any] = []
         if name == "lm_head":
             x, nodes = self._last_tokens(x)
         before, x = self._round(x, f"{name}.input_activation_scale")

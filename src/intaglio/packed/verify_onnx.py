@@ -145,7 +145,8 @@ def _compare_kernel(packed: PackedModel, matrix: Matrix, node: Any, graph: Graph
     expected: dict[str, Any] = {"bits": kernel.bits, "block_size": kernel.block}
     if matrix.session == EMBEDDINGS:
         expected |= {"gather_axis": 0, "quantize_axis": 1}
-        places, shape = (0, 2), (rows, columns * kernel.bits // 8)
+        places: tuple[int, int] = (0, 2)
+        shape: tuple[int, ...] = (rows, columns * kernel.bits // 8)
     else:
         expected |= {"K": columns, "N": rows, "accuracy_level": 0}
         places, shape = (1, 2), (rows, columns // kernel.block, kernel.block * kernel.bits // 8)

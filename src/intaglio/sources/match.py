@@ -10,16 +10,9 @@ from intaglio.numerics.grid import F16, F32, Q4_0, Q4_0_FREE, Q6_K, Q6_K_FREE, Q
 from intaglio.numerics.identify import ROW_GRIDS
 from intaglio.packed.checkpoint import own_name
 from intaglio.plan.carried import describe_whole, unused_names
-from intaglio.plan.family import (
-    GGUF_ROPE_FACTORS,
-    TOWER_ROLES,
-    ModelSpec,
-    TensorSpec,
-    gguf_name,
-    load_config,
-    read_spec,
-)
+from intaglio.plan.family import TOWER_ROLES, ModelSpec, TensorSpec, load_config, read_spec
 from intaglio.plan.found import recipe_for
+from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name
 from intaglio.plan.plan import LEFT_ALONE
 from intaglio.plan.recipe import Recipe
 from intaglio.sources.inspect import Verdict
