@@ -97,7 +97,8 @@ class _Filling:
         matrix = self.placed.pop(name, None)
         if matrix is None:
             raise InputError(f"{name}: in the traced decoder, but not in the plan: pack the model again")
-        x, nodes = inputs[0], []
+        x = inputs[0]
+        nodes: list[Any] = []
         if name == "lm_head":
             x, nodes = self._last_tokens(x)
         before, x = self._round(x, f"{name}.input_activation_scale")
@@ -117,7 +118,13 @@ class _Filling:
             tensors[0].dims[:] = [rows, columns // kernel.block, kernel.block * kernel.bits // 8]
             self.tensors += tensors
             # accuracy_level 0: the weights are decoded and multiplied in float32, activations are not rounded
-            how = {"K": columns, "N": rows, "bits": kernel.bits, "block_size": kernel.block, "accuracy_level": 0}
+            how: dict[str, Any] = {
+                "K": columns,
+                "N": rows,
+                "bits": kernel.bits,
+                "block_size": kernel.block,
+                "accuracy_level": 0,
+            }
             inputs = [x, *(tensor.name for tensor in tensors)]
             return [helper.make_node("MatMulNBits", inputs, [output], name=name, domain=KERNELS, **how)]
         self.tensors.append(float_tensor(self.packed, matrix, self.data))
