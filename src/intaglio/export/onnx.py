@@ -141,7 +141,7 @@ def _lookup(
     else:
         tensors += quantized_tensors(packed, matrix, data)
         inputs = [f"{name}.weight.codes", "input_ids", f"{name}.weight.scale"]
-        how = {"bits": kernel.bits, "block_size": kernel.block, "gather_axis": 0, "quantize_axis": 1}
+        how: dict[str, Any] = {"bits": kernel.bits, "block_size": kernel.block, "gather_axis": 0, "quantize_axis": 1}
         nodes = [helper.make_node("GatherBlockQuantized", inputs, [rows], name=name, domain=KERNELS, **how)]
     nodes.append(helper.make_node("Mul", [rows, f"{name}.embed_scale"], [scaled]))
     if scaled != output:

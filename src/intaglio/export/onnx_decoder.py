@@ -118,7 +118,13 @@ class _Filling:
             tensors[0].dims[:] = [rows, columns // kernel.block, kernel.block * kernel.bits // 8]
             self.tensors += tensors
             # accuracy_level 0: the weights are decoded and multiplied in float32, activations are not rounded
-            how = {"K": columns, "N": rows, "bits": kernel.bits, "block_size": kernel.block, "accuracy_level": 0}
+            how: dict[str, Any] = {
+                "K": columns,
+                "N": rows,
+                "bits": kernel.bits,
+                "block_size": kernel.block,
+                "accuracy_level": 0,
+            }
             inputs = [x, *(tensor.name for tensor in tensors)]
             return [helper.make_node("MatMulNBits", inputs, [output], name=name, domain=KERNELS, **how)]
         self.tensors.append(float_tensor(self.packed, matrix, self.data))

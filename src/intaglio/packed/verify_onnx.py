@@ -143,6 +143,7 @@ def _compare_kernel(packed: PackedModel, matrix: Matrix, node: Any, graph: Graph
     kernel, (rows, columns) = matrix.kernel, matrix.tensor.spec.shape
     assert kernel is not None
     expected: dict[str, Any] = {"bits": kernel.bits, "block_size": kernel.block}
+    shape: tuple[int, ...]
     if matrix.session == EMBEDDINGS:
         expected |= {"gather_axis": 0, "quantize_axis": 1}
         places: tuple[int, int] = (0, 2)
