@@ -126,7 +126,7 @@ MALFORMED = {
     "no name": (RULE, "name = None: expected str"),
     "a name that is a number": (f"name = 3\n{RULE}", "name = 3: expected str"),
     "a summary that is a number": (f'name = "x"\nsummary = 3\n{RULE}', "summary = 3: expected str"),
-    "unknown key": (f'name = "x"\nversion = 3\n{RULE}', "unknown key 'version': expected one of activations, families"),
+    "unknown key": (f'name = "x"\nversion = 3\n{RULE}', "unknown key 'version': expected one of activations, channel_scales, families"),
     "unknown fit": (f'name = "x"\nfit = "best"\n{RULE}', "fit = 'best': expected one of mse, absmax, stock"),
     "a fit that is a list": (f'name = "x"\nfit = ["mse"]\n{RULE}', r"fit = \['mse'\]: expected one of mse, absmax"),
     "no rules": ('name = "x"', r"no \[weights\.NAME\] rules"),
