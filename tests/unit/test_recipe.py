@@ -15,7 +15,7 @@ from intaglio.plan.recipe import Recipe, WeightRule, preset_names
 from intaglio.plan.schedule import Schedule
 from intaglio.plan.static import Activations, KvCache
 
-PRESETS = ["mobile", "mobile-e2b", "mobile-e4b", "q4_0", "q4_0-free", "q4_0-stock"]
+PRESETS = ["mobile", "mobile-e2b", "mobile-e4b", "q4_0", "q4_0-free", "q4_0-litert", "q4_0-stock"]
 RULE = '[weights.linear]\nroles = ["mlp"]\ngrid = "q4_0"\n'
 MINIMAL = f'name = "x"\n{RULE}'
 
