@@ -20,6 +20,7 @@ from intaglio.numerics.grid import Q4_0_POSITIVE
 from intaglio.packed.model import PackedModel, write_packed
 from intaglio.packed.tflite import Table
 from intaglio.packed.verify import verify
+from tests.support.cli import intaglio
 from tests.support.tiny import GEMMA3, GEMMA4, make_checkpoint, pack
 
 
@@ -43,6 +44,14 @@ def test_a_missing_environment_is_told_how_to_make(
         export_litert(mobile_packed, tmp_path / "x.litertlm")
     with pytest.raises(InputError, match="no such file: expected the interpreter"):
         find_python(tmp_path / "absent")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_says_it_too(mobile_packed: PackedModel, tmp_path: Path, no_environment: None) -> None:
+    outcome = intaglio("export", mobile_packed.path, "litert", "-o", tmp_path / "x.litertlm")
+    assert outcome.code == 2 and "make .runtimes/litert/.done" in outcome.error
+    outcome = intaglio("export", mobile_packed.path, "gemma-mobile", "--context", "64", "-o", tmp_path / "x")
+    assert outcome.code == 2 and "are for the target litert" in outcome.err
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,7 @@ from intaglio.plan.recipe import Recipe, WeightRule, preset_names
 from intaglio.plan.schedule import Schedule
 from intaglio.plan.static import Activations, KvCache
 
-PRESETS = ["mobile", "mobile-e2b", "mobile-e4b", "q4_0", "q4_0-free", "q4_0-stock"]
+PRESETS = ["mobile", "mobile-e2b", "mobile-e4b", "q4_0", "q4_0-free", "q4_0-litert", "q4_0-stock"]
 RULE = '[weights.linear]\nroles = ["mlp"]\ngrid = "q4_0"\n'
 MINIMAL = f'name = "x"\n{RULE}'
 
@@ -262,7 +262,7 @@ def test_the_reference_of_a_mobile_recipe_differs_in_its_fit_only(name: str) -> 
 
 def test_recipes_for_gguf_say_nothing_of_activations() -> None:
     """So that their plans keep the digests that they had before recipes could."""
-    for name in (name for name in PRESETS if name.startswith("q4_0")):
+    for name in ("q4_0", "q4_0-free", "q4_0-stock"):
         assert set(Recipe.load(name).to_dict()) == {"name", "summary", "fit", "weights", "schedule"}
 
 
