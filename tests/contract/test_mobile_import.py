@@ -153,7 +153,7 @@ def test_damaged_folders_are_named_and_nothing_is_written(folder: Path, tmp_path
 BITS = {"quant_method": "gemma", "quantize_embeddings": True, "modules_to_not_convert": []}
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "not mobile": ({"quantization_config": {"quant_method": "awq"}}, "no folder in the mobile format"),
-    "another family": ({"model_type": "gemma4_unified_text"}, "unknown model_type 'gemma4_unified_text'"),
+    "another family": ({"model_type": "gemma4_unified_text"}, "the mobile format is for gemma4_text, this model is"),
     "odd bits": ({"quantization_config": BITS | {"num_bits": 3}}, "3 bits: expected 2, 4 or 8"),
     "other bits": (
         {"quantization_config": BITS | {"num_bits": 8, "modules_to_not_convert": ["per_layer_model_projection"]}},
