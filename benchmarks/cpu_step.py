@@ -179,7 +179,8 @@ def saved_bytes(student: Student, tokens_BT: Tensor, teacher: nn.Module | None, 
 def decoded_storages(model: nn.Module) -> dict[int, int]:
     """Address and bytes of what `cache_values` left in the modules."""
     cached = [getattr(m, name, None) for m in model.modules() for name in ("values", "steps", "rounded")]
-    tensors = [t for t in cached if isinstance(t, Tensor)]
+    quantizers = (getattr(m, "scales", None) for m in model.modules())
+    tensors = [t for t in cached if isinstance(t, Tensor)] + [t for s in quantizers if s is not None for t in s]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 

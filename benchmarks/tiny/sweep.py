@@ -2,10 +2,14 @@
 
     python benchmarks/tiny/sweep.py --jobs benchmarks/tiny/jobs.json --out out --seconds 500
 
-A job is {"name", "recipe", "set": ["schedule.lr=1e-4", ...]}. Reports the KL to the float original
-on held-out text for stock rounding, for each recipe's fit before training, and after training;
-R = 1 - KL / KL(stock). Rows go to `sweep.jsonl` as they come; a job that does not fit the time left
-is named and left out.
+A job is {"name", "recipe", "set": ["schedule.lr=1e-4", ...], "hidden_loss": 0.1, "compile": false};
+all but the name may be missing. Reports the KL to the float original on held-out text for each recipe's
+references, which are not trained (stock or absmax rounding, and the fit alone), and after training, with
+what that recovers of either: R = 1 - KL / KL(reference). Rows go to `sweep.jsonl` as they come; a job
+that does not fit the time left is named and left out.
+
+hidden_loss: weight of one more term, the squared error of the last hidden state relative to its mean
+square; the library's loop has no such loss.
 """
 
 import argparse
@@ -19,15 +23,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from intaglio import calibrate
+from intaglio.formats import format_of
 from intaglio.packed.checkpoint import load_model
-from intaglio.plan.plan import make_plan
+from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.tiny import MODEL_DIR
+from intaglio.train import loop
 from intaglio.train.attach import prepare
 from intaglio.train.corpus import Corpus
 from intaglio.train.decode import drop_values
 from intaglio.train.loop import Options, StepInfo, train
 from intaglio.train.run_folder import read_losses
+from intaglio.train.static import switch_static
 
 BOS = 2
 
@@ -68,10 +76,27 @@ def evaluate(teacher: nn.Module, student: nn.Module, windows_NT: Tensor, batch: 
     }
 
 
-def fitted(teacher: nn.Module, model_dir: Path, recipe: Recipe) -> nn.Module:
-    """The model after the recipe's fit alone."""
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    return prepare(student, make_plan(model_dir, recipe)).eval()
+class HiddenLoss(loop.Distiller):
+    """The loop's loss plus `weight` times the relative squared error of the last hidden state."""
+
+    weight = 0.0
+
+    def forward(self, input_ids: Tensor, positions: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+        loss = super().forward(input_ids, positions, teacher_hidden, teacher_head)
+        hidden = loop.final_hidden(self.student, input_ids, positions).flatten(0, 1).float()
+        teacher = teacher_hidden.float()
+        return loss + self.weight * (hidden - teacher).square().mean() / teacher.square().mean()
+
+
+def reference(teacher: nn.Module, plan: Plan, corpus: Corpus) -> nn.Module:
+    """The model after the recipe's fit alone, static scales calibrated."""
+    student = prepare(copy.deepcopy(teacher).requires_grad_(True), plan)
+    if plan.static_scales:
+        rows = plan.recipe.schedule.calibration_tokens // corpus.tokens.shape[1]
+        device = next(teacher.parameters()).device
+        tokens, positions = (torch.from_numpy(a[:rows]).long().to(device) for a in (corpus.tokens, corpus.positions))
+        calibrate(student, plan, list(zip(tokens.split(16), positions.split(16), strict=True)))
+    return student.eval()
 
 
 def steady_rate(steps: list[StepInfo]) -> float:
@@ -115,15 +140,30 @@ def main() -> None:
             flush=True,
         )
 
-    def measure(student: nn.Module) -> dict[str, float]:
-        return evaluate(teacher, student.eval(), windows, args.eval_batch)
+    def measure(student: nn.Module, plan: Plan) -> dict[str, float]:
+        result = evaluate(teacher, student.eval(), windows, args.eval_batch)
+        if plan.static_scales:
+            switch_static(student, activations=False, kv_cache=False)
+            off = evaluate(teacher, student, windows, args.eval_batch)
+            result |= {"kl_static_off": off["kl"], "same_top_static_off": off["same_top"]}
+        return result
 
-    stock = measure(fitted(teacher, args.model, Recipe.load("q4_0-stock")))
-    write({"name": "stock", **stock})
-    for name in ("q4_0", "q4_0-free"):
-        fit = measure(fitted(teacher, args.model, Recipe.load(name)))
-        write({"name": f"{name} mse fit", **fit, "recovered": 1 - fit["kl"] / stock["kl"]})
-    rate = 0.0
+    known: dict[tuple[str, str], dict[str, float]] = {}
+
+    def references(recipe: Recipe, corpus: Corpus) -> dict[str, float]:
+        """KL without training of anyone's rounding and of the recipe's fit; measured once for a set of grids."""
+        fit = make_plan(args.model, recipe)
+        stock = make_plan(args.model, format_of(fit).stock_recipe(recipe))
+        kls = {}
+        for name, plan in {"stock": stock, "fit": fit}.items():
+            key = (plan.recipe.fit, plan.layout_digest)
+            if key not in known:
+                known[key] = measure(reference(teacher, plan, corpus), plan)
+                write({"name": f"{plan.recipe.name}, {name}, not trained", **known[key]})
+            kls[name] = known[key]["kl"]
+        return kls
+
+    rate, plain_loss = 0.0, loop.Distiller
     index, parts = map(int, args.part.split("/"))
     for job in json.loads(args.jobs.read_text("utf-8"))[index::parts]:
         recipe = Recipe.load(job.get("recipe", "q4_0"), job.get("set", []))
@@ -133,24 +173,30 @@ def main() -> None:
             continue
         tokens = sequences(stream, recipe.schedule.sequence_length)
         corpus = Corpus(tokens=tokens, positions=positions_of(tokens, job.get("documents", False)), source="tokens")
+        untrained = references(recipe, corpus)
+        HiddenLoss.weight = job.get("hidden_loss", 0.0)
+        loop.Distiller = HiddenLoss if HiddenLoss.weight else plain_loss  # type: ignore[misc]
         run_dir = args.out / "runs" / job["name"].replace(" ", "-")
+        plan = make_plan(args.model, recipe)
         start = time.perf_counter()
         steps: list[StepInfo] = []
-        options = Options(compiled=args.compile)
-        student = train(teacher, make_plan(args.model, recipe), corpus, run_dir, options=options, on_step=steps.append)
+        options = Options(compiled=job.get("compile", args.compile))
+        student = train(teacher, plan, corpus, run_dir, options=options, on_step=steps.append)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         drop_values(student)
         losses = read_losses(run_dir)
         rate = steady_rate(steps)
-        result = measure(student)
+        result = measure(student, plan)
         write(
             {
                 "name": job["name"],
-                "recovered": 1 - result["kl"] / stock["kl"],
+                **{f"recovered_{name}": 1 - result["kl"] / kl for name, kl in untrained.items()},
                 **result,
+                "recipe": recipe.name,
                 "set": job.get("set", []),
+                "hidden_loss": HiddenLoss.weight,
                 "seconds": seconds,
                 "tokens_per_second": rate,
                 "losses": [[r["tokens"], round(r["loss"], 5)] for r in losses[:: max(1, len(losses) // 60)]],

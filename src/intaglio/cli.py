@@ -12,6 +12,7 @@ import typer
 from intaglio.errors import IntaglioError
 
 if TYPE_CHECKING:
+    from intaglio.packed.model import PackedModel
     from intaglio.proof import Evaluation
 
 app = typer.Typer(
@@ -77,26 +78,63 @@ def demo(
 
 @app.command()
 def plan(
-    model: ModelDir,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Model folder, its config.json, or a name: e2b, e4b, 12b, 26b-a4b, 31b.", show_default=False
+        ),
+    ] = None,
     recipe: RecipeName = "q4_0",
     overrides: Overrides = (),  # type: ignore[assignment]
     text_only: TextOnly = False,
+    context: Annotated[str, typer.Option(help="Tokens in the KV cache of a sequence.")] = "32k",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    drafter: Annotated[
+        str | None, typer.Option(help="A drafter beside it: folder or name.", show_default=False)
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that training is sharded over.")] = 1,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="In training.")] = False,
+    budget: Annotated[str | None, typer.Option(help="Say what fits this, for example 8GB.", show_default=False)] = None,
+    metadata_bytes: Annotated[str, typer.Option(help="Keys and values of the GGUF: its tokenizer.")] = "15.8MB",
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor instead.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="The family beside Google's published figures.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with charts.", show_default=False)] = None,
+    replace: Replace = False,
     as_json: Json = False,
 ) -> None:
-    """Show every tensor's grid and bytes; no weights are read."""
-    from intaglio.packed.checkpoint import checkpoint_spec
-    from intaglio.plan.plan import make_plan
+    """Say what a model takes on disk, in memory and in training; no weights are read."""
+    from intaglio import planning
     from intaglio.plan.recipe import Recipe
+    from intaglio.plan.units import parse_bytes, parse_tokens
 
-    made = make_plan(checkpoint_spec(model, text_only=text_only), Recipe.load(recipe, overrides))
+    if everything == (model is not None):
+        raise typer.BadParameter("expected a model, or --all for the family")
+    metadata = parse_bytes(metadata_bytes, "--metadata-bytes")
+    if model is None:
+        rows = planning.family(metadata)
+        if as_json:
+            return _print_json(planning.family_dict(rows))
+        from intaglio.terminal_plan import print_family
+
+        return print_family(rows)
+    wishes = planning.Wishes(
+        context=parse_tokens(context, "--context"),
+        batch=batch,
+        gpus=gpus,
+        gradient_checkpointing=gradient_checkpointing,
+        metadata_bytes=metadata,
+        budget_bytes=None if budget is None else parse_bytes(budget, "--budget"),
+    )
+    made = planning.survey(model, Recipe.load(recipe, overrides), wishes, drafter=drafter, text_only=text_only)
+    if html is not None:
+        from intaglio.planning_page import write_page
+
+        write_page(made, html, replace=replace)
     if as_json:
-        static = [scale.name for scale in made.static_scales]
-        tensors = made.rows()
-        _print_json({"digest": made.digest, "bytes": made.size_bytes, "tensors": tensors, "static_scales": static})
-        return
-    from intaglio.terminal import print_plan
+        return _print_json(made.to_dict())
+    from intaglio.terminal_plan import print_survey, print_tensors
 
-    print_plan(made)
+    print_tensors(made.plan) if tensors else print_survey(made)
 
 
 @app.command()
@@ -106,6 +144,12 @@ def quantize(
     recipe: RecipeName = "q4_0",
     overrides: Overrides = (),  # type: ignore[assignment]
     data: Annotated[str | None, typer.Option(help="Text to calibrate static scales on; None: they are off.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images, for the scales of the vision tower.", show_default=False)
+    ] = None,
+    audio: Annotated[
+        Path | None, typer.Option(help="Folder of .wav files, for those of the audio tower.", show_default=False)
+    ] = None,
     text_only: TextOnly = False,
     trained: Annotated[
         Path | None,
@@ -127,20 +171,40 @@ def quantize(
     chosen = Recipe.load(recipe, overrides) if text is None else text.plan.recipe
     made = make_plan(checkpoint_spec(model, text_only=text_only), chosen)
     with Bars() as bars:
-        quantize_model(model, made, out, data=data, trained=text, replace=replace, progress=bars.progress)
+        errors = quantize_model(
+            model,
+            made,
+            out,
+            data=data,
+            images=images,
+            audio=audio,
+            trained=text,
+            replace=replace,
+            progress=bars.progress,
+        )
     typer.echo(f"{out}: {made.size_bytes:,} bytes of tensors on recipe {made.recipe.name}")
+    for kind, error in errors.items():
+        typer.echo(f"{kind} tower: 8-bit activations change its output on these samples by {error:.2%} (RMS)")
+    _print_towers_off(PackedModel.open(out))
 
 
 @app.command()
 def train(
-    model: ModelDir,
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a transformers checkpoint, or of a packed model.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.", show_default=False)],
     data: Annotated[
         str | None,
         typer.Option(help="Text: .txt, .jsonl, .parquet, a folder of them, or a dataset's name. None: its own."),
     ] = None,
-    recipe: RecipeName = "q4_0",
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A preset (q4_0 by default), or the path of a TOML file.")
+    ] = None,
     overrides: Overrides = (),  # type: ignore[assignment]
+    teacher: Annotated[
+        Path | None, typer.Option(help="Checkpoint that a packed model learns from.", show_default=False)
+    ] = None,
     text: Text = None,
     eval_tokens: EvalTokens = 65536,
     prompt: Annotated[list[str], typer.Option(help="Show continuations of this in the report.")] = (),  # type: ignore[assignment]
@@ -151,11 +215,11 @@ def train(
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log into the run folder.")] = False,
 ) -> None:
-    """Train a checkpoint to its grids; leaves GGUF, bfloat16 checkpoint, packed model and report."""
+    """Train a checkpoint to its grids, or a packed model on them; leaves artifacts, packed model and report."""
+    from intaglio.packed.model import FILE_NAME
     from intaglio.plan.recipe import Recipe
-    from intaglio.terminal import Bars, print_report
+    from intaglio.terminal import Bars, print_comparison, print_report
     from intaglio.train.loop import Options
-    from intaglio.workflow import run
 
     options = Options(
         precision=precision,
@@ -165,18 +229,30 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
     )
     evaluation = _evaluation(text, eval_tokens, prompt)
-    loaded = Recipe.load(recipe, overrides)
-    with Bars() as bars:
-        report = run(
-            model,
-            loaded,
-            out,
-            data=data,
-            evaluation=evaluation,
-            options=options,
-            resume=resume,
-            progress=bars.progress,
+    common: dict[str, Any] = {"data": data, "evaluation": evaluation, "options": options, "resume": resume}
+    if (model / FILE_NAME).is_file():
+        if recipe is not None:
+            raise typer.BadParameter(
+                f"{model} is packed and has its recipe: leave out --recipe, or change it with --set"
+            )
+        from intaglio.finetune import finetune
+
+        with Bars() as bars:
+            tuned = finetune(model, out, teacher_dir=teacher, overrides=overrides, progress=bars.progress, **common)
+        print_comparison("before", tuned.before)
+        print_comparison("after", tuned.after)
+        for path in tuned.files:
+            typer.echo(f"{path}: holds what was trained, 0 bits differ")
+        return
+    if teacher is not None:
+        raise typer.BadParameter(
+            f"--teacher: {model} is a checkpoint of floats, which learns from itself: leave it out"
         )
+    from intaglio.workflow import run
+
+    loaded = Recipe.load(recipe or "q4_0", overrides)
+    with Bars() as bars:
+        report = run(model, loaded, out, progress=bars.progress, **common)
     print_report(report, out)
 
 
@@ -198,8 +274,29 @@ def export(
     if target not in EXPORTERS:
         raise typer.BadParameter(f"{target!r}: expected one of {', '.join(EXPORTERS)}")
     model = PackedModel.open(packed)
-    EXPORTERS[target](model.text_only() if text_only else model, out, replace=replace)
+    model = model.text_only() if text_only else model
+    EXPORTERS[target](model, out, replace=replace)
+    if target == "gemma-mobile":
+        _print_towers_off(model)
     _verify(packed, out, as_json=False)
+    if target == "gguf" and model.plan.model.whole and not text_only:
+        typer.echo(
+            f"{out} is the text model alone: for images and sound export the hf folder too, and make an mmproj file "
+            "of it with llama.cpp's convert_hf_to_gguf.py --mmproj"
+        )
+
+
+def _print_towers_off(packed: PackedModel) -> None:
+    """Say it where activations of a tower stay floats."""
+    from intaglio.plan.carried import scales_in_use
+
+    for kind, (known, total) in scales_in_use(packed.plan.carried_scales, packed.read_static()).items():
+        if known < total:
+            option = {"vision": "--images", "audio": "--audio"}[kind]
+            typer.echo(
+                f"{kind} tower: {total - known} of {total} activation scales are 0, off: `quantize {option} DIR` "
+                "calibrates them"
+            )
 
 
 @app.command()

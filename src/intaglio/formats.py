@@ -10,7 +10,6 @@ from typing import Any
 from intaglio.export.gguf import check_exportable, check_grids, export_gguf
 from intaglio.export.hf import export_hf
 from intaglio.export.mobile import export_mobile
-from intaglio.numerics.grid import BlockGrid
 from intaglio.plan.plan import Plan
 from intaglio.plan.recipe import Recipe
 
@@ -79,5 +78,4 @@ MOBILE = Format(
 
 def format_of(plan: Plan) -> Format:
     """The format that holds the plan's grids."""
-    channels = any(isinstance(tensor.grid, BlockGrid) and tensor.grid.positive for tensor in plan)
-    return MOBILE if channels else GGUF
+    return MOBILE if plan.mobile else GGUF

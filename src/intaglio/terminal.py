@@ -13,7 +13,6 @@ from intaglio.measure.metrics import Comparison
 from intaglio.measure.render import percent, size, with_ci
 from intaglio.measure.report import Report
 from intaglio.numerics.identify import NAMES
-from intaglio.plan.plan import Plan
 from intaglio.progress import Progress as Callbacks
 from intaglio.sources.convert import Conversion
 from intaglio.sources.inspect import Inspection, Verdict
@@ -70,23 +69,6 @@ class Bars:
             self.stage("Working")
         assert self.task is not None
         self.bars.update(self.task, completed=done, total=total, figures=figures)
-
-
-def print_plan(plan: Plan) -> None:
-    """A table of every tensor, and the sum."""
-    table = Table(title=f"{plan.recipe.name}: {plan.recipe.summary}", title_justify="left")
-    table.add_column("tensor", overflow="fold")
-    table.add_column("shape", justify="right", no_wrap=True)
-    table.add_column("grid", no_wrap=True)
-    table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("rule", overflow="fold")
-    for tensor in plan.everything:
-        shape = " x ".join(map(str, tensor.spec.shape))
-        table.add_row(tensor.name, shape, tensor.grid.name, f"{tensor.size_bytes:,}", tensor.rule.name)
-    console.print(table)
-    total = f"{plan.size_bytes:,} bytes ({size(plan.size_bytes)})"
-    static = f", {len(plan.static_scales)} static scales" if plan.static_scales else ""
-    console.print(f"{len(plan.everything)} tensors, {total}{static}, plan {plan.digest[:12]}", highlight=False)
 
 
 def print_report(report: Report, out: Path) -> None:

@@ -41,11 +41,13 @@ from intaglio.progress import Progress
 from intaglio.proof import PACKED, Bench, Evaluation, artifact_candidate, prove
 from intaglio.train.corpus import Corpus, held_out_windows, load_corpus, sample_corpus
 from intaglio.train.loop import Options, train
+from intaglio.train.media import audio_samples, image_samples
 from intaglio.train.pack import pack_model
 from intaglio.train.ptq import quantize_calibrated
 from intaglio.train.quantize import quantize
 from intaglio.train.run_folder import check_run_dir
 from intaglio.train.static import switch_static
+from intaglio.train.towers import Towers
 
 SHARE_HELD_OUT = 0.02  # of the training sequences, when no held-out text is given
 HELD_OUT_FILE = "heldout.npy"
@@ -75,8 +77,8 @@ def run(
     format_of(plan).check(plan, Path(model_dir))
     tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir)
     progress.stage("Reading text")
-    corpus = _corpus(plan, data, tokenizer, teacher, progress)
-    corpus, windows_NT = _held_out(corpus, evaluation, plan, tokenizer)
+    corpus = training_text(plan, data, tokenizer, teacher, progress)
+    corpus, windows_NT = held_out(corpus, evaluation, plan, tokenizer)
     progress.stage("Training")
     student = train(
         teacher,
@@ -142,7 +144,10 @@ def _saved_windows(path: Path, vocab_size: int) -> NDArray[np.int32]:
     return windows_NT
 
 
-def _corpus(plan: Plan, data: str | Path | None, tokenizer: Any, teacher: TextModel, progress: Progress) -> Corpus:
+def training_text(
+    plan: Plan, data: str | Path | None, tokenizer: Any, teacher: TextModel, progress: Progress
+) -> Corpus:
+    """What a run trains on: a user's text, or without any the teacher's own."""
     schedule = plan.recipe.schedule
     length = schedule.sequence_length
     if data is not None:
@@ -158,7 +163,7 @@ def _corpus(plan: Plan, data: str | Path | None, tokenizer: Any, teacher: TextMo
     )
 
 
-def _held_out(corpus: Corpus, evaluation: Evaluation, plan: Plan, tokenizer: Any) -> tuple[Corpus, NDArray[np.int32]]:
+def held_out(corpus: Corpus, evaluation: Evaluation, plan: Plan, tokenizer: Any) -> tuple[Corpus, NDArray[np.int32]]:
     """Training sequences, and evaluation windows [N, T] that training never sees."""
     if evaluation.text is not None:
         return corpus, read_windows(evaluation, plan.model.config["vocab_size"], tokenizer)
@@ -207,18 +212,32 @@ def quantize_model(
     out: str | Path,
     *,
     data: str | Path | None = None,
+    images: str | Path | None = None,
+    audio: str | Path | None = None,
     trained: PackedModel | None = None,
     replace: bool = False,
     progress: Progress | None = None,
-) -> None:
-    """Write a PackedModel without training.
+) -> dict[str, float]:
+    """Write a PackedModel without training; return what calibrated activations change in each tower's output.
 
-    data: text to calibrate static scales on; None leaves them off. trained: as `quantize` takes it, a
-    text model that is packed already. Raises InputError for text and a recipe without static scales.
+    data: text to calibrate static scales on; None leaves them off. images, audio: folders, likewise for the
+    towers' scales. trained: as `quantize` takes it, a text model that is packed already. Raises
+    InputError for samples of what the recipe does not quantize.
     """
     progress, out = progress or Progress(), Path(out)
+    samples = [image_samples(model_dir, images)] if images is not None else []
+    samples += [audio_samples(model_dir, audio)] if audio is not None else []
+
+    def on_sample(done: int, total: int, what: str) -> None:
+        if done:
+            progress.part(done, total, "")
+        else:
+            progress.stage(f"Calibrating towers on {what}")
+
+    towers = Towers(plan, samples, on_sample=on_sample) if samples else None
     if data is not None and not plan.carried:
-        return _quantize_on_text(model_dir, plan, out, data, replace, progress)
+        _quantize_on_text(model_dir, plan, out, data, replace, progress)
+        return {}
     with ExitStack() as stack:
         if data is not None:  # the text model by itself, which what is carried then joins
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -232,9 +251,11 @@ def quantize_model(
             plan,
             out,
             trained=trained,
+            towers=towers,
             replace=replace,
             on_tensor=lambda name: progress.part(next(done), total, name),
         )
+    return towers.errors if towers is not None else {}
 
 
 def _quantize_on_text(

@@ -107,7 +107,10 @@ CONFIGS = {
     "nested too deep": (nested(100_000), "not valid JSON"),
     "a list": ("[]", "no model_type"),
     "no model_type": ("{}", "no model_type"),
-    "another architecture": ('{"model_type": "llama"}', "model_type 'llama': expected one of gemma3_text, gemma4_text"),
+    "another architecture": (
+        '{"model_type": "llama"}',
+        "model_type 'llama': expected one of gemma3_text, gemma4, .*gemma4_unified_text",
+    ),
     "a model_type that is a list": ('{"model_type": ["gemma4_text"]}', r"model_type \['gemma4_text'\]: expected"),
     "a text_config without model_type": ('{"model_type": "x", "text_config": {}}', "model_type None: expected"),
 }
@@ -139,6 +142,48 @@ def test_a_config_that_contradicts_itself(key: str, checkpoint: Path, tmp_path: 
     (checkpoint / "config.json").write_text(json.dumps(config | {key: CONTRADICTIONS[key]}))
     says = r"model: transformers cannot (read|build) this config: \w+Error: .|shape"
     refused("quantize", checkpoint, f"--out={tmp_path / 'out'}", says=says, within=tmp_path)
+
+
+def test_a_config_of_another_model_than_the_weights(checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"intermediate_size": 512}))
+    says = r"mlp\..*has shape \[\d+, \d+\], the config says .*: config and weights are of different models"
+    refused("plan", checkpoint, says=says, within=tmp_path)
+    assert intaglio("plan", checkpoint / "config.json").code == 0  # by itself it is a config like any other
+
+
+PLANS = {
+    "--budget=8": r"--budget '8': no unit: expected for example 8GB \(10\^9 bytes\) or 8GiB \(2\^30\)",
+    "--budget=8XB": r"--budget '8XB': expected an amount of memory, for example 8GB",
+    "--budget=-8GB": r"--budget '-8GB': expected an amount of memory",
+    "--budget=GB": r"--budget 'GB': expected an amount of memory",
+    "--budget=0GB": r"--budget '0GB': expected an amount of memory",
+    "--budget=1e99GB": r"--budget '1e99GB': expected an amount of memory",
+    "--metadata-bytes=15800000": r"--metadata-bytes '15800000': no unit",
+    "--context=0": r"--context '0': expected a number of tokens, for example 4096, 32k",
+    "--context=32kk": r"--context '32kk': expected a number of tokens",
+    "--gpus=1000": r"1000 GPUs: expected 1 to 32, the sequences of a batch",
+    "--drafter=e4b": r"e4b: model_type gemma4_text is no drafter: expected an assistant model",
+    "--drafter=e4b-assistant": r"drafts for a model of width 2560, this one's is 1536: choose its own drafter",
+    "--drafter=nobody": r"nobody: no such folder or file, and no model that intaglio knows by name",
+}
+
+
+@pytest.mark.parametrize("option", PLANS)
+def test_what_a_plan_cannot_answer(option: str, tmp_path: Path) -> None:
+    refused("plan", "e2b", option, says=PLANS[option], within=tmp_path)
+
+
+def test_a_plan_page_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / "plan.html").write_text("mine")
+    refused("plan", "e2b-assistant", f"--html={tmp_path / 'plan.html'}", says="already exists", within=tmp_path)
+
+
+def test_a_text_model_whose_layers_all_share(tmp_path: Path, checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"num_kv_shared_layers": 4}))
+    says = "num_kv_shared_layers = 4: no layer has keys and values to share: only a drafter may have so many"
+    refused("plan", checkpoint, says=says, within=tmp_path)
 
 
 def change_weights(checkpoint: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
@@ -281,6 +326,36 @@ def test_a_damaged_shard_index(index: str, checkpoint: Path, tmp_path: Path) -> 
     (checkpoint / "model.safetensors.index.json").write_text(index)
     says = r"model\.safetensors\.index\.json: (not a shard index|lists)"
     refused("quantize", checkpoint, f"--out={tmp_path / 'out'}", says=says, within=tmp_path)
+
+
+def in_two_shards(checkpoint: Path) -> dict[str, str]:
+    """Split a checkpoint into two shards with an index; returns the index's map."""
+    weights = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    names = sorted(weights)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in files.items():
+        save_file({name: weights[name] for name in held}, checkpoint / file, {"format": "pt"})
+    index = {name: file for file, held in files.items() for name in held}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return index
+
+
+def test_shards_that_lack_or_repeat_a_tensor(checkpoint: Path, tmp_path: Path) -> None:
+    index = in_two_shards(checkpoint)
+    file, other = index[WEIGHT], {"a.safetensors": "b.safetensors"}.get(index[WEIGHT], "a.safetensors")
+    assert intaglio("plan", checkpoint).code == 0
+    weights, others = load_file(checkpoint / file), load_file(checkpoint / other)
+    save_file(others | {WEIGHT: weights[WEIGHT]}, checkpoint / other, {"format": "pt"})
+    for command in (["plan", checkpoint], ["quantize", checkpoint, f"--out={tmp_path / 'out'}"]):
+        says = rf"{re.escape(WEIGHT)} is in a\.safetensors and in b\.safetensors: expected once"
+        refused(*command, says=says, within=tmp_path)
+    save_file(others, checkpoint / other, {"format": "pt"})
+    save_file({n: w for n, w in weights.items() if n != WEIGHT}, checkpoint / file, {"format": "pt"})
+    says = rf"index\.json: puts {re.escape(WEIGHT)} into {file}, but no shard holds it"
+    refused("plan", checkpoint, says=says, within=tmp_path)
+    (checkpoint / file).unlink()
+    refused("plan", checkpoint, says=rf"index\.json: lists '{file}', which is not a file", within=tmp_path)
 
 
 @pytest.mark.parametrize("key", ["config", "provenance", "recipe"])

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from intaglio import errors
-from intaglio.packed import checkpoint
+from intaglio import errors, planning
 from intaglio.packed.checkpoint import model_name
 from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import verify
@@ -56,7 +55,9 @@ def test_every_verb_explains_itself(verb: str) -> None:
     ("arguments", "message"),
     [
         (["polish"], "No such command 'polish'"),
-        (["plan"], "Missing argument"),
+        (["plan"], "expected a model, or --all"),
+        (["plan", "e2b", "--all"], "expected a model, or --all"),
+        (["plan", "e2b", "--batch=0"], "Invalid value for '--batch'"),
         (["plan", "x", "--nope"], "No such option: --nope"),
         (["export", "x", "mlx", "--out=y"], "'mlx': expected one of gguf, hf"),
         (["eval", "x", "--original=y", "--text=z", "--eval-tokens=many"], "Invalid value for '--eval-tokens'"),
@@ -79,7 +80,7 @@ def test_each_error_has_its_exit_code(kind: type[errors.IntaglioError], monkeypa
     def fail(*args: object, **options: object) -> None:
         raise kind(message)
 
-    monkeypatch.setattr(checkpoint, "checkpoint_spec", fail)
+    monkeypatch.setattr(planning, "survey", fail)
     outcome = intaglio("plan", "x")
     assert (outcome.code, outcome.error, outcome.out) == (kind.exit_code, message, "")
 
@@ -88,7 +89,7 @@ def test_a_mistake_of_ours_stays_a_traceback(monkeypatch: pytest.MonkeyPatch) ->
     def fail(*args: object, **options: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(checkpoint, "checkpoint_spec", fail)
+    monkeypatch.setattr(planning, "survey", fail)
     with pytest.raises(ZeroDivisionError):
         intaglio("plan", "x")
 
@@ -99,7 +100,7 @@ def test_a_mistake_of_ours_stays_a_traceback(monkeypatch: pytest.MonkeyPatch) ->
 def test_plan_prints_every_tensor(gemma4: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     plan = make_plan(gemma4.checkpoint, "q4_0")
-    outcome = intaglio("plan", gemma4.checkpoint)
+    outcome = intaglio("plan", gemma4.checkpoint, "--tensors")
     assert outcome.code == 0
     for tensor in plan:
         pattern = rf"{re.escape(tensor.name)}\b.* {tensor.grid.name} .* {tensor.size_bytes:,} .*{tensor.rule.name}"
@@ -111,7 +112,7 @@ def test_plan_prints_every_tensor(gemma4: Case, monkeypatch: pytest.MonkeyPatch)
 def test_plan_as_json_with_overrides(gemma4: Case) -> None:
     outcome = intaglio("plan", gemma4.checkpoint, "--set=weights.token_embedding.grid=q8_0", "--json")
     found = json.loads(outcome.out)
-    assert set(found) == {"digest", "bytes", "tensors", "static_scales"}
+    assert set(found) >= {"digest", "bytes", "tensors", "static_scales", "sizes", "kv_cache", "training"}
     grids = {row["tensor"]: row["grid"] for row in found["tensors"]}
     assert grids["model.embed_tokens.weight"] == "q8_0"
     assert found["bytes"] == sum(row["bytes"] for row in found["tensors"])

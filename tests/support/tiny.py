@@ -57,6 +57,16 @@ GEMMA4_DENSE = GEMMA4 | {
     "num_global_key_value_heads": 1,
 }
 
+# Experts beside the MLP: 16, since llama.cpp reads some counts as other models'.
+GEMMA4_MOE = GEMMA4_DENSE | {
+    "enable_moe_block": True,
+    "num_experts": 16,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 64,
+}
+
+GEMMA4_UNIFIED_TEXT = GEMMA4_DENSE | {"model_type": "gemma4_unified_text"}
+
 GEMMA3 = {
     "model_type": "gemma3_text",
     "vocab_size": VOCABULARY,
@@ -108,11 +118,75 @@ MULTIMODAL = {
     "eoa_token_index": 4089,
 }
 
+# The same round a text model without encoders: patches and frames are embedded by linears.
+UNIFIED = {key: value for key, value in MULTIMODAL.items() if key.endswith(("_id", "_index"))} | {
+    "model_type": "gemma4_unified",
+    "text_config": GEMMA4_UNIFIED_TEXT,
+    "vision_config": {
+        "model_type": "gemma4_unified_vision",
+        "mm_embed_dim": 256,
+        "mm_posemb_size": 16,
+        "model_patch_size": 12,
+        "num_soft_tokens": 16,
+        "output_proj_dims": 256,
+        "patch_size": 4,
+        "pooling_kernel_size": 3,
+    },
+    "audio_config": {
+        "model_type": "gemma4_unified_audio",
+        "audio_embed_dim": 64,
+        "audio_samples_per_token": 64,
+        "hidden_size": 64,
+        "output_proj_dims": 64,
+    },
+}
+
+# Drafters: of GEMMA4 with a clustered head, and of GEMMA4_UNIFIED_TEXT with a plain one.
+ASSISTANT = {
+    "model_type": "gemma4_assistant",
+    "backbone_hidden_size": 256,
+    "use_ordered_embeddings": True,
+    "num_centroids": 64,
+    "centroid_intermediate_top_k": 4,
+    "text_config": GEMMA4
+    | {
+        "num_kv_shared_layers": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0,
+        "use_double_wide_mlp": False,
+        "final_logit_softcapping": None,
+    },
+}
+UNIFIED_ASSISTANT = ASSISTANT | {
+    "model_type": "gemma4_unified_assistant",
+    "use_ordered_embeddings": False,
+    "text_config": ASSISTANT["text_config"] | {"model_type": "gemma4_unified_text"},
+}
+
+# One of each kind that the family table knows.
+FAMILY = {
+    "gemma4": GEMMA4,
+    "dense": GEMMA4_DENSE,
+    "moe": GEMMA4_MOE,
+    "unified-text": GEMMA4_UNIFIED_TEXT,
+    "multimodal": MULTIMODAL,
+    "unified": UNIFIED,
+    "assistant": ASSISTANT,
+    "unified-assistant": UNIFIED_ASSISTANT,
+    "gemma3": GEMMA3,
+}
+
+
+def build(config: dict[str, Any]) -> Any:
+    """transformers' model of a config, with weights that are not set."""
+    model = build_meta_model(config)
+    return type(model)(model.config)
+
 
 def make_checkpoint(folder: Path, config: dict[str, Any] = GEMMA4, *, seed: int = 0) -> Path:
     """Save a random bfloat16 model of this config, with the bundled tokenizer; return the folder."""
-    model = build_meta_model(config)
-    model = type(model)(model.config).to(torch.bfloat16)
+    model = build(config).to(torch.bfloat16)
     fill(model, seed)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

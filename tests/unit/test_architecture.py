@@ -34,25 +34,21 @@ MAY_IMPORT = {
     "progress": {"train"},
     "proof": {"errors", "numerics", "plan", "packed", "train", "measure", "formats", "progress"},
     "workflow": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof"},
+    "finetune": {"errors", "packed", "train", "measure", "formats", "progress", "proof", "workflow"},
     "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow"},
     "terminal": {"numerics", "plan", "train", "sources", "measure", "progress"},
+    "planning": {"errors", "plan", "packed", "export"},
+    "terminal_plan": {"plan", "export", "measure", "planning"},
+    "planning_page": {"plan", "packed", "export", "measure", "planning", "terminal_plan"},
     "cli": {
-        "errors",
-        "plan",
-        "packed",
-        "train",
-        "sources",
-        "export",
-        "measure",
-        "demo",
-        "terminal",
-        "proof",
-        "workflow",
+        *("errors", "plan", "packed", "train", "sources", "export", "measure", "demo", "terminal", "proof", "workflow"),
+        "finetune",
+        *("planning", "terminal_plan", "planning_page"),
     },
     "__init__": set(),  # names its homes as strings
 }
 # Only what learns or quantizes may fit a scale; anything else that could would be able to re-quantize.
-MAY_FIT = {f"intaglio.train.{name}" for name in ("attach", "calibrate", "gptq", "quantize")}
+MAY_FIT = {f"intaglio.train.{name}" for name in ("attach", "calibrate", "gptq", "quantize", "towers")}
 NUMERICS_NEEDS = {"torch", "numpy"}
 
 

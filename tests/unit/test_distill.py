@@ -101,7 +101,7 @@ def test_one_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -
         shapes.extend([student.shape, teacher.shape])
         return plain(softcap, student, teacher, weight)
 
-    monkeypatch.setattr(distill, "_kernel", lambda softcap, compiled: lambda *rest: watched(softcap, *rest))
+    monkeypatch.setattr(distill, "_kernel", lambda kernel, softcap, compiled: lambda *rest: watched(softcap, *rest))
     chunked_kl(*random_inputs(), softcap=None, chunk_tokens=5)
     assert [tuple(s) for s in shapes] == [(5, VOCABULARY)] * 4 + [(3, VOCABULARY)] * 2
 

@@ -19,7 +19,7 @@ from intaglio.export.hf import export_hf
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import verify
-from intaglio.plan.family import gguf_name
+from intaglio.plan.names_gguf import gguf_name
 from intaglio.plan.recipe import Recipe
 from tests.support import ggml
 from tests.support.cases import Case, fields

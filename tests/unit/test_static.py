@@ -22,7 +22,15 @@ from intaglio.train.loop import Options, StepInfo, train
 from intaglio.train.modules import QuantLinear
 from intaglio.train.pack import pack_model
 from intaglio.train.run_folder import read_losses
-from intaglio.train.static import StaticQuantize, put_scales, read_scales, scale_of, switch_static
+from intaglio.train.static import (
+    StaticQuantize,
+    put_scales,
+    read_scales,
+    scale_of,
+    static,
+    static_in_graph,
+    switch_static,
+)
 from tests.support.training import small_corpus, small_model, small_plan, straight_through
 
 PLAN = small_plan(recipe="mobile")
@@ -63,6 +71,34 @@ def test_gradients_are_those_of_straight_through_rounding(latent: float) -> None
     plain_static(*plain).backward(grad)
     torch.testing.assert_close(ours[0].grad.double(), plain[0].grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours[1].grad.double(), plain[1].grad, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_layers_round_and_learn_as_eager_ones(dtype: torch.dtype) -> None:
+    x, grad = torch.randn(2, 500).mul(20).to(dtype)
+    results = []
+    for quantize in (StaticQuantize.apply, static_in_graph):
+        inputs = x.clone().requires_grad_(), torch.tensor(-3.0).requires_grad_()
+        y = quantize(*inputs)
+        results.append([y, *torch.autograd.grad(y, inputs, grad)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0 if ours.dim() else 1e-5, atol=0)
+
+
+def test_compilation_leaves_every_parameter_its_gradient(calibrated: Any) -> None:
+    layer = calibrated.model.layers[0]
+    norm, linear = layer.input_layernorm, layer.self_attn.q_proj
+    x = torch.randn(4, linear.in_features)
+
+    def gradients(run: Any) -> tuple[Tensor, ...]:
+        learned = norm._parameters["weight"], linear.static.latents["input"], linear.static.latents["output"]
+        return torch.autograd.grad(run(x).square().sum(), learned)
+
+    def layers(x: Tensor) -> Tensor:
+        return static(linear, "output", linear.weight @ static(linear, "input", norm(x)).T)
+
+    expected, compiled = gradients(layers), gradients(torch.compile(layers, backend="aot_eager"))
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_linear_computes_again_what_it_does_not_keep(calibrated: Any) -> None:

@@ -11,6 +11,7 @@ model it would compute differently is refused.
 from __future__ import annotations
 
 import errno
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +29,8 @@ from intaglio.numerics.grid import Quantized
 from intaglio.numerics.layout import row_chunks, to_blocks
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
-from intaglio.plan.family import (
-    GGUF_ROPE_FACTORS,
-    ModelSpec,
-    gguf_name,
-    gguf_rope_factors,
-    transformers_config,
-)
+from intaglio.plan.family import ModelSpec, transformers_config
+from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors
 from intaglio.plan.plan import Plan, PlannedTensor
 
 FILE_TYPES = {
@@ -100,6 +96,10 @@ def check_grids(plan: Plan) -> None:
 
 def check_supported(spec: ModelSpec) -> None:
     """Raise ConfigError where llama.cpp's code for this architecture does something else."""
+    if spec.family.drafter:
+        raise ConfigError(
+            f"{spec.family.model_type}: a drafter is planned and sized, not written as GGUF: export it to hf"
+        )
     config = transformers_config(spec.config)
     required: dict[str, Any] = {"hidden_activation": ("gelu_pytorch_tanh",)}
     if spec.family.gguf_architecture == "gemma4":
@@ -144,7 +144,10 @@ def _announce_tensors(writer: GGUFWriter, plan: Plan) -> None:
             size = int(np.prod(shape)) * dtype.itemsize
         else:
             dtype, size = np.dtype(np.uint8), tensor.size_bytes
-            shape = (shape[0], size // shape[0])  # gguf-py takes the shape in bytes and works out the columns
+            shape = (
+                *shape[:-1],
+                size // math.prod(shape[:-1]),
+            )  # gguf-py takes the shape in bytes and works out the columns
         writer.add_tensor_info(gguf_name(tensor.name), shape, dtype, size, raw_dtype=kind)
 
 
@@ -199,6 +202,10 @@ def _add_gemma4(writer: GGUFWriter, config: Any) -> None:
     writer.add_value_length_swa(sliding)
     writer.add_rope_dimension_count(full)  # all of the head; the rope factors leave most of it unrotated
     writer.add_rope_dimension_count_swa(sliding)
+    if config.enable_moe_block:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.top_k_experts)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
 def _add_gemma3(writer: GGUFWriter, config: Any, rope_full: dict[str, Any]) -> None:
@@ -243,7 +250,8 @@ def _write_tensors(writer: GGUFWriter, packed: PackedModel, on_progress: Callabl
 def _stored(tensor: PlannedTensor, value: Quantized | Tensor, norm_offset: float) -> np.ndarray:
     """A planned tensor as its bytes: blocks of uint8 [R, bytes of a row], float16 or float32."""
     if isinstance(value, Quantized):
-        blocks = np.empty((value.codes.shape[0], tensor.size_bytes // value.codes.shape[0]), dtype=np.uint8)
+        lead = value.codes.shape[:-1]
+        blocks = np.empty((*lead, tensor.size_bytes // lead.numel()), dtype=np.uint8)
         for rows, part in row_chunks(value):
             blocks[rows] = to_blocks(part)
         return blocks

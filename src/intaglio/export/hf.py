@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import WeightError
-from intaglio.numerics.grid import Quantized
+from intaglio.numerics.grid import IndexGrid, Quantized
 from intaglio.numerics.layout import row_chunks
 from intaglio.packed.model import PackedModel, copy_assets
-from intaglio.packed.store import SafetensorsWriter, new_path
+from intaglio.packed.store import SafetensorsWriter, Specs, new_path
 from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES, ModelSpec, build_meta_model, transformers_config
-from intaglio.plan.plan import PlannedTensor
+from intaglio.plan.plan import Plan, PlannedTensor
 
 
 def export_hf(packed: PackedModel, path: str | Path, *, replace: bool = False) -> None:
@@ -33,20 +33,34 @@ def export_hf(packed: PackedModel, path: str | Path, *, replace: bool = False) -
     rather than round a weight; OutputError if the folder cannot be written.
     """
     plan = packed.plan
-    dtype = torch.bfloat16 if plan.portable else torch.float32
-    dtypes = {tensor.name: dtype for tensor in plan}
-    dtypes |= {t.name: _tower_dtype(t) for t in plan.carried if t.spec.role in TOWER_ROLES}
-    names = {name: whole_name(name) if plan.model.whole else name for name in dtypes}
-    specs = {names[name]: (dtype, plan[name].spec.shape) for name, dtype in dtypes.items()}
+    dtype = float_dtype(plan)
+    sources = hf_sources(plan)
     config = whole_config(plan.model, dtype) if plan.model.whole else hf_config(plan.model, dtype)
     with new_path(Path(path), replace=replace) as temporary:
         temporary.mkdir()
         copy_assets(packed.path, temporary)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (temporary / "config.json").write_text(text, "utf-8")
-        with SafetensorsWriter(temporary / "model.safetensors", specs, packed.file_metadata) as writer:
-            for name, exact_in in dtypes.items():
-                writer.write(names[name], _decoded(packed.read(name), exact_in, name))
+        with SafetensorsWriter(temporary / "model.safetensors", hf_tensors(plan), packed.file_metadata) as writer:
+            for stored, (name, exact_in) in sources.items():
+                writer.write(stored, _decoded(packed.read(name), exact_in, name))
+
+
+def float_dtype(plan: Plan) -> torch.dtype:
+    """The dtype that holds all of a plan's text model exactly."""
+    return torch.bfloat16 if plan.portable else torch.float32
+
+
+def hf_sources(plan: Plan) -> dict[str, tuple[str, torch.dtype]]:
+    """Every tensor of the folder: our name of what it holds, and its dtype."""
+    dtypes = {t.name: torch.int64 if isinstance(t.grid, IndexGrid) else float_dtype(plan) for t in plan}
+    dtypes |= {t.name: _tower_dtype(t) for t in plan.carried if t.spec.role in TOWER_ROLES}
+    return {whole_name(name) if plan.model.whole else name: (name, dtype) for name, dtype in dtypes.items()}
+
+
+def hf_tensors(plan: Plan) -> Specs:
+    """Their dtypes and shapes."""
+    return {stored: (dtype, plan[name].spec.shape) for stored, (name, dtype) in hf_sources(plan).items()}
 
 
 def _tower_dtype(tensor: PlannedTensor) -> torch.dtype:
@@ -61,7 +75,7 @@ def hf_config(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
     """
     architecture = type(build_meta_model(spec.config)).__name__
     config = spec.config | {"architectures": [architecture], "dtype": str(dtype).removeprefix("torch.")}
-    if spec.family.model_type == "gemma4_text":
+    if spec.family.gguf_architecture == "gemma4":
         layers = transformers_config(spec.config)
         full = layers.per_layer_config[layers.layer_types.index("full_attention")]
         config["global_head_dim"] = full.head_dim

@@ -23,7 +23,7 @@ from intaglio.export.mobile_config import quantization_config
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.codes import pack_codes
 from intaglio.packed.model import PackedModel, copy_assets
-from intaglio.packed.store import SafetensorsWriter, new_path
+from intaglio.packed.store import SafetensorsWriter, Specs, new_path
 from intaglio.plan.mobile import StoredTensor, stored_tensors
 from intaglio.plan.plan import Plan
 
@@ -46,7 +46,7 @@ def export_mobile(
     """
     plan = packed.plan
     stored = stored_tensors(plan)
-    specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in sorted(stored, key=_place)}
+    specs = mobile_tensors(stored)
     config = json.dumps(mobile_config(plan), indent=2) + "\n"
     total, done = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in specs.values()), 0
     with new_path(Path(path), replace=replace) as temporary:
@@ -58,6 +58,11 @@ def export_mobile(
                 writer.write(tensor.name, data, rows)
                 done += data.nbytes
                 on_progress(done, total)
+
+
+def mobile_tensors(stored: list[StoredTensor]) -> Specs:
+    """Dtype and shape of every tensor of a mobile folder, in the order of the file."""
+    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in sorted(stored, key=_place)}
 
 
 def _place(tensor: StoredTensor) -> tuple[int, str]:

@@ -33,6 +33,11 @@ def render_html(values: Mapping[str, Any]) -> str:
     return _environment("html").get_template("report.html.j2").render(values)
 
 
+def render_plan(values: Mapping[str, Any]) -> str:
+    """A plan as one self-contained page."""
+    return _environment("html").get_template("plan.html.j2").render(values)
+
+
 def render_markdown(values: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     text = _environment("md").get_template("report.md.j2").render(values)

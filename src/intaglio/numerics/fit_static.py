@@ -43,11 +43,11 @@ def fit_static_scale(counts: Tensor, name: str) -> float:
     Raises for values that are not finite, for no values, and for none but zeros: such a scale cannot be known.
     """
     if float(counts[INFINITE:].sum()) > 0:
-        raise WeightError(f"{name}: its values are NaN or Inf on the calibration text: check the checkpoint")
+        raise WeightError(f"{name}: its values are NaN or Inf on the calibration data: check the checkpoint")
     used = counts.nonzero().flatten()
     if not used.numel() or int(used[-1]) == 0:
         what = "only zeros" if used.numel() else "nothing"
-        raise WeightError(f"{name}: has seen {what} of the calibration text: give text that reaches it")
+        raise WeightError(f"{name}: has seen {what} of the calibration data: give data that reaches it")
     weights = counts[used].float() / counts.sum().float()
     values = _magnitudes(used)
     candidates = torch.arange(OCTAVES * CANDIDATES_PER_OCTAVE + 1, device=counts.device) / -CANDIDATES_PER_OCTAVE

@@ -208,6 +208,14 @@ class FloatGrid:
         return round_half(rounded) if self.ggml_type == "F16" else rounded
 
 
+@dataclass(frozen=True, kw_only=True)
+class IndexGrid(FloatGrid):
+    """Integers that number tokens. They are no weights: kept as they are."""
+
+    def round(self, values: Tensor) -> Tensor:
+        return values
+
+
 Grid = BlockGrid | FloatGrid
 
 Q4_0 = BlockGrid(name="q4_0", ggml_type="Q4_0", code_min=-8, code_max=7, block_size=32, step_bits=5, canonical=True)
@@ -241,9 +249,10 @@ INT8 = replace(INT2, name="int8", code_min=-127, code_max=127)
 F16 = FloatGrid(name="f16", ggml_type="F16", bytes_per_value=2)
 F32 = FloatGrid(name="f32", ggml_type="F32", bytes_per_value=4)
 BF16 = FloatGrid(name="bf16", ggml_type=None, bytes_per_value=2)
+I64 = IndexGrid(name="i64", ggml_type=None, bytes_per_value=8)
 
 GRIDS: dict[str, Grid] = {
-    g.name: g for g in (Q4_0, Q4_0_FREE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE, INT2, INT4, INT8, F16, F32, BF16)
+    g.name: g for g in (Q4_0, Q4_0_FREE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE, INT2, INT4, INT8, F16, F32, BF16, I64)
 }
 
 
@@ -268,7 +277,7 @@ def grid_named(name: str) -> Grid:
 class Quantized:
     """One tensor on a BlockGrid.
 
-    codes: int8 [R, C].
+    codes: int8 [R, C], or [E, R, C] for the weights of E experts, and so on.
     scale: [R, S] in the grid's scale_dtype: float16, int8 for Q6_K, float32 for channel grids.
     super_scale: None; float16 [R, C / 256] for Q6_K.
     """
@@ -285,6 +294,15 @@ class Quantized:
             return self.scale.float()
         per_super = self.grid.super_block // self.grid.block_size  # type: ignore[operator]
         return self.super_scale.float().repeat_interleave(per_super, dim=-1) * self.scale.float()
+
+    def rows(self) -> Quantized:
+        """The same as a matrix: experts below one another."""
+        return self.with_lead((self.codes.shape[:-1].numel(),))
+
+    def with_lead(self, lead: tuple[int, ...]) -> Quantized:
+        """The same with other dimensions in front of the columns."""
+        parts = (self.codes, self.scale, self.super_scale)
+        return Quantized(self.grid, *(None if p is None else p.reshape(*lead, p.shape[-1]) for p in parts))  # type: ignore[arg-type]
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[R, C] in `dtype`, as the runtime computes it."""

@@ -1,6 +1,7 @@
 """Byte layouts of GGUF blocks: codes and scales in, bytes out, and back. Nothing is re-derived.
 
-R rows, C columns. Source of the layouts: ggml-common.h (block_q4_0, block_q8_0, block_q6_K).
+R rows, C columns; what is said of rows holds for [E, R, C], the weights of experts, where R is counted through.
+Source of the layouts: ggml-common.h (block_q4_0, block_q8_0, block_q6_K).
 """
 
 from __future__ import annotations
@@ -17,26 +18,29 @@ CHUNK_ELEMENTS = 1 << 20  # rows are handled in chunks of about this size, for t
 
 
 def row_chunks(quantized: Quantized) -> Iterator[tuple[slice, Quantized]]:
-    """The tensor a few rows at a time, with the rows' numbers; views, no copies."""
-    rows, columns = quantized.codes.shape
-    step = max(1, CHUNK_ELEMENTS // columns)
-    for start in range(0, rows, step):
+    """The tensor a few rows, or experts, at a time, with their numbers; views, no copies."""
+    shape = quantized.codes.shape
+    step = max(1, CHUNK_ELEMENTS // shape[1:].numel())
+    for start in range(0, shape[0], step):
         at = slice(start, start + step)
         super_scale = None if quantized.super_scale is None else quantized.super_scale[at]
         yield at, Quantized(quantized.grid, quantized.codes[at], quantized.scale[at], super_scale)
 
 
 def to_blocks(quantized: Quantized) -> np.ndarray:
-    """uint8 [R, bytes of a row], as ggml stores the tensor."""
+    """uint8 [..., R, bytes of a row], as ggml stores the tensor."""
+    lead = quantized.codes.shape[:-1]
+    quantized = quantized.rows()
     pack = {"Q4_0": _pack_q4_0, "Q8_0": _pack_q8_0, "Q6_K": _pack_q6_k}[str(quantized.grid.ggml_type)]
     blocks = pack(quantized)
-    return blocks.reshape(quantized.codes.shape[0], -1)
+    return blocks.reshape(*lead, -1)
 
 
 def from_blocks(grid: BlockGrid, data: np.ndarray) -> Quantized:
-    """Read uint8 [R, bytes of a row] back into codes and scales."""
+    """Read uint8 [..., R, bytes of a row] back into codes and scales."""
     unpack = {"Q4_0": _unpack_q4_0, "Q8_0": _unpack_q8_0, "Q6_K": _unpack_q6_k}[str(grid.ggml_type)]
-    return unpack(grid, data.reshape(data.shape[0], -1, grid.bytes_per_block))
+    rows = unpack(grid, data.reshape(np.prod(data.shape[:-1], dtype=int), -1, grid.bytes_per_block))
+    return rows.with_lead(data.shape[:-1])
 
 
 def _blocks_of(codes: Tensor, width: int) -> np.ndarray:

@@ -194,10 +194,19 @@ def checkpoint_spec(model_dir: str | Path, *, text_only: bool = False) -> ModelS
     return model.text_only() if text_only else model
 
 
+def has_weights(model_dir: Path) -> bool:
+    """Whether a folder has float weights to compare a config with."""
+    return any(model_dir.glob("model*.safetensors*"))
+
+
+def check_weights(model_dir: Path, spec: ModelSpec) -> None:
+    """Raise ConfigError where a folder's weights are not those of the model; only their headers are read."""
+    _entries(model_dir, spec.tensors + spec.carried)
+
+
 def _stored_names(model_dir: Path) -> Iterator[str]:
-    if not any(model_dir.glob("model*.safetensors*")):
-        return
-    yield from tensor_files(model_dir)
+    if has_weights(model_dir):
+        yield from tensor_files(model_dir)
 
 
 def stream_tensors(model_dir: Path, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:

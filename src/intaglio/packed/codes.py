@@ -15,9 +15,9 @@ def pack_codes(codes: Tensor, grid: BlockGrid) -> Tensor:
     if bits not in (2, 4):
         return codes
     unsigned = (codes - grid.code_min).to(torch.uint8)
-    packed = unsigned[:, :: 8 // bits].clone()
+    packed = unsigned[..., :: 8 // bits].clone()
     for i in range(1, 8 // bits):
-        packed |= unsigned[:, i :: 8 // bits] << (bits * i)
+        packed |= unsigned[..., i :: 8 // bits] << (bits * i)
     return packed
 
 

@@ -20,8 +20,8 @@ from intaglio.packed.checkpoint import is_mobile, model_name, shards
 from intaglio.packed.codes import unpack_codes
 from intaglio.packed.model import PackedModel, write_packed
 from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers, row_slices
-from intaglio.plan.carried import MULTIMODAL, describe_whole, text_name, unused_names, whole_name
-from intaglio.plan.family import TOWER_ROLES, TensorSpec, load_config, text_config
+from intaglio.plan.carried import describe_whole, text_name, unused_names, whole_name
+from intaglio.plan.family import TOWER_ROLES, WHOLES, TensorSpec, load_config, text_config
 from intaglio.plan.found import recipe_for
 from intaglio.plan.mobile import LINEAR_OR_EMBEDDING, StoredTensor, resolve_bits, stored_tensors
 from intaglio.plan.plan import HEAD, Plan, make_plan
@@ -95,7 +95,7 @@ def _plan(found: _Folder) -> Plan:
     """The plan that the folder's config and headers amount to."""
     config = load_config(found.path)
     quantization = config.pop("quantization_config")
-    multimodal = config["model_type"] in MULTIMODAL
+    multimodal = config["model_type"] in WHOLES
     config["tie_word_embeddings"] = _head_is_embedding(found, multimodal)
     if multimodal:
         config["text_config"] = text_config(config) | {"tie_word_embeddings": config["tie_word_embeddings"]}

@@ -15,12 +15,13 @@ the first in the lowest bits, as code - code_min. Tensors are read and written o
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ ASSETS = (
     "generation_config.json",
     "processor_config.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -90,15 +92,15 @@ def _parts_of(tensor: PlannedTensor) -> dict[str, tuple[torch.dtype, tuple[int, 
     grid, shape = tensor.grid, tensor.spec.shape
     if not isinstance(grid, BlockGrid):
         return {tensor.name: (_float_dtype(tensor), shape)}
-    rows, columns = shape
+    *lead, columns = shape
     packed = grid.code_bits in FIELDS
-    codes = (torch.uint8, (rows, columns * grid.code_bits // 8)) if packed else (torch.int8, (rows, columns))
+    codes = (torch.uint8, (*lead, columns * grid.code_bits // 8)) if packed else (torch.int8, shape)
     parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         f"{tensor.name}.codes": codes,
-        f"{tensor.name}.scale": (grid.scale_dtype, (rows, columns // grid.block_size)),
+        f"{tensor.name}.scale": (grid.scale_dtype, (*lead, columns // grid.block_size)),
     }
     if grid.super_block is not None:
-        parts[f"{tensor.name}.super_scale"] = (torch.float16, (rows, columns // grid.super_block))
+        parts[f"{tensor.name}.super_scale"] = (torch.float16, (*lead, columns // grid.super_block))
     return parts
 
 
@@ -231,7 +233,7 @@ class PackedModel:
 
     def text_only(self) -> PackedModel:
         """The same without towers and their embedders."""
-        return replace(self, plan=self.plan.text_only())
+        return dataclasses.replace(self, plan=self.plan.text_only())
 
     def read(self, name: str) -> Quantized | Tensor:
         """A Quantized for a tensor on a BlockGrid, a float tensor, as stored, for one on a FloatGrid."""
@@ -298,6 +300,20 @@ class PackedModel:
     def sha256(self) -> str:
         """Of packed.safetensors."""
         return file_sha256(self.path / FILE_NAME)
+
+
+def join_packed(text: PackedModel, carrying: PackedModel, path: Path, *, replace: bool = False) -> None:
+    """Write a packed model of `text` with what `carrying` carries beside its own, all values as they are."""
+    plan = dataclasses.replace(text.plan, model=carrying.plan.model, carried=carrying.plan.carried)
+    static = text.read_static() | {name: carrying.read_static()[name] for name in plan.carried_scales}
+    with write_packed(path, plan, assets=text.path, provenance=text.provenance, replace=replace) as writer:
+        for tensor in plan.everything:
+            source = text if tensor in text.plan.tensors else carrying
+            for rows, value in source.chunks(tensor.name):
+                writer.add(tensor.name, value, rows)
+        for name, value in static.items():
+            if name in plan.carried_scales or any(s.owned and s.name == name for s in plan.static_scales):
+                writer.add_static(name, value)
 
 
 def file_sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import uuid
@@ -29,6 +30,8 @@ SAFETENSORS_DTYPES = {
     torch.bfloat16: "BF16",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.int64: "I64",
 }
 
 
@@ -80,33 +83,38 @@ def write_error(path: Path, error: OSError) -> OutputError:
     return OutputError(f"{path}: cannot be written: {reason}")
 
 
+Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of each tensor of a file, in its order
+
+
+def safetensors_header(specs: Specs, metadata: dict[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """What a file begins with, and where each tensor's data is, counted from there."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    offsets: dict[str, tuple[int, int]] = {}
+    position = 0
+    for name, (dtype, shape) in specs.items():
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        offsets[name] = (position, end)
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
 class SafetensorsWriter:
     """A safetensors file of known names, dtypes and shapes, filled in any order.
 
     Only the tensor at hand is in memory. `close` raises if a tensor was not written.
     """
 
-    def __init__(self, path: Path, specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]):
-        header: dict[str, object] = {"__metadata__": metadata}
-        self.offsets: dict[str, tuple[int, int]] = {}
+    def __init__(self, path: Path, specs: Specs, metadata: dict[str, str]):
+        header, self.offsets = safetensors_header(specs, metadata)
         self.pending = set(specs)
         self.next_row: dict[str, int] = {}
-        position = 0
-        for name, (dtype, shape) in specs.items():
-            end = position + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {
-                "dtype": SAFETENSORS_DTYPES[dtype],
-                "shape": list(shape),
-                "data_offsets": [position, end],
-            }
-            self.offsets[name] = (position, end)
-            position = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
-        self.data_start = 8 + len(text)
+        self.data_start = len(header)
         self.file = open(path, "wb")  # noqa: SIM115 - closed by close() or by the context manager
-        self.file.write(len(text).to_bytes(8, "little") + text)
-        self.file.truncate(self.data_start + position)
+        self.file.write(header)
+        self.file.truncate(self.data_start + max((end for _, end in self.offsets.values()), default=0))
 
     def write(self, name: str, tensor: Tensor, rows: slice | None = None) -> None:
         """Put a tensor of the announced size into its place, or its next rows: these come in order."""
@@ -201,10 +209,11 @@ class SafetensorsReader:
 
 
 def row_slices(shape: tuple[int, ...]) -> list[slice | None]:
-    """The rows of a matrix, about `CHUNK_ELEMENTS` at a time; None, which is all, for a small one or anything else."""
-    if len(shape) != 2 or shape[0] * shape[1] <= CHUNK_ELEMENTS:
+    """The rows of a matrix, or of three dimensions the first, about `CHUNK_ELEMENTS` at a time; None, which is all,
+    for a small tensor or anything else."""
+    if len(shape) not in (2, 3) or math.prod(shape) <= CHUNK_ELEMENTS:
         return [None]
-    step = max(1, CHUNK_ELEMENTS // shape[1])
+    step = max(1, CHUNK_ELEMENTS // math.prod(shape[1:]))
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 

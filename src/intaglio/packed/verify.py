@@ -26,7 +26,8 @@ from intaglio.packed.store import open_safetensors
 from intaglio.packed.tally import Tally
 from intaglio.packed.verify_mobile import compare_mobile
 from intaglio.plan.carried import whole_name
-from intaglio.plan.family import GGUF_ROPE_FACTORS, TOWER_ROLES, gguf_name, gguf_rope_factors, load_config
+from intaglio.plan.family import TOWER_ROLES, load_config
+from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors
 from intaglio.plan.plan import PlannedTensor
 
 KINDS = ("codes", "scales", "static_scales", "values")

@@ -16,12 +16,19 @@ from typing import Any
 from torch import nn
 
 from intaglio.errors import ConfigError
-from intaglio.plan.family import ModelSpec, TensorSpec, build_meta_model, describe, role_of
+from intaglio.plan.family import WHOLES, ModelSpec, TensorSpec, build_meta_model, describe, role_of
 
-# Families whose towers are carried, by the model_type of the whole.
-MULTIMODAL = ("gemma4",)
 TEXT_PREFIX = "model.language_model."  # of the text model's tensors within the whole; alone they begin with "model."
-TOWERS = ("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio.")
+TOWER_KINDS = ("vision", "audio")
+TOWERS = (
+    *("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
+    "model.vision_embedder.",  # of a model without encoders
+)
+# What files call some modules of a model without encoders (transformers: conversion_mapping, "gemma4_unified").
+STORED_NAMES = {
+    "model.embed_vision.multimodal_embedder.": "model.embed_vision.",
+    "model.embed_vision.": "model.vision_embedder.",
+}
 UNUSED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj)\.weight")
 
 
@@ -36,14 +43,27 @@ def text_name(name: str) -> str:
     return "model." + name.removeprefix(TEXT_PREFIX) if name.startswith(TEXT_PREFIX) else name
 
 
+def tower_kind(name: str) -> str:
+    """One of TOWER_KINDS for what belongs to such a tower or its embedder; empty for anything else."""
+    part = name.removeprefix("model.").partition(".")[0]
+    return next((kind for kind in TOWER_KINDS if part in (f"{kind}_tower", f"embed_{kind}")), "")
+
+
+def scales_in_use(carried_scales: Iterable[str], values: dict[str, float]) -> dict[str, tuple[int, int]]:
+    """For each kind of tower with activation scales: how many are known, and how many there are."""
+    found = [(tower_kind(name), bool(values[name])) for name in carried_scales]
+    totals = {kind: [known for of, known in found if of == kind] for kind in TOWER_KINDS}
+    return {kind: (sum(known), len(known)) for kind, known in totals.items() if known}
+
+
 def describe_whole(config: dict[str, Any], unused: Iterable[str] = ()) -> ModelSpec:
     """`describe`, with all that the checkpoint holds beside its text model.
 
-    config: of a text model or of a multimodal one; of families that are not in MULTIMODAL the text
+    config: of a text model, of a drafter, or of a multimodal model; of one that is not in WHOLES the text
     alone is taken. unused: names of tensors of KV-shared layers that the checkpoint holds.
     """
     model = describe(config)
-    multimodal = config.get("model_type") in MULTIMODAL
+    multimodal = config.get("model_type") in WHOLES
     towers = _towers(config) if multimodal else ()
     carried = (*(_unused(model, name) for name in unused), *towers)
     return replace(model, carried=carried, whole=config if multimodal else None)
@@ -73,11 +93,23 @@ def _unused(model: ModelSpec, name: str) -> TensorSpec:
 
 
 def _towers(config: dict[str, Any]) -> tuple[TensorSpec, ...]:
-    """Every stored tensor of towers and embedders, under the names and shapes that transformers gives them."""
+    """Every stored tensor of towers and embedders, under the names that files give them, in transformers' shapes."""
+    renamed = STORED_NAMES if config["model_type"] == "gemma4_unified" else {}
+
+    def stored(name: str) -> str:
+        prefix = next((prefix for prefix in renamed if name.startswith(prefix)), "")
+        return renamed.get(prefix, "") + name.removeprefix(prefix)
+
     model = build_meta_model(config)
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    parameters = {name for name, _ in model.named_parameters()}
     return tuple(
-        TensorSpec(name, tuple(tensor.shape), "tower_linear" if name in linears else "tower_float")
+        TensorSpec(
+            stored(name),
+            tuple(tensor.shape),
+            "tower_linear" if name in linears else "tower_float",
+            buffer=name not in parameters,
+        )
         for name, tensor in model.state_dict().items()
         if name.startswith(TOWERS)
     )

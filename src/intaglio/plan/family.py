@@ -1,13 +1,15 @@
-"""Which model families there are, what their tensors are for, and what each file calls them.
+"""Which model families there are, and what their tensors are for.
 
 A new family is a new row in `FAMILIES` and, where its modules have new names, new rows in `ROLES`.
-Everything else in intaglio speaks of roles.
+Everything else in intaglio speaks of roles. What llama.cpp calls the tensors is in `names_gguf`, what a
+checkpoint holds beside its text model in `carried`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +18,10 @@ from typing import Any
 import torch
 
 from intaglio.errors import ConfigError
+from intaglio.plan.mended import mend_kv_sharing
 
-# First match wins. Names are those of the text model's state dict.
+# Names are those of the text model's state dict; each has one role. `expert` tensors have three dimensions, the
+# first of which counts experts: gate_up_proj [E, 2I, H] and down_proj [E, H, I].
 ROLES: tuple[tuple[str, str], ...] = (
     (r"\.layer_scalar$", "layer_scalar"),
     (r"norm\w*\.weight$", "norm"),
@@ -28,6 +32,12 @@ ROLES: tuple[tuple[str, str], ...] = (
     (r"\.per_layer_(input_gate|projection)\.weight$", "ple_linear"),
     (r"\.self_attn\.[qkvo]_proj\.weight$", "attention"),
     (r"\.mlp\.(gate|up|down)_proj\.weight$", "mlp"),
+    (r"\.experts\.(gate_up|down)_proj$", "expert"),
+    (r"\.router\.(proj\.weight|scale|per_expert_scale)$", "router"),
+    # of drafters
+    (r"^(pre|post)_projection\.weight$", "drafter_projection"),
+    (r"^masked_embedding\.centroids\.weight$", "centroids"),
+    (r"^masked_embedding\.token_ordering$", "token_ordering"),
 )
 
 # Beside the text model: weights of linears in vision and audio towers and their embedders, and the rest of these.
@@ -36,76 +46,61 @@ TOWER_ROLES = ("tower_linear", "tower_float")
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A text architecture that intaglio trains and exports.
+    """A text architecture.
 
     model_type: as in config.json. gguf_architecture: `general.architecture` of its GGUF.
     norm_offset: what llama.cpp adds to stored norm gains (Gemma 3 computes with 1 + w).
+    drafter: whether it drafts for another model, whose hidden states, keys and values it reads.
     """
 
     model_type: str
     gguf_architecture: str
-    norm_offset: float
+    norm_offset: float = 0.0
+    drafter: bool = False
 
 
 FAMILIES: dict[str, Family] = {
     f.model_type: f
     for f in (
-        Family(model_type="gemma4_text", gguf_architecture="gemma4", norm_offset=0.0),
+        Family(model_type="gemma4_text", gguf_architecture="gemma4"),
+        Family(model_type="gemma4_unified_text", gguf_architecture="gemma4"),
+        Family(model_type="gemma4_assistant", gguf_architecture="gemma4-assistant", drafter=True),
+        Family(model_type="gemma4_unified_assistant", gguf_architecture="gemma4-assistant", drafter=True),
         Family(model_type="gemma3_text", gguf_architecture="gemma3", norm_offset=1.0),
     )
 }
 
-# What llama.cpp calls the tensors of these families (gguf-py: TENSOR_NAMES).
-GGUF_MODEL_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
-    "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
-    "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-GGUF_LAYER_NAMES = {
-    "input_layernorm.weight": "attn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "self_attn.q_norm.weight": "attn_q_norm.weight",
-    "self_attn.k_norm.weight": "attn_k_norm.weight",
-    "post_attention_layernorm.weight": "post_attention_norm.weight",
-    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
-    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
-    "per_layer_input_gate.weight": "inp_gate.weight",
-    "per_layer_projection.weight": "proj.weight",
-    "post_per_layer_input_norm.weight": "post_norm.weight",
-    "layer_scalar": "layer_output_scale.weight",
-}
-GGUF_ROPE_FACTORS = "rope_freqs.weight"
+# Multimodal models, by the model_type of the whole: towers or embedders beside a nested text model are carried.
+WHOLES = ("gemma4", "gemma4_unified")
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name in the state dict, shape, and role of one tensor.
+    """Name in the state dict, shape, and role of one tensor. Rows are along the last dimension: of a matrix
+    [rows, columns], and of experts [experts, rows, columns].
 
     slice_columns: width of the slices that a row consists of, in the table of per-layer embeddings
         one for each layer; None where a row is one piece.
+    buffer: whether it is no parameter: a layer's scalar, a bound of a clipped linear, an order of tokens.
     """
 
     name: str
     shape: tuple[int, ...]
     role: str
     slice_columns: int | None = None
+    buffer: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """A model as its config alone describes it.
 
-    config: the text model's config, as JSON holds it. tensors: every stored tensor of the text model, in
-    state-dict order; a head tied to the embedding is not listed.
+    config: the text model's config, as JSON holds it; a drafter's nests that of its layers. tensors: every
+    stored tensor of the text model, in state-dict order; a head tied to the embedding is not listed.
     carried: what a checkpoint holds beside these (see `carried`), and whole: the config of the multimodal
     model that the text model is part of. Both are empty for a model that is described by itself.
     """
@@ -125,18 +120,26 @@ class ModelSpec:
         return replace(self, carried=carried, whole=None)
 
     @functools.cached_property
+    def layer_config(self) -> Any:
+        """transformers' config of the layers: the text model's, or the one that a drafter's nests."""
+        return transformers_config(self.config).get_text_config()
+
+    @functools.cached_property
     def first_late_layer(self) -> int:
         """Where the late layers begin: the KV-shared ones, or without any the second half."""
-        config = transformers_config(self.config)
+        config = self.layer_config
         layers, shared = config.num_hidden_layers, getattr(config, "num_kv_shared_layers", 0)
-        return layers - shared if shared else (layers + 1) // 2
+        return layers - shared if 0 < shared < layers else (layers + 1) // 2
 
     @functools.cached_property
     def kv_donors(self) -> tuple[int, ...]:
-        """For each layer the one whose keys and values it attends to: itself, or the last of its type that has any."""
-        config = transformers_config(self.config)
+        """For each layer the one whose keys and values it attends to: itself, or the last of its type that has any.
+
+        Empty for a drafter, which attends to those of another model.
+        """
+        config = self.layer_config
         own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
-        kinds = config.layer_types
+        kinds = config.layer_types if own else []
         last = {kind: max(i for i in range(own) if kinds[i] == kind) for kind in set(kinds[:own])}
         return tuple(i if i < own else last[kind] for i, kind in enumerate(kinds))
 
@@ -168,6 +171,12 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return nested if isinstance(nested, dict) else config
 
 
+def is_drafter(config: dict[str, Any]) -> bool:
+    """Whether this is a drafter's config, whose nested `text_config` is no model by itself."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return family is not None and family.drafter
+
+
 def read_spec(model_dir: str | Path) -> ModelSpec:
     """`describe` for a model folder (or its config.json); every ConfigError names it."""
     config = load_config(model_dir)
@@ -183,17 +192,24 @@ def describe(config: dict[str, Any]) -> ModelSpec:
     The model is built by transformers on the meta device, so its names and shapes are the
     library's own. Raises ConfigError for a model_type that no family covers.
     """
-    config = text_config(config)
+    config = config if is_drafter(config) else text_config(config)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ConfigError(f"unknown model_type {model_type!r}: expected one of {', '.join(sorted(FAMILIES))}")
-    model = build_meta_model(config)
-    stored: dict[str, torch.Tensor] = dict(model.named_parameters())
-    stored.update({n: b for n, b in model.named_buffers() if n.endswith("layer_scalar")})
-    order = [name for name in model.state_dict() if name in stored]
+        known = sorted({*FAMILIES, *WHOLES})
+        raise ConfigError(f"unknown model_type {model_type!r}: expected one of {', '.join(known)}")
+    model: Any = build_meta_model(config)
+    shared = getattr(model.config, "num_kv_shared_layers", 0)
+    if shared >= model.config.get_text_config().num_hidden_layers and not FAMILIES[model_type].drafter:
+        raise ConfigError(
+            f"num_kv_shared_layers = {shared}: no layer has keys and values to share: only a drafter may have so many"
+        )
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
+    stored = parameters | dict(model.named_buffers())
+    order = [name for name in model.state_dict() if name in stored]  # without a tied head, and tables computed anew
     slices = {"ple_embedding": getattr(model.config, "hidden_size_per_layer_input", None)}
     tensors = tuple(
-        TensorSpec(name, tuple(stored[name].shape), role := role_of(name), slices.get(role)) for name in order
+        TensorSpec(name, tuple(stored[name].shape), role := role_of(name), slices.get(role), name not in parameters)
+        for name in order
     )
     return ModelSpec(FAMILIES[model_type], config, tensors)
 
@@ -214,6 +230,7 @@ def transformers_config(config: dict[str, Any]) -> Any:
     """transformers' own config object, in which every spelling of a field reads the same."""
     from transformers import AutoConfig
 
+    mend_kv_sharing()
     try:
         return AutoConfig.for_model(**config)
     except Exception as error:
@@ -231,27 +248,3 @@ def role_of(tensor_name: str) -> str:
         if re.search(pattern, tensor_name):
             return role
     raise ConfigError(f"{tensor_name}: a tensor of unknown role; intaglio does not know this architecture")
-
-
-def gguf_name(tensor_name: str) -> str:
-    """What llama.cpp calls a tensor of the state dict. ConfigError where it has no name for it."""
-    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", tensor_name)
-    name = GGUF_LAYER_NAMES.get(layer[2]) if layer else GGUF_MODEL_NAMES.get(tensor_name)
-    if name is None:
-        raise ConfigError(f"{tensor_name}: llama.cpp has no tensor of this kind")
-    return f"blk.{layer[1]}.{name}" if layer else name
-
-
-def gguf_rope_factors(spec: ModelSpec) -> list[float] | None:
-    """Values of the tensor `GGUF_ROPE_FACTORS`; None for a family whose GGUF has no such tensor.
-
-    Gemma 4 rotates only the first share of a full-attention head. llama.cpp divides each angle by
-    its factor, so 1e30 makes it zero. Half as many values as the head has channels.
-    """
-    if spec.family.gguf_architecture != "gemma4":
-        return None
-    config = transformers_config(spec.config)
-    width = config.per_layer_config[config.layer_types.index("full_attention")].head_dim
-    share = config.rope_parameters["full_attention"].get("partial_rotary_factor", 1.0)
-    rotated = int(share * width // 2)
-    return [1.0] * rotated + [1e30] * (width // 2 - rotated)

@@ -41,8 +41,8 @@ class PlannedTensor:
     def grid(self) -> Grid:
         """The rule's grid; a block size that it leaves open is settled by the tensor's rows."""
         grid = self.rule.grid
-        if isinstance(grid, BlockGrid) and len(self.spec.shape) == 2:
-            return grid.for_width((self.rule.slices and self.spec.slice_columns) or self.spec.shape[1])
+        if isinstance(grid, BlockGrid) and len(self.spec.shape) >= 2:
+            return grid.for_width((self.rule.slices and self.spec.slice_columns) or self.spec.shape[-1])
         return grid
 
     @property
@@ -97,6 +97,11 @@ class Plan:
     def portable(self) -> bool:
         """Whether a bfloat16 checkpoint can hold every value of the text model exactly."""
         return all(t.grid.portable for t in self.tensors)
+
+    @property
+    def mobile(self) -> bool:
+        """Whether its grids are those of the Gemma mobile format; otherwise they are GGUF's."""
+        return any(isinstance(t.grid, BlockGrid) and t.grid.positive for t in self.tensors)
 
     @property
     def size_bytes(self) -> int:
@@ -215,6 +220,11 @@ def _rule_for(recipe: Recipe, model: ModelSpec, spec: TensorSpec) -> WeightRule:
     rule = recipe.rule_for(spec.name, spec.role, model.first_late_layer)
     if rule is None and spec.role in TOWER_ROLES:
         return LEFT_ALONE
+    if rule is None and spec.role in ("expert", "router"):
+        raise RecipeError(
+            f"recipe {recipe.name} has no grid for experts and their routers, which this model has ({spec.name}): "
+            "choose one that has, for example q4_0"
+        )
     if rule is None:
         raise RecipeError(
             f"recipe {recipe.name}: no rule covers {spec.name} {list(spec.shape)}: "
@@ -237,10 +247,10 @@ def _fits(tensor: PlannedTensor) -> bool:
     preset, shape = tensor.rule.grid, tensor.spec.shape
     if not isinstance(preset, BlockGrid):
         return True
-    if len(shape) != 2:
+    if len(shape) != 2 and tensor.spec.role != "expert":
         return False
     pieces = preset.block_size == WHOLE_ROW and tensor.rule.slices and tensor.spec.slice_columns
-    return (pieces or shape[1]) % preset.column_multiple == 0
+    return (pieces or shape[-1]) % preset.column_multiple == 0
 
 
 def _check_shapes(tensors: list[PlannedTensor]) -> None:
@@ -249,8 +259,9 @@ def _check_shapes(tensors: list[PlannedTensor]) -> None:
     if not odd:
         return
     grid, rule, shape = odd[0].rule.grid, odd[0].rule.name, odd[0].spec.shape
-    need = f"columns that are a multiple of {grid.column_multiple}" if len(shape) == 2 else "a matrix"
-    other = "f16" if len(shape) == 2 else "f32"
+    matrix = len(shape) == 2 or odd[0].spec.role == "expert"
+    need = f"columns that are a multiple of {grid.column_multiple}" if matrix else "a matrix"
+    other = "f16" if matrix else "f32"
     if len(odd) == len(tensors):
         advice = f"give the rule another one, for example with --set weights.{rule}.grid={other}"
     else:

@@ -9,11 +9,17 @@ from typing import Any
 from intaglio.errors import RecipeError
 from intaglio.plan.checks import check_keys
 
+LOSSES = ("kl", "cross_entropy")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """How a model is trained to its grids.
 
+    loss: "kl" to a teacher's next-token distribution, or "cross_entropy" with the text's next tokens, which
+        needs no teacher.
+    learn_scales: whether scales of weights move; else they stay as they began, and only codes follow.
+    lora_rank: 0 to train the weights; else of adapters that are merged into them before they are quantized.
     tokens: training tokens in all. batch_size: sequences per optimizer step.
     sequence_length: tokens of a sequence. micro_batch: sequences per forward; 0 for the whole batch.
     lr: learning rate of latents and norm gains; scale_lr: of the scales, which are learned as logarithms.
@@ -26,6 +32,9 @@ class Schedule:
     seed: of the data order.
     """
 
+    loss: str = "kl"
+    learn_scales: bool = True
+    lora_rank: int = 0
     tokens: int = 10_000_000
     batch_size: int = 32
     micro_batch: int = 0
@@ -60,7 +69,7 @@ def parse_schedule(body: Any, source: str) -> Schedule:
             value = float(value)
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise RecipeError(f"{where}: {key} = {value!r}: expected {kind.__name__}")
         values[key] = value
     schedule = replace(defaults, **values)
@@ -76,6 +85,8 @@ def _pair_of_shares(value: Any, where: str) -> tuple[float, float]:
 
 
 def _check_schedule(schedule: Schedule, where: str) -> None:
+    if schedule.loss not in LOSSES:
+        raise RecipeError(f"{where}: loss = {schedule.loss!r}: expected one of {', '.join(LOSSES)}")
     for key, least in (("tokens", 1), ("batch_size", 1), ("sequence_length", 2), ("calibration_tokens", 1)):
         if getattr(schedule, key) < least:
             raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected {least} or more")
@@ -88,6 +99,7 @@ def _check_schedule(schedule: Schedule, where: str) -> None:
         "tail_lr",
         "micro_batch",
         "gptq_tokens",
+        "lora_rank",
         "seed",
     ):
         if not 0 <= getattr(schedule, key) < math.inf:

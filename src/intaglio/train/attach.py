@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from intaglio.errors import InputError, RecipeError, WeightError
 from intaglio.numerics.fit import check_finite
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
+from intaglio.packed.model import PackedModel
+from intaglio.plan.memory import is_frozen_table, learns_scales
 from intaglio.plan.plan import Plan, PlannedTensor
 from intaglio.train.fakequant import (
     WeightQuantizer,
@@ -23,26 +25,29 @@ from intaglio.train.modules import (
     FrozenCodes,
     FrozenEmbedding,
     QuantEmbedding,
+    QuantExperts,
     QuantLinear,
     QuantLoraLinear,
     RoundedEmbedding,
+    RoundedRouter,
     RoundedWeight,
     swap_class,
 )
-from intaglio.train.quantize import FITS
-from intaglio.train.static import StaticLinear, StaticScales, bare_path, modules_by_name
+from intaglio.train.quantize import FITS, fit_rows
+from intaglio.train.start import begin_with, check_begins
+from intaglio.train.static import StaticLinear, StaticScales, bare_path, modules_by_name, put_scales
 
 Fit = Callable[[Tensor, BlockGrid], Quantized]
 
 
-def is_frozen_table(tensor: PlannedTensor) -> bool:
-    """Whether `prepare(compact=True)` keeps it as codes: a table that no head is tied to and no gradient reaches."""
-    grid, rule = tensor.grid, tensor.rule
-    return tensor.spec.role == "ple_embedding" and isinstance(grid, BlockGrid) and not rule.trainable
-
-
 def prepare(
-    model: nn.Module, plan: Plan, *, fit: Fit | None = None, compiled: bool = False, compact: bool = False
+    model: nn.Module,
+    plan: Plan,
+    *,
+    fit: Fit | None = None,
+    start: PackedModel | None = None,
+    compiled: bool = False,
+    compact: bool = False,
 ) -> nn.Module:
     """Put every planned tensor of `model` on its grid, in place, and return the model.
 
@@ -50,6 +55,8 @@ def prepare(
         plain LoRA on linears that the recipe trains. Adapters come first, `prepare` after them.
         Latents should be float32; gradients flow to latents, scales and float leftovers.
     fit: first scales; the recipe's own fit by default.
+    start: a packed model whose codes, scales and static scales are where training begins, bit for bit; the
+        model's own weights are then overwritten.
     compiled: run the quantizer through torch.compile.
     compact: keep the table of per-layer embeddings, if the recipe does not train it, as codes. The
         state dict then lacks it, and the floats are left as they are: another model may share them.
@@ -59,7 +66,7 @@ def prepare(
     RecipeError if the model lacks a planned tensor, WeightError for NaN or Inf, and InputError for a
     model that is prepared already or has adapters that no quantized weight can hold.
     """
-    if any(isinstance(m, QuantLinear | QuantEmbedding | RoundedWeight) for m in model.modules()):
+    if any(isinstance(m, QuantLinear | QuantEmbedding | QuantExperts | RoundedWeight) for m in model.modules()):
         raise InputError("this model is prepared already: prepare a new copy of the original")
     fit = fit or FITS[plan.recipe.fit]
     owners = owners_of(model)
@@ -71,13 +78,20 @@ def prepare(
         if shape != tensor.spec.shape:
             planned = list(tensor.spec.shape)
             raise RecipeError(f"{tensor.name}: planned as {planned}, but {list(shape)} in this model: plan this model")
+        first = fit if start is None else begin_with(start, tensor, getattr(module, attribute))
         check_finite(getattr(module, attribute), tensor.name)
+        learned = plan.recipe.schedule.learn_scales and learns_scales(tensor)
         try:
-            _attach(module, attribute, tensor, fit, compiled, compact)
+            _attach(module, attribute, tensor, first, learned, compiled, compact)
+            if start is not None:
+                check_begins(start, tensor, module, attribute)
         except WeightError as error:
             raise WeightError(f"{tensor.name}: {error}") from error
     _share_with_tied_head(model)
     attach_static(model, plan)
+    if start is not None:
+        stored = start.read_static()
+        put_scales(model, plan, {scale.name: stored[scale.name] for scale in plan.static_scales if scale.owned})
     for module in model.modules():
         if is_adapter(module) and isinstance(module.base_layer, QuantLinear):
             swap_class(module, QuantLoraLinear)
@@ -143,33 +157,52 @@ def owners_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return owners
 
 
-def _attach(module: nn.Module, attribute: str, tensor: PlannedTensor, fit: Fit, compiled: bool, compact: bool) -> None:
-    latent: Tensor = getattr(module, attribute)
+def _attach(
+    module: nn.Module, attribute: str, tensor: PlannedTensor, fit: Fit, learned: bool, compiled: bool, compact: bool
+) -> None:
+    stored = module._parameters.get(attribute)
+    latent: Tensor = stored if stored is not None else getattr(module, attribute)
     grid, trainable = tensor.grid, tensor.rule.trainable and isinstance(latent, nn.Parameter)
     if isinstance(grid, FloatGrid):
         if trainable:
+            if tensor.spec.role == "expert":
+                _experts(module).float_grids[attribute] = grid
+                return
             module.float_grid = grid  # type: ignore[assignment]
-            swap_class(module, RoundedEmbedding if isinstance(module, nn.Embedding) else RoundedWeight)
+            vector = attribute != "weight"  # of a router
+            mixin = RoundedEmbedding if isinstance(module, nn.Embedding) else RoundedRouter if vector else RoundedWeight
+            if not isinstance(module, mixin):
+                swap_class(module, mixin)
         else:
             latent.data.copy_(grid.round(latent.data))
             latent.requires_grad_(False)
         return
-    fitted = fit(latent.detach(), grid)
+    fitted = fit_rows(fit, latent.detach(), grid)
     if compact and is_frozen_table(tensor):
         del module._parameters["weight"]
         module.frozen = FrozenCodes(fitted, latent.dtype)
         swap_class(module, FrozenEmbedding)
         return
-    learned = trainable and (grid.positive or grid.ggml_type == "Q4_0")
-    quantizer = WeightQuantizer(grid, latent, fitted, learned=learned, compiled=compiled)
-    module.quantizer = quantizer
+    quantizer = WeightQuantizer(grid, latent, fitted, learned=learned and trainable, compiled=compiled)
+    if tensor.spec.role == "expert":
+        _experts(module).quantizers[attribute] = quantizer
+    else:
+        module.quantizer = quantizer
     if not trainable:
         latent.data.copy_(fitted.decode())
         latent.requires_grad_(False)
     elif isinstance(module, nn.Embedding):
         swap_class(module, QuantEmbedding)
-    else:
+    elif tensor.spec.role != "expert":
         module.__class__ = QuantLinear
+
+
+def _experts(module: nn.Module) -> Any:
+    """The module of a layer's experts, ready for their quantizers."""
+    if not isinstance(module, QuantExperts):
+        module.quantizers, module.float_grids = nn.ModuleDict(), {}  # type: ignore[assignment]
+        swap_class(module, QuantExperts)
+    return module
 
 
 def _share_with_tied_head(model: nn.Module) -> None:

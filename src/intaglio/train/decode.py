@@ -15,17 +15,23 @@ from intaglio.train.fakequant import (
     FakeQuantizeGroup,
     WeightQuantizer,
     decode_group,
+    find_scales,
 )
-from intaglio.train.modules import QuantLinear, RoundedEmbedding, RoundedWeight
+from intaglio.train.modules import (
+    QuantExperts,
+    QuantLinear,
+    QuantLoraLinear,
+    RoundedEmbedding,
+    RoundedWeight,
+    merged_latent,
+    quantizers_of,
+)
 
 
-def _quantized(model: nn.Module) -> Iterator[nn.Module]:
-    return (m for m in model.modules() if isinstance(getattr(m, "quantizer", None), WeightQuantizer))
-
-
-def quantized_linears(model: nn.Module) -> dict[WeightQuantizer, nn.Module]:
-    """Each quantizer that a linear decodes as a whole, with one module that owns its latent."""
-    return {m.quantizer: m for m in model.modules() if isinstance(m, QuantLinear)}  # type: ignore[misc]
+def whole_weights(model: nn.Module) -> dict[WeightQuantizer, nn.Parameter]:
+    """Each quantizer whose weight is decoded as a whole, of linears and of experts, with its latent."""
+    owners = (m for m in model.modules() if isinstance(m, QuantLinear | QuantExperts))
+    return {q: m._parameters[name] for m in owners for name, q in quantizers_of(m).items()}  # type: ignore[misc]
 
 
 def _layer(path: str) -> str:
@@ -38,20 +44,36 @@ def weight_groups(model: nn.Module) -> list[tuple[list[WeightQuantizer], list[Te
     """Quantizers that linears decode as a whole, with their latents, by decoder layer."""
     groups: dict[str, dict[WeightQuantizer, Tensor]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, QuantLinear) and not path.endswith(".base_layer"):  # an adapter changes the weight
-            group = groups.setdefault(_layer(path), {})
-            group[module.quantizer] = module._parameters["weight"]  # type: ignore[assignment]
+        if not isinstance(module, QuantLinear | QuantExperts) or path.endswith(".base_layer"):
+            continue  # an adapter changes the weight
+        group = groups.setdefault(_layer(path), {})
+        for name, quantizer in quantizers_of(module).items():
+            group[quantizer] = module._parameters[name]  # type: ignore[assignment]
     return [(list(group), list(group.values())) for group in groups.values()]
 
 
 @torch.no_grad()
 def cache_values(model: nn.Module, dtype: torch.dtype) -> None:
     """Decode every weight once; forwards and recomputations until `drop_values` share it."""
-    for quantizers, latents in weight_groups(model):
+    groups = weight_groups(model)
+    compiled = any(quantizer.compiled for quantizers, _ in groups for quantizer in quantizers)
+    if not compiled:
+        _cache_scales([pair for group in groups for pair in zip(*group, strict=True)])
+    for quantizers, latents in groups:
         for quantizer, decoded in zip(quantizers, decode_group(quantizers, latents, dtype), strict=True):
-            quantizer.values, quantizer.steps = decoded
-    if not any(quantizer.compiled for quantizer in quantized_linears(model)):  # a compiler merges the rounding in
+            vars(quantizer).update(values=decoded[0], steps=decoded[1])  # a module's own way takes ten times as long
+    if not compiled:  # a compiler merges the rounding in
         _cache_rounded(model)
+
+
+def _cache_scales(pairs: list[tuple[WeightQuantizer, Tensor]]) -> None:
+    alike: dict[Any, list[tuple[WeightQuantizer, Tensor]]] = {}
+    for pair in pairs:
+        alike.setdefault((pair[0].mode, pair[0].grid, pair[1].device), []).append(pair)
+    for same in alike.values():
+        quantizers, latents = map(list, zip(*same, strict=True))
+        for quantizer, scales in zip(quantizers, find_scales(quantizers, latents), strict=True):
+            vars(quantizer).update(scales=scales)
 
 
 def _rounded_weights(model: nn.Module) -> list[Any]:
@@ -68,15 +90,15 @@ def _cache_rounded(model: nn.Module) -> None:
         latents = [module._parameters["weight"] for module in modules]
         rounded = grid.round(torch.cat([latent.flatten() for latent in latents]))
         for module, latent, values in zip(modules, latents, rounded.split([w.numel() for w in latents]), strict=True):
-            module.rounded = values.view(latent.shape).to(latent.dtype)
+            vars(module).update(rounded=values.view(latent.shape).to(latent.dtype))
 
 
 def drop_values(model: nn.Module) -> None:
     """Forget cached weights; must follow every change of a latent."""
-    for quantizer in quantized_linears(model):
-        quantizer.values = quantizer.steps = quantizer.decoded = None
+    for quantizer in whole_weights(model):
+        vars(quantizer).update(values=None, steps=None, scales=None, decoded=None)
     for module in _rounded_weights(model):
-        module.rounded = None
+        vars(module).update(rounded=None)
 
 
 @contextmanager
@@ -101,9 +123,14 @@ def freeze_codes(model: nn.Module) -> None:
 
     Embeddings on a finer grid keep learning: theirs are the codes that can still make up for the others'.
     """
-    for module in _quantized(model):
-        quantizer: WeightQuantizer = module.quantizer  # type: ignore[assignment]
-        if quantizer.scale_latent is not None and quantizer.mode != "frozen":
-            latent: nn.Parameter = module._parameters["weight"]  # type: ignore[assignment]
-            quantizer.freeze(latent)
-            latent.requires_grad_(False)
+    adapted = {m.base_layer: m for m in model.modules() if isinstance(m, QuantLoraLinear)}  # type: ignore[attr-defined]
+    slots = [(module, name, q) for module in model.modules() for name, q in quantizers_of(module).items()]
+    for module, name, quantizer in slots:
+        if quantizer.scale_latent is None or quantizer.mode == "frozen":
+            continue
+        lora: Any = adapted.get(module)
+        latent: Tensor = module._parameters[name] if lora is None else merged_latent(lora)  # type: ignore[assignment]
+        quantizer.freeze(latent.detach())
+        for parameter in (module._parameters[name], *(lora.parameters() if lora is not None else ())):
+            if parameter is not quantizer.scale_latent:
+                parameter.requires_grad_(False)  # type: ignore[union-attr]

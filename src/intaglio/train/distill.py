@@ -1,4 +1,4 @@
-"""The loss: forward KL of the student's next-token distribution to the teacher's, full vocabulary.
+"""The losses: forward KL of the student's next-token distribution to the teacher's, full vocabulary, and cross-entropy.
 
 Shape suffixes: T tokens, D hidden width, V vocabulary.
 
@@ -8,6 +8,8 @@ that at most one chunk of logits exists at a time. With soft-capped logits s = c
 
     loss   = mean_T sum_V p (log p - log q)       p teacher, q student
     dloss/dl = (q - p) (1 - tanh(l / c)^2) / T
+
+Cross-entropy is the same with the text's next token in p's place.
 """
 
 from __future__ import annotations
@@ -41,35 +43,46 @@ def _chunk_gradient(softcap: float | None, student_TV: Tensor, teacher_TV: Tenso
     return (p * (log_p - log_q)).sum(), grad.to(student_TV.dtype)
 
 
+def _chunk_gradient_of_labels(softcap: float | None, student_TV: Tensor, labels_T: Tensor, weight_T: Tensor):
+    """Weighted cross-entropy of a chunk (float32 scalar) and its gradient by the student's logits."""
+    capped = cap(student_TV, softcap)
+    log_q = capped.log_softmax(-1)
+    loss = -(log_q.gather(-1, labels_T.unsqueeze(-1)).squeeze(-1) * weight_T).sum()
+    slope = 1.0 if softcap is None else 1 - (capped / softcap).square()
+    error = log_q.exp().scatter_add(-1, labels_T.unsqueeze(-1), log_q.new_full((len(labels_T), 1), -1.0))
+    return loss, (error * slope * weight_T.unsqueeze(-1)).to(student_TV.dtype)
+
+
 @functools.cache
-def _kernel(softcap: float | None, compiled: bool) -> Callable:
-    kernel = functools.partial(_chunk_gradient, softcap)
+def _kernel(function: Callable, softcap: float | None, compiled: bool) -> Callable:
+    kernel = functools.partial(function, softcap)
     return torch.compile(kernel, dynamic=False) if compiled else kernel
 
 
-class _ChunkedKL(torch.autograd.Function):
+class _Chunked(torch.autograd.Function):
+    """kernel: summed loss and gradient of a chunk's logits [T, V]; told which rows of the tokens these are."""
+
     @staticmethod
-    def forward(ctx, hidden_TD, head_VD, teacher_hidden_TD, teacher_head_VD, kernel, chunk):
+    def forward(ctx, hidden_TD, head_VD, kernel, scale, chunk):
         total = torch.zeros((), device=hidden_TD.device)
         grad_hidden = torch.empty_like(hidden_TD)
         grad_head = torch.zeros_like(head_VD) if ctx.needs_input_grad[1] else None
-        weight = 1.0 / hidden_TD.shape[0]
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             hidden = hidden_TD[rows]
-            loss, grad_TV = kernel(hidden @ head_VD.T, teacher_hidden_TD[rows] @ teacher_head_VD.T, weight)
+            loss, grad_TV = kernel(hidden @ head_VD.T, rows)
             total += loss
             grad_hidden[rows] = grad_TV @ head_VD
             if grad_head is not None:
                 grad_head.addmm_(grad_TV.T, hidden)
         ctx.save_for_backward(grad_hidden, grad_head)
-        return total * weight
+        return total * scale
 
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_head = ctx.saved_tensors
         grad_head = None if grad_head is None else grad_head * grad.to(grad_head.dtype)
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_head, None, None, None, None
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_head, None, None, None
 
 
 def chunked_kl(
@@ -88,8 +101,37 @@ def chunked_kl(
     embeddings, in the same dtype as the hidden states. Gradients reach hidden_TD and head_VD.
     chunk_tokens: tokens whose logits exist at once; None picks by device and vocabulary.
     """
-    if chunk_tokens is None:
-        on_gpu = max(GPU_CHUNK_TOKENS, GPU_CHUNK_LOGITS // head_VD.shape[0])
-        chunk_tokens = on_gpu if hidden_TD.is_cuda else CHUNK_TOKENS
-    kernel = _kernel(softcap, compiled)
-    return _ChunkedKL.apply(hidden_TD, head_VD, teacher_hidden_TD, teacher_head_VD, kernel, chunk_tokens)
+    kernel, weight = _kernel(_chunk_gradient, softcap, compiled), 1.0 / hidden_TD.shape[0]
+
+    def of_rows(student_TV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return kernel(student_TV, teacher_hidden_TD[rows] @ teacher_head_VD.T, weight)
+
+    return _Chunked.apply(hidden_TD, head_VD, of_rows, weight, chunk_tokens or _chunk_tokens(hidden_TD, head_VD))
+
+
+def chunked_cross_entropy(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    labels_T: Tensor,
+    counted_T: Tensor,
+    *,
+    softcap: float | None,
+    chunk_tokens: int | None = None,
+    compiled: bool = False,
+) -> Tensor:
+    """Mean cross-entropy with `labels_T`, int64, over the tokens that are `counted_T`, in nats, float32 scalar.
+
+    The other arguments are those of `chunked_kl`.
+    """
+    kernel = _kernel(_chunk_gradient_of_labels, softcap, compiled)
+    weight_T = counted_T.float() / counted_T.sum().clamp_min(1)
+
+    def of_rows(student_TV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return kernel(student_TV, labels_T[rows], weight_T[rows])
+
+    return _Chunked.apply(hidden_TD, head_VD, of_rows, 1.0, chunk_tokens or _chunk_tokens(hidden_TD, head_VD))
+
+
+def _chunk_tokens(hidden_TD: Tensor, head_VD: Tensor) -> int:
+    on_gpu = max(GPU_CHUNK_TOKENS, GPU_CHUNK_LOGITS // head_VD.shape[0])
+    return on_gpu if hidden_TD.is_cuda else CHUNK_TOKENS

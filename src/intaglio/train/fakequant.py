@@ -19,14 +19,15 @@ from intaglio.errors import MismatchError
 from intaglio.numerics.grid import BlockGrid, Quantized, from_steps
 from intaglio.train.kernels import (
     LOWEST_RATIO,
-    SMALLEST_LOG_CHANNEL_STEP,
-    SMALLEST_LOG_STEP,
+    Scales,
     backward,
     backward_group,
     compile_for,
+    features,
     forward,
     forward_group,
     in_chunks,
+    scales_of,
 )
 from intaglio.train.static import quantize_static, static_gradients
 
@@ -36,14 +37,15 @@ class WeightQuantizer(nn.Module):
 
     scale_latent: float32 parameter [R, S], or None in fixed mode.
     scale, super_scale: the fitted scales, in fixed mode only.
-    sign: int8 buffer [R, S] of +1 and -1, in free and frozen mode.
+    base: float32 buffer [R, S], in free and frozen mode: the steps that learning began with. A latent of
+        zero stands for just them, so that a model which was packed goes on from the very scales it has.
     codes: int8 buffer [R, C], only once frozen.
     compiled: decode and differentiate whole groups of weights through torch.compile.
     """
 
     scale: Tensor
     super_scale: Tensor | None
-    sign: Tensor | None
+    base: Tensor | None
     codes: Tensor | None
 
     def __init__(self, grid: BlockGrid, latent: Tensor, fitted: Quantized, *, learned: bool, compiled: bool = False):
@@ -54,62 +56,87 @@ class WeightQuantizer(nn.Module):
         fitted = _to_device(fitted, latent.device)
         self.register_buffer("scale", None if learned else fitted.scale)
         self.register_buffer("super_scale", None if learned else fitted.super_scale)
-        self.register_buffer("sign", _signs(fitted.step) if self.mode == "free" else None)
+        self.register_buffer("base", fitted.step if self.mode == "free" else None)
         self.register_buffer("codes", None)
         scale_latent = None
         if learned:
             step = fitted.step
-            scale_latent = _ratio_latent(grid, latent, step) if grid.canonical else _log_magnitude(grid, step)
+            scale_latent = _ratio_latent(grid, latent, step) if grid.canonical else torch.zeros_like(step)
         self.scale_latent = None if scale_latent is None else nn.Parameter(scale_latent)
         self.values: Tensor | None = None  # decoded once for the optimizer step; see `cache_values`
         self.steps: Tensor | None = None  # of those values
+        self.scales: Scales | None = None  # the same with what the backward needs of them, if not compiled
         self.decoded: Tensor | None = None  # the same with its place in the autograd graph
 
     def blocks_of(self, tensor: Tensor) -> Tensor:
         """[..., C] as [N, K]."""
         return tensor.reshape(-1, self.grid.block_size)
 
-    def arguments(self, latent: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Kernel arguments for the whole weight, or for the given rows of it."""
+    def blocks_and_codes(self, latent: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latents as float32 blocks [N, K], and the codes they are frozen to, or empty."""
+        blocks = self.blocks_of(latent.detach()).float()
+        if self.codes is None:
+            return blocks, blocks.new_empty(0)
+        return blocks, self.blocks_of(self.codes if rows is None else self.codes[rows])
+
+    def z_and_given(self, latent: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scale latents [N], and the bases (free, frozen) or steps (fixed) that are not learned; or empty."""
 
         def pick(tensor: Tensor | None) -> Tensor:
             if tensor is None:
                 return latent.new_empty(0)
             return tensor.detach() if rows is None else tensor.detach()[rows]
 
-        given = pick(self.sign)
+        given = pick(self.base)
         if self.mode == "fixed":
             supers = None if self.super_scale is None else pick(self.super_scale).flatten(0, -2)
             scale = pick(self.scale)
             given = Quantized(self.grid, scale, scale.flatten(0, -2), supers).step
-        codes = pick(self.codes)
-        return (
-            self.blocks_of(latent.detach()).float(),
-            pick(self.scale_latent).reshape(-1),
-            given.reshape(-1).float(),
-            codes if self.codes is None else self.blocks_of(codes),
-        )
+        return pick(self.scale_latent).reshape(-1), given.reshape(-1).float()
+
+    def arguments(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All that compiled kernels take of a whole weight."""
+        return *self.blocks_and_codes(latent), *self.z_and_given(latent)
+
+    def scales_for(self, latent: Tensor, blocks: Tensor, rows: Tensor | None) -> Scales:
+        """Of the whole weight, as cached if they are, or of the given rows of it."""
+        if rows is None and self.scales is not None:
+            return self.scales
+        return scales_of(self.mode, self.grid, *features(self.mode, blocks, *self.z_and_given(latent, rows)))
 
     @torch.no_grad()
     def compute(
         self, latent: Tensor, rows: Tensor | None = None, *, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
         """Decoded values in the latents' shape, and float32 steps [N]."""
-        kernel = functools.partial(forward, dtype, self.mode, self.grid)
-        values, step = in_chunks(kernel, *self.arguments(latent, rows))
-        return values.view(latent.shape), step
+        blocks, frozen = self.blocks_and_codes(latent, rows)
+        scales = self.scales_for(latent, blocks, rows)
+        (values,) = in_chunks(functools.partial(forward, dtype, self.mode, self.grid), blocks, frozen, *scales)
+        return values.view(latent.shape), scales.step
 
     @torch.no_grad()
-    def gradients(self, grad: Tensor, latent: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Gradients of latents and scale latents (None in fixed mode), of these rows."""
-        kernel = functools.partial(backward, self.mode, self.grid)
-        grad_latent, grad_z = in_chunks(kernel, self.blocks_of(grad), *self.arguments(latent, rows))
-        return grad_latent.view(latent.shape), self.shaped(grad_z, latent)
+    def gradients(
+        self, grad: Tensor, latent: Tensor, rows: Tensor | None = None, *, reuse: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of latents (None in frozen mode) and scale latents (None in fixed mode), of these rows.
 
-    def shaped(self, grad_z: Tensor, latent: Tensor) -> Tensor | None:
-        """[N] as [..., S]; None in fixed mode."""
+        reuse: `grad` may be overwritten, for want of fresh memory, which takes a CPU as long as the arithmetic.
+        """
+        blocks, frozen = self.blocks_and_codes(latent, rows)
+        scales = self.scales_for(latent, blocks, rows)
+        if self.mode != "frozen":
+            grad = grad.to(torch.float32, copy=not reuse)
+        kernel = functools.partial(backward, self.mode, self.grid)
+        (grad_z,) = in_chunks(kernel, grad.view(-1, self.grid.block_size), blocks, frozen, *scales)
+        return self.shaped(grad, grad_z, latent)
+
+    def shaped(self, grad_latent: Tensor, grad_z: Tensor, latent: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What the kernel gives in the shapes of latents and of scale latents."""
         steps_shape = (*latent.shape[:-1], latent.shape[-1] // self.grid.block_size)
-        return None if self.scale_latent is None else grad_z.view(steps_shape)
+        return (
+            None if self.mode == "frozen" else grad_latent.view(latent.shape).to(latent.dtype),
+            None if self.scale_latent is None else grad_z.view(steps_shape),
+        )
 
     def forward(self, latent: Tensor, dtype: torch.dtype) -> Tensor:
         """The whole weight as the runtime will decode it, in `dtype`, with gradients."""
@@ -125,9 +152,9 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_steps(self, step: Tensor) -> None:
-        """Begin with other steps than the fitted ones, float32 [R, S]; in free mode, whose signs stay."""
-        assert self.scale_latent is not None and self.mode == "free"
-        self.scale_latent.copy_(_log_magnitude(self.grid, step))
+        """Begin with other steps than the fitted ones, float32 [R, S]; in free mode."""
+        assert self.base is not None and self.mode == "free"
+        self.base.copy_(step)
 
     @torch.no_grad()
     def freeze(self, latent: Tensor) -> None:
@@ -135,8 +162,8 @@ class WeightQuantizer(nn.Module):
         quantized = self.pack(latent)
         step = quantized.step.to(latent.device)
         self.codes = quantized.codes.to(latent.device)
-        self.sign, self.mode = _signs(step), "frozen"
-        self.scale_latent = nn.Parameter(_log_magnitude(self.grid, step))
+        self.base, self.mode = step, "frozen"
+        self.scale_latent = nn.Parameter(torch.zeros_like(step))
 
     @torch.no_grad()
     def pack(self, latent: Tensor) -> Quantized:
@@ -167,15 +194,6 @@ def _to_device(quantized: Quantized, device: torch.device) -> Quantized:
     return Quantized(quantized.grid, quantized.codes, quantized.scale.to(device), super_scale)
 
 
-def _signs(step: Tensor) -> Tensor:
-    return torch.where(step < 0, -1, 1).to(torch.int8)
-
-
-def _log_magnitude(grid: BlockGrid, step: Tensor) -> Tensor:
-    smallest = SMALLEST_LOG_CHANNEL_STEP if grid.positive else SMALLEST_LOG_STEP
-    return step.abs().log().clamp_min(smallest)
-
-
 def _ratio_latent(grid: BlockGrid, latent: Tensor, step: Tensor) -> Tensor:
     """z whose canonical step is the fitted one; kept off the flat ends of the sigmoid."""
     peak = grid.blocks(latent.detach().float()).abs().amax(-1).clamp_min(1e-30)
@@ -198,8 +216,7 @@ class FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (latent,) = ctx.saved_tensors
-        grad_latent, grad_z = ctx.quantizer.gradients(grad.contiguous(), latent)
-        return grad_latent.to(latent.dtype), grad_z, None, None
+        return *ctx.quantizer.gradients(grad.contiguous(), latent), None, None
 
 
 @torch.no_grad()
@@ -212,6 +229,17 @@ def decode_group(
     kernel = compile_for(forward_group, tuple((q.mode, q.grid) for q in quantizers))
     pairs = kernel(dtype, [q.arguments(latent) for q, latent in zip(quantizers, latents, strict=True)])
     return [(values.view(latent.shape), step) for (values, step), latent in zip(pairs, latents, strict=True)]
+
+
+@torch.no_grad()
+def find_scales(quantizers: list[WeightQuantizer], latents: list[Tensor]) -> list[Scales]:
+    """Scales of whole weights of one mode and grid, all at once: on so few numbers each operation has its price."""
+    mode, grid = quantizers[0].mode, quantizers[0].grid
+    parts = []
+    for quantizer, latent in zip(quantizers, latents, strict=True):
+        parts.append(features(mode, quantizer.blocks_of(latent.detach()).float(), *quantizer.z_and_given(latent)))
+    counts = [max(map(len, part)) for part in parts]
+    return scales_of(mode, grid, *(torch.cat(same) for same in zip(*parts, strict=True))).split(counts)
 
 
 class FakeQuantizeGroup(torch.autograd.Function):
@@ -238,9 +266,8 @@ class FakeQuantizeGroup(torch.autograd.Function):
             arguments = [q.arguments(w) for q, w in zip(quantizers, latents, strict=True)]
             blocks = [q.blocks_of(g.contiguous()) for q, g in zip(quantizers, grads, strict=True)]
             raw = kernel(blocks, arguments, [w.dtype for w in latents])
-            pairs = [(g.view(w.shape), q.shaped(z, w)) for q, w, (g, z) in zip(quantizers, latents, raw, strict=True)]
-        grad_latents = [g.to(w.dtype) for (g, _), w in zip(pairs, latents, strict=True)]
-        return None, None, *grad_latents, *(z for _, z in pairs)
+            pairs = [q.shaped(*pair, w) for q, w, pair in zip(quantizers, latents, raw, strict=True)]
+        return None, None, *(g for g, _ in pairs), *(z for _, z in pairs)
 
 
 class FakeQuantizeRows(torch.autograd.Function):
@@ -258,7 +285,7 @@ class FakeQuantizeRows(torch.autograd.Function):
         if ctx.has_table:
             latent_rows = F.embedding(rows, latent_rows)
         grad_latent, grad_z = ctx.quantizer.gradients(grad.contiguous(), latent_rows, rows)
-        return grad_latent.to(latent_rows.dtype), grad_z if ctx.has_z else None, None, None, None
+        return grad_latent, grad_z if ctx.has_z else None, None, None, None
 
 
 class FakeQuantLinear(torch.autograd.Function):
@@ -289,8 +316,7 @@ class FakeQuantLinear(torch.autograd.Function):
             grad_x, grad_input_z = static_gradients(grad @ weight, x, input_z)
         flat = grad.flatten(0, -2)
         if needs[1] or needs[2]:
-            grad_latent, grad_z = quantizer.gradients(flat.T @ quantized_x.flatten(0, -2), latent)
-            grad_latent = grad_latent.to(latent.dtype)
+            grad_latent, grad_z = quantizer.gradients(flat.T @ quantized_x.flatten(0, -2), latent, reuse=True)
         grad_bias = flat.sum(0) if ctx.has_bias else None
         return grad_x, grad_latent, grad_z, grad_bias, grad_input_z, grad_output_z, None
 

@@ -6,9 +6,9 @@ Four modes say where a block's step comes from. `z` is the learned scale latent 
 
     canonical  step = extremum / code_min x ratio(z), ratio in (0.6, 1]: clips, never widens, so
                the extremum keeps code_min and llama.cpp's quantizer finds the same grid again
-    free       step = sign x exp(z), sign fixed by the first fit; on channel grids always positive
+    free       step = base x exp(z), from the base that the first fit gave; it keeps its sign
     fixed      step as fitted; only the codes follow the latents
-    frozen     step = sign x exp(z), and the codes stand still
+    frozen     step = base x exp(z), and the codes stand still
 
 Rounding passes gradients straight through (STE); clipping stops them, and what clipping stops
 reaches the step instead, as in LSQ (Esser et al. 2020, arXiv:1902.08153). The backward recomputes
@@ -20,19 +20,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from intaglio.numerics.grid import FLOAT_SMALLEST, BlockGrid
+from intaglio.numerics.grid import BlockGrid
 
 Modes = tuple[tuple[str, BlockGrid], ...]
 
 LOWEST_RATIO = 0.6  # of the canonical step; a tighter clip would cost more than it gains
-CHUNK_ELEMENTS = 1 << 18
-SMALLEST_LOG_STEP = -28.0  # exp(-28) rounds to zero on every grid of float16 scales: an empty block
-SMALLEST_LOG_CHANNEL_STEP = math.log(FLOAT_SMALLEST)
+CHUNK_ELEMENTS = 1 << 17
 
 
 def ratio_of(z: Tensor) -> Tensor:
@@ -47,73 +45,120 @@ def _extremum(blocks_NK: Tensor) -> Tensor:
     return torch.where(highest >= -lowest, highest, lowest)
 
 
-def _step(mode: str, grid: BlockGrid, blocks: Tensor, z: Tensor, given: Tensor) -> Tensor:
-    """Rounded steps [N]. `given`: signs (free, frozen) or the steps themselves (fixed), float32."""
+class Scales(NamedTuple):
+    """What is known of blocks apart from their elements, each float32 [N], or empty where a mode has none.
+
+    step: as rounded for the file. divisor: the same, but 1 where it is zero. peak: the extremum that a
+    canonical step follows. pull, slope: derivatives of the step by the peak and by z.
+    """
+
+    step: Tensor
+    divisor: Tensor
+    peak: Tensor
+    pull: Tensor
+    slope: Tensor
+
+    def split(self, counts: list[int]) -> list[Scales]:
+        """Those of the weights that have so many blocks each."""
+        none = [self.step.new_empty(0)] * len(counts)
+        return [Scales(*p) for p in zip(*(t.split(counts) if t.numel() else none for t in self), strict=True)]
+
+
+def features(mode: str, blocks: Tensor, z: Tensor, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Peak, activation of z, and `given`: the part of `scales_of` that must see each weight alone.
+
+    The last bits of an exponential depend on where in the tensor an element is; those of the rest do not.
+    """
+    none = z.new_empty(0)
     if mode == "fixed":
-        return given
+        return none, none, given
     if mode == "canonical":
-        return grid.round_step(_extremum(blocks) / grid.code_min * ratio_of(z))
-    return grid.round_step(given * torch.exp(z))
+        return _extremum(blocks), torch.sigmoid(z), none
+    return none, torch.exp(z), given
+
+
+def scales_of(mode: str, grid: BlockGrid, peak: Tensor, activation: Tensor, given: Tensor) -> Scales:
+    """Steps and their derivatives. `given`: bases (free, frozen) or the steps themselves (fixed), float32."""
+    pull = slope = given.new_empty(0)
+    if mode == "fixed":
+        step = given
+    elif mode == "canonical":
+        widest = peak / grid.code_min
+        ratio = LOWEST_RATIO + (1 - LOWEST_RATIO) * activation
+        step = grid.round_step(widest * ratio)
+        pull, slope = ratio / grid.code_min, widest * ((1 - LOWEST_RATIO) * activation * (1 - activation))
+    else:
+        slope = given * activation
+        step = grid.round_step(slope)
+    return Scales(step, torch.where(step == 0, 1.0, step), peak, pull, slope)
 
 
 # A comparison that makes booleans costs a CPU five times as much as arithmetic on floats, which is
-# vectorized; so below, masks are floats, and clipping is told by the derivative of hardtanh.
+# vectorized; so below, masks are floats, and clipping is told by the derivative of hardtanh. What is
+# overwritten in place need not be fetched: a tensor [N, K] more takes as long as the arithmetic on it.
 
 
-def _position(blocks: Tensor, step: Tensor) -> Tensor:
-    """Where the latents lie between the codes, float32 [N, K]. A step of zero decodes any code to zero."""
-    return blocks / torch.where(step == 0, torch.ones_like(step), step).unsqueeze(-1)
-
-
-def _codes(grid: BlockGrid, position: Tensor) -> Tensor:
-    return position.round().clamp_(grid.code_min, grid.code_max)
-
-
-def _where_inside(grid: BlockGrid, values: Tensor, position: Tensor) -> Tensor:
-    """`values`, and zero where `position` is clipped."""
-    lowest, highest = (
-        float(np.nextafter(np.float32(end), np.float32(beyond)))
-        for end, beyond in ((grid.code_min, -np.inf), (grid.code_max, np.inf))
-    )
-    return torch.ops.aten.hardtanh_backward(values, position, lowest, highest)  # zero at the bounds too
-
-
-def backward(mode: str, grid: BlockGrid, grad: Tensor, blocks: Tensor, z: Tensor, given: Tensor, frozen: Tensor):
-    """Gradients of the latents [N, K] and of z [N] for a gradient of the values [N, K]."""
-    grad = grad.float()
-    step = _step(mode, grid, blocks, z, given)
-    if mode == "frozen":
-        grad_z = (grad * frozen.float()).sum(-1) * step
-        return torch.zeros_like(grad), grad_z
-    position = _position(blocks, step)
-    grad_latent = _where_inside(grid, grad, position)
-    if mode == "fixed":
-        return grad_latent, torch.zeros_like(z)
-    change = _codes(grid, position).sub_(_where_inside(grid, position, position))
-    grad_step = change.mul_(grad).sum(-1)
-    if mode == "free":
-        return grad_latent, grad_step * given * torch.exp(z)
-    peak, ratio = _extremum(blocks), ratio_of(z)
-    at_peak = position.copy_(blocks).eq_(peak.unsqueeze(-1))  # 1.0 or 0.0
-    share = 1.0 / at_peak.sum(-1) * (grad_step * ratio / grid.code_min)  # of each, where several tie
-    grad_latent.addcmul_(at_peak, share.unsqueeze(-1))
-    sigmoid = torch.sigmoid(z)
-    grad_z = grad_step * peak / grid.code_min * (1 - LOWEST_RATIO) * sigmoid * (1 - sigmoid)
-    return grad_latent, grad_z
+def _bounds(grid: BlockGrid) -> tuple[float, float]:
+    """The float32 numbers next to the codes' range, outside of it. They round to the range's ends."""
+    lowest, highest = grid.code_min, grid.code_max
+    return lowest - 2.0 ** (math.frexp(lowest)[1] - 24), highest + 2.0 ** (math.frexp(highest)[1] - 24)
 
 
 def forward(
-    dtype: torch.dtype, mode: str, grid: BlockGrid, blocks: Tensor, z: Tensor, given: Tensor, frozen: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Values [N, K] in `dtype`, as the runtime computes them, and steps [N], float32."""
-    step = _step(mode, grid, blocks, z, given)
-    codes = frozen if mode == "frozen" else _codes(grid, _position(blocks, step))
-    return grid.product(codes, step, dtype), step
+    dtype: torch.dtype, mode: str, grid: BlockGrid, blocks: Tensor, frozen: Tensor, *scales: Tensor
+) -> tuple[Tensor]:
+    """Values [N, K] in `dtype`, as the runtime computes them."""
+    step, divisor, *_ = scales
+    if mode == "frozen":
+        return (grid.product(frozen, step, dtype),)
+    codes = (blocks / divisor.unsqueeze(-1)).round_().clamp_(grid.code_min, grid.code_max)
+    return (grid.product(codes, step, dtype),)
+
+
+def backward(
+    mode: str, grid: BlockGrid, grad: Tensor, blocks: Tensor, frozen: Tensor, *scales: Tensor
+) -> tuple[Tensor]:
+    """From a gradient of the values [N, K] that of z [N], and in its own place that of the latents.
+
+    grad: float32, overwritten but in frozen mode, where latents have no gradient and any dtype will do.
+    In fixed mode the result is empty.
+    """
+    step, divisor, peak, pull, slope = scales
+    if mode == "frozen":
+        return (frozen.float().mul_(grad).sum(-1) * step,)
+    lowest, highest = _bounds(grid)
+    # where between the codes; a step of zero decodes any code to zero
+    position = (blocks / divisor.unsqueeze(-1)).clamp_(lowest, highest)
+    if mode == "fixed":
+        _zero_where_clipped(grad, position, lowest, highest)
+        return (step.new_empty(0),)
+    grad_step = position.round().mul_(grad)
+    _zero_where_clipped(grad, position, lowest, highest)
+    # of a step: code - position where that is within the range, the code where it is clipped
+    grad_step = grad_step.addcmul_(grad, position, value=-1).sum(-1)
+    if mode == "canonical":
+        at_peak = position.copy_(blocks).eq_(peak.unsqueeze(-1))  # 1.0 or 0.0
+        share = grad_step * pull / at_peak.sum(-1)  # of each, where several tie
+        grad.addcmul_(at_peak, share.unsqueeze(-1))
+    return (grad_step * slope,)
+
+
+def _zero_where_clipped(grad: Tensor, position: Tensor, lowest: float, highest: float) -> None:
+    """In place; by the derivative of hardtanh, which is zero at its bounds too."""
+    derivative = torch.ops.aten.hardtanh_backward
+    if torch.compiler.is_compiling():
+        grad.copy_(derivative(grad, position, lowest, highest))
+    else:
+        derivative.grad_input(grad, position, lowest, highest, grad_input=grad)
 
 
 def forward_group(modes: Modes, dtype: torch.dtype, arguments: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, Tensor]]:
     """Values in `dtype` and steps of several weights: one compiled call for all of a decoder layer."""
-    return [forward(dtype, *mode, *args) for mode, args in zip(modes, arguments, strict=True)]
+    results = []
+    for (mode, grid), (blocks, frozen, *rest) in zip(modes, arguments, strict=True):
+        scales = scales_of(mode, grid, *features(mode, blocks, *rest))
+        results.append((*forward(dtype, mode, grid, blocks, frozen, *scales), scales.step))
+    return results
 
 
 def backward_group(
@@ -121,9 +166,11 @@ def backward_group(
 ) -> list[tuple[Tensor, Tensor]]:
     """Gradients of latents, in `dtypes`, and of z for the gradients of several weights, likewise in one call."""
     results = []
-    for mode, grad, args, dtype in zip(modes, grads, arguments, dtypes, strict=True):
-        grad_latent, grad_z = backward(*mode, grad, *args)
-        results.append((grad_latent.to(dtype), grad_z))
+    for (mode, grid), grad, (blocks, frozen, *rest), dtype in zip(modes, grads, arguments, dtypes, strict=True):
+        scales = scales_of(mode, grid, *features(mode, blocks, *rest))
+        grad = grad.to(torch.float32, copy=True)
+        (grad_z,) = backward(mode, grid, grad, blocks, frozen, *scales)
+        results.append((grad.to(dtype), grad_z))
     return results
 
 

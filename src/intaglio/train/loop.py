@@ -1,8 +1,7 @@
-"""The training loop: a quantized student learns the distribution of its own float original.
+"""The training loop: a quantized student learns the distribution of its own float original, or of a user's text.
 
 One plain file on accelerate, read from top to bottom: build the student, step, freeze, finish. What
-it lacks beside a general trainer: evaluation and early stopping (see `measure`), and any loss but
-the KL to the teacher.
+it lacks beside a general trainer: evaluation and early stopping (see `measure`).
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from intaglio.errors import InputError, TrainingError
 from intaglio.packed.checkpoint import TextModel
+from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
 from intaglio.train import checkpoint
 from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.decode import cache_values, decoded_in_graph, drop_values, freeze_codes
-from intaglio.train.distill import chunked_kl
+from intaglio.train.distill import chunked_cross_entropy, chunked_kl
 from intaglio.train.modules import QuantLinear
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
 from intaglio.train.run_folder import LOSSES_FILE, append_line, check_run_dir, claim, keep_lines
@@ -79,12 +80,22 @@ class Distiller(nn.Module):
         self.softcap = softcap
         self.compiled = compiled
 
-    def forward(self, input_ids: Tensor, positions: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
-        hidden = final_hidden(self.student, input_ids, positions).to(teacher_head.dtype)
-        head = head_weight(self.student, teacher_head.dtype)
-        return chunked_kl(
-            hidden.flatten(0, 1), head, teacher_hidden, teacher_head, softcap=self.softcap, compiled=self.compiled
-        )
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        dtype: torch.dtype,
+        teacher_hidden: Tensor | None = None,
+        teacher_head: Tensor | None = None,
+    ) -> Tensor:
+        """KL to the teacher whose final hidden states [B x T, D] and head are given, else cross-entropy."""
+        hidden = final_hidden(self.student, input_ids, positions).to(dtype).flatten(0, 1)
+        head, how = head_weight(self.student, dtype), {"softcap": self.softcap, "compiled": self.compiled}
+        if teacher_hidden is not None and teacher_head is not None:
+            return chunked_kl(hidden, head, teacher_hidden, teacher_head, **how)  # type: ignore[arg-type]
+        labels, counted = input_ids.roll(-1, 1), positions.roll(-1, 1) > 0  # none for the last token of a document
+        counted[:, -1] = False
+        return chunked_cross_entropy(hidden, head, labels.flatten(), counted.flatten(), **how)  # type: ignore[arg-type]
 
 
 def final_hidden(model: TextModel, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -102,51 +113,73 @@ def head_weight(model: TextModel, dtype: torch.dtype) -> Tensor:
 
 
 def train(
-    teacher: TextModel,
+    original: TextModel,
     plan: Plan,
     corpus: Corpus,
     run_dir: str | Path,
     *,
+    teacher: TextModel | None = None,
+    start: PackedModel | None = None,
     options: Options | None = None,
     resume: bool = False,
     on_step: Callable[[StepInfo], None] = lambda info: None,
     on_calibration: Callable[[int, int], None] = lambda done, total: None,
 ) -> TextModel:
-    """Train a copy of `teacher` to the plan's grids and return it, prepared and on the grid.
+    """Train a copy of `original` to the plan's grids and return it, prepared and on the grid.
 
-    teacher: float32 text model; it stays as it is. corpus: packed sequences. run_dir: receives
+    original: float32 text model; it stays as it is. corpus: packed sequences. run_dir: receives
     losses, checkpoints and TensorBoard files; an existing run is continued only with `resume`.
+    teacher: another model whose distribution is learned, by the original's tokens; the original by default.
+    start: a packed model to go on from, bit for bit; `original` is then only what holds it, and is used up.
     on_calibration: tokens done and in all of the pass that calibrates static scales, if there are any.
-    Raises TrainingError when the loss becomes NaN or Inf; the last checkpoint stays.
+    Raises TrainingError when the loss becomes NaN or Inf; the last checkpoint stays. InputError for a KL to
+    nobody: a packed model that goes on has no original.
     """
     options = options or Options()
     run_dir = Path(run_dir)
-    identity = {"plan": plan.digest, "corpus": corpus.digest}
+    if plan.recipe.schedule.lora_rank and start is None:
+        raise InputError("schedule.lora_rank is for training that goes on from a packed model: quantize it first")
+    identity = run_identity(plan, start) | {"corpus": corpus.digest}
     check_run_dir(run_dir, identity, resume)
     accelerator = make_accelerator(options, run_dir)
     compiled = accelerator.device.type == "cuda" if options.compiled is None else options.compiled
-    teacher = teacher.to(accelerator.device).requires_grad_(False)
-    student = build_student(teacher, plan, compiled=compiled)
-    start = checkpoint.latest(run_dir)
-    if plan.recipe.schedule.gptq_tokens and start is None:
+    if plan.recipe.schedule.loss == "cross_entropy":
+        teacher = None
+    elif teacher is None and start is not None:
+        raise InputError(
+            "schedule.loss = 'kl' needs a teacher, and a packed model has no original: name the model it is to learn "
+            "from, or learn from the text itself with schedule.loss = 'cross_entropy'"
+        )
+    else:
+        teacher = (teacher or original).to(accelerator.device).requires_grad_(False)
+    student = build_student(original.to(accelerator.device), plan, start=start, compiled=compiled)
+    saved = checkpoint.latest(run_dir)
+    if plan.recipe.schedule.gptq_tokens and saved is None and start is None:
         gptq_start(student, plan.recipe.schedule, corpus, accelerator)
-    if start is None:
+    if start is not None:
+        pass  # the static scales are the packed model's
+    elif saved is None:
         calibrate_student(student, plan, corpus, accelerator, on_calibration)
     else:  # the checkpoint knows the scales; they must only be there
         put_scales(student, plan, {scale.name: 1.0 for scale in plan.static_scales if scale.owned})
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compiled:
-        for layer in (*teacher.model.layers, *student.model.layers):
+        for layer in (*(teacher.model.layers if teacher is not None else ()), *student.model.layers):
             layer.compile(dynamic=False)
     session = Session(teacher, student, plan, corpus, run_dir, accelerator, compiled, options)
     claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
     if options.tensorboard:
         accelerator.init_trackers("tensorboard")
-    session.run(start, on_step)
+    session.run(saved, on_step)
     switch_static(student, activations=True, kv_cache=True)
     accelerator.end_training()
     return student
+
+
+def run_identity(plan: Plan, start: PackedModel | None) -> dict[str, str]:
+    """What must be the same for a run to be resumed, beside the corpus."""
+    return {"plan": plan.digest} | ({} if start is None else {"start": start.sha256()})
 
 
 def make_accelerator(options: Options, run_dir: Path | None) -> Accelerator:
@@ -163,7 +196,7 @@ class Session:
 
     def __init__(
         self,
-        teacher: TextModel,
+        teacher: TextModel | None,
         student: TextModel,
         plan: Plan,
         corpus: Corpus,
@@ -179,7 +212,7 @@ class Session:
         self.compiled = compiled
         softcap = getattr(student.config, "final_logit_softcapping", None)
         self.dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        self.teacher_head = teacher.get_output_embeddings().weight.to(self.dtype)
+        self.teacher_head = None if teacher is None else teacher.get_output_embeddings().weight.to(self.dtype)
         self.distiller = accelerator.prepare(Distiller(student, softcap, compiled))
         self.optimizer = make_optimizer(student, self.schedule)
         self.dropout = plan.recipe.activations.dropout if plan.recipe.activations else 0.0
@@ -240,9 +273,11 @@ class Session:
     def backward(self, input_ids: Tensor, positions: Tensor, weight: float) -> Tensor:
         """Loss of one micro-batch, its gradients times `weight` added to the parameters'."""
         with self.accelerator.autocast():
-            with torch.no_grad():
-                teacher_hidden = final_hidden(self.teacher, input_ids, positions).to(self.dtype).flatten(0, 1)
-            arguments = (input_ids, positions, teacher_hidden, self.teacher_head)
+            arguments: tuple[Any, ...] = (input_ids, positions, self.dtype)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    teacher_hidden = final_hidden(self.teacher, input_ids, positions).to(self.dtype).flatten(0, 1)
+                arguments += (teacher_hidden, self.teacher_head)
             if not self.compiled:
                 loss = self.distiller(*arguments) * weight
                 self.accelerator.backward(loss)

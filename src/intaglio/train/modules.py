@@ -20,7 +20,7 @@ from intaglio.train.fakequant import (
     WeightQuantizer,
     compute_dtype,
 )
-from intaglio.train.static import latent_of, static
+from intaglio.train.static import latent_of, static, with_gradients_of
 
 
 class QuantLinear(nn.Linear):
@@ -45,6 +45,37 @@ class QuantEmbedding(nn.Embedding):
     def forward(self, input_ids: Tensor) -> Tensor:
         rows = F.embedding(input_ids, self.weight, self.padding_idx)
         return _scaled(self, self.quantizer.forward_rows(rows, input_ids, self.weight))
+
+
+class QuantExperts:
+    """Mixin for a module that holds the weights of experts [E, R, C] as parameters of its own.
+
+    transformers indexes them expert by expert. So each is decoded once for a forward, and its name reads as the
+    decoded weight while that lasts; outside of it, as the latent.
+    """
+
+    quantizers: nn.ModuleDict  # by the parameters' names
+    float_grids: dict[str, FloatGrid]  # of those that stay floats
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        latents: dict[str, Tensor] = self._parameters  # type: ignore[attr-defined]
+        decoded = {
+            name: RoundStraightThrough.apply(latents[name], grid, None) for name, grid in self.float_grids.items()
+        }
+        for name, quantizer in self.quantizers.items():
+            ready, dtype = quantizer.decoded, compute_dtype(hidden_states, latents[name])
+            decoded[name] = ready if ready is not None else quantizer(latents[name], dtype)
+        self.__dict__["decoded"] = decoded
+        try:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.__dict__["decoded"] = {}
+
+    def _weight(self, name: str) -> Tensor:
+        return self.__dict__.get("decoded", {}).get(name, self._parameters[name])  # type: ignore[attr-defined]
+
+    gate_up_proj = property(lambda self: self._weight("gate_up_proj"))
+    down_proj = property(lambda self: self._weight("down_proj"))
 
 
 class FrozenEmbedding:
@@ -93,7 +124,21 @@ class RoundedWeight:
     @property
     def weight(self) -> Tensor:
         latent: Tensor = self._parameters["weight"]  # type: ignore[attr-defined]
+        if torch.compiler.is_compiling():  # see with_gradients_of
+            return with_gradients_of(self.float_grid.round(latent.detach()).to(latent.dtype), latent)
         return RoundStraightThrough.apply(latent, self.float_grid, self.rounded)
+
+
+class RoundedRouter:
+    """Mixin for a router's vectors, which are parameters of its own: they read as the rounded values."""
+
+    float_grid: FloatGrid
+
+    def _rounded(self, name: str) -> Tensor:
+        return RoundStraightThrough.apply(self._parameters[name], self.float_grid, None)  # type: ignore[attr-defined]
+
+    scale = property(lambda self: self._rounded("scale"))
+    per_expert_scale = property(lambda self: self._rounded("per_expert_scale"))
 
 
 class RoundedEmbedding(RoundedWeight):
@@ -127,6 +172,15 @@ def merged_latent(lora: Any) -> Tensor:
         if name in lora.lora_A:
             latent = latent + lora.get_delta_weight(name)
     return latent
+
+
+def quantizers_of(module: Any) -> dict[str, WeightQuantizer]:
+    """The quantizers of a module by the names of its parameters that they decode."""
+    several = getattr(module, "quantizers", None)
+    if isinstance(several, nn.ModuleDict):
+        return dict(several.items())  # type: ignore[arg-type]
+    quantizer = getattr(module, "quantizer", None)
+    return {"weight": quantizer} if isinstance(quantizer, WeightQuantizer) else {}
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from intaglio.packed.model import write_packed
 from intaglio.plan.plan import Plan, PlannedTensor
 from intaglio.train.attach import check_adapters, owners_of
 from intaglio.train.decode import cache_values, drop_values
-from intaglio.train.modules import FrozenEmbedding, QuantLoraLinear, merged_latent
+from intaglio.train.modules import FrozenEmbedding, QuantLoraLinear, merged_latent, quantizers_of
 from intaglio.train.static import read_scales
 
 
@@ -29,7 +29,7 @@ def packed_value(model_owner: tuple[nn.Module, str], tensor: PlannedTensor, merg
     assert latent is not None
     if isinstance(tensor.grid, FloatGrid):
         return tensor.grid.round(latent.detach().cpu())
-    return module.quantizer.pack(latent.detach())  # type: ignore[union-attr, operator]
+    return quantizers_of(module)[attribute].pack(latent.detach())
 
 
 def pack_model(

@@ -15,12 +15,18 @@ from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.packed.checkpoint import model_name, stream_chunks
 from intaglio.packed.model import PackedModel, PackedWriter, write_packed
 from intaglio.plan.plan import Plan
+from intaglio.train.towers import Towers
 
 FITS: dict[str, Callable[[Tensor, BlockGrid], Quantized]] = {
     "mse": fit_mse,
     "stock": fit_stock,
     "absmax": fit_absmax,
 }
+
+
+def fit_rows(fit: Callable[[Tensor, BlockGrid], Quantized], values: Tensor, grid: BlockGrid) -> Quantized:
+    """A fit of matrices, also for the weights of experts [E, R, C]: each row of each expert by itself."""
+    return fit(values.flatten(0, -2), grid).with_lead(values.shape[:-1])
 
 
 def fit_tensor(values: Tensor, plan: Plan, name: str, rows: slice | None = None) -> Quantized | Tensor:
@@ -31,7 +37,7 @@ def fit_tensor(values: Tensor, plan: Plan, name: str, rows: slice | None = None)
     if tensor.full_floats:
         return values.float()
     try:
-        return grid.round(values) if isinstance(grid, FloatGrid) else FITS[plan.recipe.fit](values, grid)
+        return grid.round(values) if isinstance(grid, FloatGrid) else fit_rows(FITS[plan.recipe.fit], values, grid)
     except WeightError as error:
         raise WeightError(f"{name}: {error}") from error
 
@@ -42,6 +48,7 @@ def quantize(
     out: str | Path,
     *,
     trained: PackedModel | None = None,
+    towers: Towers | None = None,
     replace: bool = False,
     provenance: dict[str, Any] | None = None,
     on_tensor: Callable[[str], None] = lambda name: None,
@@ -50,6 +57,7 @@ def quantize(
 
     trained: a packed model of the same text model and recipe, whose codes and scales are taken as they
         are; what is left to fit is what the plan carries beside it, such as towers.
+    towers: those whose activation scales are calibrated when their weights are packed.
 
     on_tensor is called with each tensor's name when it is done. Raises ConfigError for a damaged
     checkpoint and WeightError for NaN, Inf or weights beyond a grid's reach; nothing is left behind.
@@ -66,9 +74,14 @@ def quantize(
             _copy(trained, writer, on_tensor)
             to_fit = dataclasses.replace(plan.model, tensors=())
         for name, rows, values in stream_chunks(source, to_fit):
-            writer.add(name, fit_tensor(values, plan, name, rows), rows)
+            value = fit_tensor(values, plan, name, rows)
+            writer.add(name, value, rows)
+            if towers is not None:
+                towers.put(name, value, rows)
             if rows is None or rows.stop == plan[name].spec.shape[0]:
                 on_tensor(name)
+        for name, scale in towers.calibrate().items() if towers is not None else ():
+            writer.add_static(name, scale)
     return PackedModel.open(target)
 
 

@@ -72,11 +72,16 @@ def static_gradients(grad: Tensor, x: Tensor, latent: Tensor | None) -> tuple[Te
     if latent is None:
         return grad, None
     scale = scale_of(latent)
-    where = position(x.detach(), scale)
-    inside = (where >= CODE_MIN - 0.5) & (where <= CODE_MAX + 0.5)
-    change = where.round().clamp_(CODE_MIN, CODE_MAX).sub_(where * inside)
+    inside, change = _slopes(x.detach(), scale)
     grad_latent = (change.float() * grad.float()).sum() * scale
     return grad * inside, grad_latent.to(latent.dtype)
+
+
+def _slopes(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether x is not clipped, and how fast the rounded x changes with the scale."""
+    where = position(x, scale)
+    inside = (where >= CODE_MIN - 0.5) & (where <= CODE_MAX + 0.5)
+    return inside, where.round().clamp_(CODE_MIN, CODE_MAX).sub_(where * inside)
 
 
 class StaticQuantize(torch.autograd.Function):
@@ -91,6 +96,23 @@ class StaticQuantize(torch.autograd.Function):
     def backward(ctx, grad):
         x, latent = ctx.saved_tensors
         return static_gradients(grad, x, latent)
+
+
+def static_in_graph(x: Tensor, latent: Tensor) -> Tensor:
+    """What `StaticQuantize` computes, values and gradients, in operations that a compiler differentiates itself."""
+    plain, scale = x.detach(), scale_of(latent)
+    inside, change = _slopes(plain, scale)
+    return with_gradients_of(fake_quantize(plain, scale), x * inside, change.float() * scale * latent)
+
+
+def with_gradients_of(value: Tensor, *paths: Tensor) -> Tensor:
+    """`value` as it is, with the gradients of `paths`: of each, what it exceeds itself by is added, which is zero.
+
+    torch.compile of torch 2.11 gives autograd functions inside of what it compiles no gradients, without a word.
+    """
+    for path in paths:
+        value = value + (path - path.detach()).to(value.dtype)
+    return value
 
 
 class StaticLinear:
@@ -113,7 +135,8 @@ def static(module: Any, kind: str, x: Tensor) -> Tensor:
     if scales is None or not scales.on:
         return x
     if kind in scales.latents:
-        return StaticQuantize.apply(x, scales.latents[kind])
+        quantize = static_in_graph if torch.compiler.is_compiling() else StaticQuantize.apply
+        return quantize(x, scales.latents[kind])
     return fake_quantize(x, scales.fixed[kind]) if kind in scales.fixed else x
 
 

@@ -12,23 +12,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from intaglio.packed.checkpoint import TextModel
+from intaglio.packed.model import PackedModel
+from intaglio.plan.memory import is_frozen_table
 from intaglio.plan.plan import Plan
 from intaglio.plan.schedule import Schedule
-from intaglio.train.attach import is_frozen_table, prepare
+from intaglio.train.attach import prepare
 from intaglio.train.calibrate import calibrate
 from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.gptq import start_from_gptq
+from intaglio.train.lora import add_lora
 
 
-def build_student(teacher: TextModel, plan: Plan, *, compiled: bool = False) -> TextModel:
+def build_student(
+    teacher: TextModel, plan: Plan, *, start: PackedModel | None = None, compiled: bool = False
+) -> TextModel:
     """A copy of the teacher with every planned tensor on its grid, ready to train.
 
     Of the table of per-layer embeddings no copy is made where it is not trained: the student has codes of it.
+    start: a packed model whose values the student has instead; the student is then `teacher` itself.
     """
+    rank = plan.recipe.schedule.lora_rank
+    if start is not None:
+        student = teacher.requires_grad_(True).train()
+        if rank:
+            add_lora(student, plan, rank)
+        return prepare(student, plan, start=start, compiled=compiled, compact=True)
     frozen = {tensor.name for tensor in plan if is_frozen_table(tensor)}
     tables = [parameter for name, parameter in teacher.named_parameters() if name in frozen]
     student = copy.deepcopy(teacher, {id(table): table for table in tables}).requires_grad_(True)
     student.train()
+    if rank:
+        add_lora(student, plan, rank)
     prepare(student, plan, compiled=compiled, compact=True)
     for table in tables:
         table.requires_grad_(False)

@@ -1,0 +1,170 @@
+"""What a training step in the mobile format costs in memory and time, at the shape of Gemma 4 E2B.
+
+    python benchmarks/mobile_step.py --out benchmarks/results/mobile_step.json
+
+Whole optimizer steps, as the training loop does them: weights decoded once, forward, KL over the full
+vocabulary, backward, clipping, AdamW on float32 weights under bfloat16 autocast. Each row of the
+mobile recipe (2-, 4- and 8-bit weights, int8 activations and KV cache, all scales learned) stands
+beside plain fine-tuning of the same model with the same loss in the same run. Random weights; the
+teacher's hidden states are given, so that no teacher takes memory. The table of per-layer
+embeddings, which neither trains (bfloat16 in one, codes in the other), is taken off both peaks.
+
+`--modes compiled` is what the loop does on a GPU, `eager` what it does elsewhere. `--toy` runs all of
+it at toy size on any device.
+"""
+
+import argparse
+import gc
+import json
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import environment, write_result
+from gpu_step import e2b_config, median_ms, random_model
+from torch import Tensor, nn
+
+from intaglio.plan.plan import Plan, make_plan
+from intaglio.plan.recipe import Recipe
+from intaglio.plan.schedule import Schedule
+from intaglio.train.attach import prepare
+from intaglio.train.decode import cache_values, decoded_in_graph, drop_values
+from intaglio.train.loop import Distiller
+from intaglio.train.optimizer import make_optimizer
+from intaglio.train.static import put_scales
+
+# Sequences of a step, and whether decoder layers are computed again in the backward.
+CASES = ((1, True), (4, True), (1, False))
+STATIC_SCALE = 0.04  # of activations with a root mean square of 1: clips at five of these
+CLIP = 1.0
+
+
+class Training:
+    """A model with its optimizer and the loss of one batch; `step` is what gets measured."""
+
+    def __init__(self, model: nn.Module, compiled: bool, quantized: bool):
+        self.model, self.compiled, self.quantized = model, compiled, quantized
+        self.device = next(model.parameters()).device.type
+        softcap = model.config.final_logit_softcapping
+        self.distiller = Distiller(model, softcap, compiled)  # type: ignore[arg-type]
+        self.optimizer = make_optimizer(model, Schedule(lr=1e-6, scale_lr=1e-6))
+
+    def step(self, input_ids: Tensor, positions: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast(self.device, torch.bfloat16))
+            if self.quantized:
+                cache_values(self.model, torch.bfloat16)
+            if self.quantized and self.compiled:
+                stack.enter_context(decoded_in_graph(self.model, torch.bfloat16))
+            self.distiller(input_ids, positions, teacher_hidden, teacher_head).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        drop_values(self.model)
+
+
+def trainable_model(config: Any, device: str) -> nn.Module:
+    """Random float32 weights; the table of per-layer embeddings bfloat16 and frozen."""
+    model = random_model(config, device, torch.float32)
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    embedding.data = embedding.data.float()
+    embedding.requires_grad_(True)
+    return model
+
+
+def table_gb(model: nn.Module) -> float:
+    """The table of per-layer embeddings: its weights, or codes and scales."""
+    table = model.model.embed_tokens_per_layer  # type: ignore[union-attr]
+    return sum(tensor.nbytes for tensor in (*table.parameters(), *table.buffers())) / 2**30
+
+
+def quantize(model: nn.Module, plan: Plan, compiled: bool) -> None:
+    """Put the model on the plan's grids, every static scale switched on and learned."""
+    prepare(model, plan, compiled=compiled, compact=True)
+    put_scales(model, plan, {scale.name: STATIC_SCALE for scale in plan.static_scales if scale.owned})
+
+
+def batch(config: Any, model: nn.Module, sequences: int, length: int) -> tuple[Tensor, ...]:
+    """Arguments of `Training.step`: random tokens and a random teacher."""
+    head = model.get_output_embeddings().weight.detach()  # type: ignore[operator]
+    ids = torch.randint(3, config.vocab_size, (sequences, length), device=head.device)
+    positions = torch.arange(length, device=head.device).expand(sequences, -1)
+    hidden = torch.randn(sequences * length, config.hidden_size, device=head.device, dtype=torch.bfloat16)
+    return ids, positions, hidden, head.bfloat16()
+
+
+def measure(training: Training, config: Any, length: int, repeats: int) -> dict[tuple[int, bool], dict[str, float]]:
+    """Milliseconds, peak and base memory without the table of per-layer embeddings, for every case."""
+    rows = {}
+    for sequences, checkpointing in CASES:
+        if checkpointing:
+            training.model.gradient_checkpointing_enable(  # type: ignore[operator]
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        else:
+            training.model.gradient_checkpointing_disable()  # type: ignore[operator]
+        arguments = batch(config, training.model, sequences, length)
+        ms, peak, base = median_ms(partial(training.step, *arguments), repeats)
+        row = {"ms": ms}
+        if torch.cuda.is_available():
+            table = table_gb(training.model)
+            row |= {"peak_gb": peak - table, "base_gb": base - table}
+        rows[sequences, checkpointing] = row
+        what = "mobile" if training.quantized else "plain"
+        print(what, sequences, "checkpointed" if checkpointing else "kept", rounded(row), flush=True)
+    return rows
+
+
+def compare(config: Any, device: str, compiled: bool, length: int, repeats: int) -> list[dict[str, Any]]:
+    """Plain fine-tuning, then the same model in the mobile format; ratios are to plain."""
+    plan = make_plan(config.to_dict(), Recipe.load("mobile", ["fit=absmax"]))
+    measured = {}
+    for quantized in (False, True):
+        model = trainable_model(config, device)
+        if quantized:
+            quantize(model, plan, compiled)
+        if compiled:
+            for layer in model.model.layers:  # type: ignore[union-attr]
+                layer.compile(dynamic=False)
+        measured[quantized] = measure(Training(model, compiled, quantized), config, length, repeats)
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    rows = []
+    for case, mobile in measured[True].items():
+        plain = measured[False][case]
+        ratios = {f"{key}_ratio": mobile[key] / plain[key] for key in plain.keys() & {"ms", "peak_gb"}}
+        where = {"mode": "compiled" if compiled else "eager", "batch": case[0], "checkpointing": case[1]}
+        rows.append(where | {"plain": plain, "mobile": mobile} | ratios)
+    return rows
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    result: dict[str, Any] = {"device": name, "environment": environment(), "rows": []}
+    config, length = e2b_config(args.toy), 64 if args.toy else 2048
+    for mode in args.modes:
+        for row in compare(config, device, mode == "compiled", length, args.repeats):
+            result["rows"].append(rounded(row))
+            print(json.dumps(result["rows"][-1]), flush=True)
+        write_result(args.out, result)
+
+
+if __name__ == "__main__":
+    main()

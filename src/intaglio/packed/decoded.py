@@ -1,0 +1,25 @@
+"""A packed model as transformers' own: every weight decoded, nothing quantized any more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from intaglio.packed.checkpoint import TextModel
+from intaglio.packed.model import PackedModel
+from intaglio.plan.family import build_meta_model, transformers_config
+
+
+def load_packed(packed: PackedModel) -> TextModel:
+    """The text model of a packed model, float32, in eval mode; static scales are not part of it."""
+    model_class: Any = type(build_meta_model(packed.plan.model.config))
+    state = {tensor.name: packed.decode(tensor.name) for tensor in packed.plan}
+    return model_class.from_pretrained(
+        None,
+        config=transformers_config(packed.plan.model.config),
+        state_dict=state,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+    ).eval()

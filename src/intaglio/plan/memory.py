@@ -1,0 +1,187 @@
+"""How much memory training takes on each GPU: what `train` allocates, counted from the plan.
+
+Weights are counted exactly: float32 teacher and latents, scales, gradients, AdamW's two moments, and weights
+decoded once for an optimizer step. Activations are what autograd keeps of each layer in eager mode under
+bfloat16 autocast, counted from transformers' layers (a test compares both); a compiled layer keeps less.
+The loss holds four chunks of logits at a time, as measured (benchmarks/results/gpu_step.json).
+
+Sharded over n GPUs as FSDP does it, each holds an n-th of weights, gradients and moments, and one layer's
+weights whole; activations, loss and the head are not shared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from intaglio.errors import InputError
+from intaglio.numerics.grid import BlockGrid
+from intaglio.plan.family import ModelSpec
+from intaglio.plan.plan import HEAD, Plan, PlannedTensor
+
+FLOAT, HALF = 4, 2  # bytes of float32 and bfloat16
+LOSS_CHUNK_TOKENS = 512  # as train.distill takes them on a GPU
+LOSS_CHUNK_LOGITS = 1 << 27
+LOGITS_AT_ONCE = 4  # of student and teacher, and gradients
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on each GPU.
+
+    teacher: float32, with a bfloat16 copy of its head. masters: float32 latents, and tables that are not
+    trained as codes. scales: learned, fitted, and their signs. decoded: bfloat16 weights of an optimizer step,
+    and their steps. gathered: the largest layer, whole, where weights are sharded.
+    micro_tokens: tokens of a forward; what they cost is in activations and loss.
+    """
+
+    gpus: int
+    micro_tokens: int
+    gradient_checkpointing: bool
+    teacher: int
+    masters: int
+    scales: int
+    decoded: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    loss: int
+
+    @property
+    def rows(self) -> dict[str, int]:
+        return {f.name: getattr(self, f.name) for f in fields(self)[3:]}
+
+    @property
+    def total(self) -> int:
+        return sum(self.rows.values())
+
+
+def training_memory(plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool = False) -> TrainingMemory:
+    """Of `train` by the plan's own schedule: its micro-batch, or each GPU's share of the batch."""
+    schedule = plan.recipe.schedule
+    if not 1 <= gpus <= schedule.batch_size:
+        raise InputError(
+            f"{gpus} GPUs: expected 1 to {schedule.batch_size}, the sequences of a batch (schedule.batch_size)"
+        )
+    sequences = schedule.micro_batch or -(-schedule.batch_size // gpus)
+    tokens = sequences * schedule.sequence_length
+    trained = [t for t in plan if t.rule.trainable and not t.spec.buffer]
+    learned = sum(_scales(t) for t in trained if learns_scales(t))
+    trained_values = sum(t.spec.numel for t in trained) + learned
+    head = _head_values(plan)
+
+    def shared(size_bytes: int) -> int:
+        return -(-size_bytes // gpus)
+
+    return TrainingMemory(
+        gpus=gpus,
+        micro_tokens=tokens,
+        gradient_checkpointing=gradient_checkpointing,
+        teacher=shared(FLOAT * sum(t.spec.numel for t in plan)) + HALF * head,
+        masters=shared(sum(_master_bytes(t) for t in plan)),
+        scales=shared(sum(_scale_bytes(t) for t in plan)),
+        decoded=shared(sum(_decoded_bytes(plan, t) for t in plan)),
+        gradients=shared(FLOAT * trained_values),
+        optimizer=shared(2 * FLOAT * trained_values),
+        gathered=2 * HALF * max(_layer_values(plan).values()) if gpus > 1 else 0,
+        activations=activation_bytes(plan.model, tokens, gradient_checkpointing),
+        loss=_loss_bytes(plan, tokens, head),
+    )
+
+
+def is_frozen_table(tensor: PlannedTensor) -> bool:
+    """Whether training keeps it as codes: a table that no head is tied to and no gradient reaches."""
+    return tensor.spec.role == "ple_embedding" and isinstance(tensor.grid, BlockGrid) and not tensor.rule.trainable
+
+
+def learns_scales(tensor: PlannedTensor) -> bool:
+    """Whether training moves a tensor's scales; those of finer grids stay as fitted."""
+    grid = tensor.grid
+    return isinstance(grid, BlockGrid) and tensor.rule.trainable and (grid.positive or grid.ggml_type == "Q4_0")
+
+
+def _scales(tensor: PlannedTensor) -> int:
+    return tensor.spec.numel // tensor.grid.block_size if isinstance(tensor.grid, BlockGrid) else 0
+
+
+def _master_bytes(tensor: PlannedTensor) -> int:
+    return tensor.spec.numel * (1 if is_frozen_table(tensor) else FLOAT)
+
+
+def _scale_bytes(tensor: PlannedTensor) -> int:
+    grid = tensor.grid
+    if not isinstance(grid, BlockGrid):
+        return 0
+    if learns_scales(tensor):  # of a canonical grid the sign is the extremum's; of others it is kept
+        return _scales(tensor) * (FLOAT + (0 if grid.canonical else 1))
+    supers = 0 if grid.super_block is None else HALF * (tensor.spec.numel // grid.super_block)
+    return _scales(tensor) * grid.scale_dtype.itemsize + supers
+
+
+def _decoded_bytes(plan: Plan, tensor: PlannedTensor) -> int:
+    """Of what a linear multiplies by; rows of an embedding are decoded as they are looked up, but for a head's."""
+    tied_head = plan.model.tied_head and tensor.spec.role == "token_embedding"
+    whole = "embedding" not in tensor.spec.role or tied_head
+    if not isinstance(tensor.grid, BlockGrid) or not tensor.rule.trainable or not whole:
+        return 0
+    return HALF * tensor.spec.numel + FLOAT * _scales(tensor)
+
+
+def _head_values(plan: Plan) -> int:
+    return next(
+        t.spec.numel for t in plan if t.name == HEAD or (plan.model.tied_head and t.spec.role == "token_embedding")
+    )
+
+
+def _layer_values(plan: Plan) -> dict[str, int]:
+    """Numbers of weights in each decoder layer."""
+    layers: dict[str, int] = {}
+    for tensor in plan:
+        if tensor.name.startswith("model.layers."):
+            layer = tensor.name.split(".")[2]
+            layers[layer] = layers.get(layer, 0) + tensor.spec.numel
+    return layers
+
+
+def _loss_bytes(plan: Plan, tokens: int, head: int) -> int:
+    """Chunks of logits in bfloat16, the gradient of the hidden states, and that of a head which is trained."""
+    config = plan.model.layer_config
+    chunk = min(tokens, max(LOSS_CHUNK_TOKENS, LOSS_CHUNK_LOGITS // config.vocab_size))
+    trained = any(t.rule.trainable for t in plan if t.name == HEAD or t.spec.role == "token_embedding")
+    return HALF * (LOGITS_AT_ONCE * chunk * config.vocab_size + tokens * config.hidden_size + head * trained)
+
+
+def activation_bytes(model: ModelSpec, tokens: int, gradient_checkpointing: bool) -> int:
+    """What autograd keeps of a forward. With checkpointing: the input of each layer, and one layer in full."""
+    config = model.layer_config
+    layers = [layer_bytes(model, layer) for layer in range(config.num_hidden_layers)]
+    width, per_layer = config.hidden_size, getattr(config, "hidden_size_per_layer_input", 0) or 0
+    outside = 2 * FLOAT * width + per_layer * len(layers) * (3 * FLOAT) + (HALF * width if per_layer else 0)
+    kept = FLOAT * width * len(layers) + max(layers) if gradient_checkpointing else sum(layers)
+    return tokens * (outside + kept)
+
+
+def layer_bytes(model: ModelSpec, layer: int) -> int:
+    """Of one layer and token, part by part. A norm keeps its input and the normed values in float32."""
+    config: Any = model.layer_config
+    own, width = config.per_layer_config[layer], config.hidden_size
+    norm = 2 * FLOAT
+    queries = config.num_attention_heads * own.head_dim
+    keys = own.num_key_value_heads * own.head_dim if model.kv_donors[layer] == layer else 0
+    value_norm = FLOAT if model.family.gguf_architecture == "gemma4" else 0
+    size = width * (4 * norm + 2 * HALF)  # four norms, and what q/k/v and gate/up multiply
+    # queries and their norm; queries, keys and values of all heads, and the result twice, for attention and o
+    size += queries * (norm + 5 * HALF) + keys * (norm + value_norm)
+    size += _mlp_width(model, layer) * 4 * HALF  # gate, its activation, up, and the product
+    per_layer = getattr(config, "hidden_size_per_layer_input", 0) or 0
+    if per_layer:  # gate, its activation, the product and the input, and one more norm
+        size += width * (norm + HALF) + per_layer * (3 * HALF + FLOAT)
+    if getattr(config, "enable_moe_block", False):  # three more norms, the router's, and its scores
+        size += width * 4 * norm + config.num_experts * norm
+        size += config.top_k_experts * (2 * HALF * width + 4 * HALF * config.moe_intermediate_size)
+    return size
+
+
+def _mlp_width(model: ModelSpec, layer: int) -> int:
+    return model.tensor(f"model.layers.{layer}.mlp.gate_proj.weight").shape[0]

@@ -1,0 +1,228 @@
+"""Mixture of experts: each expert's rows on grids of their own, trained, exported, and run in llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from intaglio.errors import RecipeError
+from intaglio.measure.simulate import decoded_model
+from intaglio.numerics.fit import fit_mse
+from intaglio.numerics.grid import Q4_0, Quantized
+from intaglio.packed.checkpoint import load_model
+from intaglio.packed.decoded import load_packed
+from intaglio.packed.model import PackedModel
+from intaglio.packed.verify import read_gguf, verify
+from intaglio.plan.plan import make_plan
+from intaglio.train.attach import prepare
+from intaglio.train.decode import cache_values, decoded_in_graph, drop_values, freeze_codes
+from intaglio.train.loop import train
+from intaglio.train.pack import pack_model
+from intaglio.train.start import plan_to_go_on
+from tests.support.cli import intaglio
+from tests.support.tiny import GEMMA4_MOE, make_checkpoint, pack
+from tests.support.training import plain_fake_quantize, small_corpus, small_model, small_plan
+
+SMALL_MOE = GEMMA4_MOE | {"vocab_size": 256, "vocab_size_per_layer_input": 256, "max_position_embeddings": 128}
+IDS = torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(3))
+EXPERTS = "model.layers.1.experts"
+
+
+def moe(seed: int = 0) -> Any:
+    """A random float32 model whose experts weigh as much as its other parts."""
+    model = small_model(SMALL_MOE, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.06)
+            elif "router" in name and parameter.ndim == 1:
+                parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def packed_of(model: nn.Module, plan: Any, folder: Path) -> PackedModel:
+    (folder / "assets").mkdir(exist_ok=True)
+    pack_model(model, plan, folder / "packed", assets=folder / "assets")
+    return PackedModel.open(folder / "packed")
+
+
+def test_every_expert_is_quantized_by_itself() -> None:
+    """The forward multiplies by what plain code makes of one expert alone, and gradients are autograd's."""
+    model = prepare(moe(), small_plan(config=SMALL_MOE))
+    experts: Any = model.get_submodule(EXPERTS)
+    latent, quantizer = experts._parameters["gate_up_proj"], experts.quantizers["gate_up_proj"]
+    assert quantizer.scale_latent.shape == (16, 128, 8)
+    decoded = quantizer(latent, torch.float32)
+    upstream = torch.randn(decoded.shape, generator=torch.Generator().manual_seed(0))
+    decoded.backward(upstream)
+    for expert in (0, 7, 15):
+        alone = latent.detach()[expert].clone().requires_grad_()
+        z = quantizer.scale_latent.detach()[expert].clone().requires_grad_()
+        plain = plain_fake_quantize("canonical", Q4_0, alone, z, z)
+        assert torch.equal(plain, decoded[expert])
+        plain.backward(upstream[expert])
+        torch.testing.assert_close(latent.grad[expert], alone.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(quantizer.scale_latent.grad[expert], z.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_forward_is_that_of_the_packed_weights(tmp_path: Path) -> None:
+    model, plan = moe(), small_plan(config=SMALL_MOE)
+    prepared = prepare(moe(), plan).eval()
+    found = logits_of(prepared)
+    assert not torch.equal(found, logits_of(model))
+    packed = packed_of(prepared, plan, tmp_path)
+    assert torch.equal(found, logits_of(decoded_model(model, packed)))
+    value = packed.read(f"{EXPERTS}.down_proj")
+    assert isinstance(value, Quantized) and value.codes.shape == (16, 256, 64) and value.scale.shape == (16, 256, 2)
+
+
+def test_experts_are_decoded_once_a_forward_and_shared_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepare(moe(), small_plan(config=SMALL_MOE))
+    quantizer: Any = model.get_submodule(EXPERTS).quantizers["down_proj"]
+    calls = []
+    monkeypatch.setattr(quantizer, "compute", lambda *a, real=quantizer.compute, **k: calls.append(1) or real(*a, **k))
+    plain = logits_of(model)
+    assert len(calls) == 1
+    cache_values(model, torch.float32)
+    calls.clear()
+    assert torch.equal(logits_of(model), plain) and not calls
+    with decoded_in_graph(model, torch.float32):
+        assert torch.equal(logits_of(model), plain)
+    drop_values(model)
+    assert quantizer.values is None
+
+
+@pytest.mark.parametrize("change", ["grid=f32", "trainable=false"])
+def test_experts_that_stay_floats_or_still_are_what_ships(change: str, tmp_path: Path) -> None:
+    plan = small_plan(f"weights.expert.{change}", config=SMALL_MOE)
+    model = prepare(moe(), plan).eval()
+    model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+    latent: Any = model.get_submodule(EXPERTS)._parameters["down_proj"]
+    assert (latent.grad is not None) == (change == "grid=f32")
+    found, packed = logits_of(model), packed_of(model, plan, tmp_path)
+    assert torch.equal(found, logits_of(load_packed(packed)))
+    original = dict(moe().named_parameters())[f"{EXPERTS}.down_proj"].detach()
+    rows = fit_mse(original.flatten(0, 1), Q4_0).decode().view_as(original)
+    expected = original.to(torch.bfloat16).float() if change == "grid=f32" else rows
+    assert torch.equal(packed.decode(f"{EXPERTS}.down_proj"), expected)
+
+
+def test_gradients_reach_experts_that_tokens_went_to_and_their_router() -> None:
+    model = prepare(moe(), small_plan(config=SMALL_MOE))
+    model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+    experts: Any = model.get_submodule(EXPERTS)
+    used = experts._parameters["down_proj"].grad.flatten(1).any(-1)
+    assert used.sum() > 4
+    assert torch.equal(used, experts.quantizers["down_proj"].scale_latent.grad.flatten(1).any(-1))
+    router: Any = model.get_submodule("model.layers.1.router")
+    for name in ("scale", "per_expert_scale"):
+        assert router._parameters[name].grad.any()
+    assert router.proj._parameters["weight"].grad.any()
+
+
+def test_frozen_codes_of_experts_stand_still(tmp_path: Path) -> None:
+    model = prepare(moe(), small_plan(config=SMALL_MOE))
+    before = logits_of(model)
+    freeze_codes(model)
+    assert torch.equal(logits_of(model), before)
+    experts: Any = model.get_submodule(EXPERTS)
+    assert not experts._parameters["down_proj"].requires_grad
+    assert experts.quantizers["down_proj"].scale_latent.requires_grad
+
+
+def test_training_gains_and_goes_on_from_what_was_packed(tmp_path: Path) -> None:
+    settings = ("schedule.tokens=5120", "schedule.batch_size=8", "schedule.sequence_length=16", "schedule.lr=1e-3")
+    plan = small_plan(*settings, "schedule.frozen_tail=0.4", config=SMALL_MOE)
+    losses: list[float] = []
+    student = train(moe(), plan, small_corpus(), tmp_path / "run", on_step=lambda info: losses.append(info.loss))
+    assert np.mean(losses[-4:]) < 0.6 * np.mean(losses[:2])
+    trained = logits_of(student.eval())
+    packed = packed_of(student, plan, tmp_path)
+    assert torch.equal(trained, logits_of(load_packed(packed)))
+    again = prepare(load_packed(packed), plan_to_go_on(packed), start=packed, compact=True)
+    assert torch.equal(logits_of(again.eval()), trained)
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts")
+    make_checkpoint(folder / "checkpoint", GEMMA4_MOE)
+    model: Any = load_model(folder / "checkpoint")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.06)
+            elif "router" in name and parameter.ndim == 1:
+                parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+    model.to(torch.bfloat16).save_pretrained(folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+@pytest.mark.parametrize("recipe", ["q4_0", "q4_0-stock"])
+def test_files_hold_the_codes_of_every_expert(recipe: str, checkpoint: Path, tmp_path: Path) -> None:
+    packed = pack(checkpoint, tmp_path / "packed", recipe)
+    for target, name in (("gguf", "model.gguf"), ("hf", "hf")):
+        made = intaglio("export", packed.path, target, f"--out={tmp_path / name}")
+        assert made.code == 0, made.err
+        assert verify(packed, tmp_path / name).exact
+    types = {
+        t.name: (t.tensor_type.name, tuple(int(n) for n in t.shape)) for t in read_gguf(tmp_path / "model.gguf").tensors
+    }
+    assert types["blk.2.ffn_gate_up_exps.weight"] == ("Q4_0", (256, 128, 16))
+    assert types["blk.2.ffn_down_exps.weight"] == ("Q4_0", (64, 256, 16))
+    assert types["blk.2.ffn_gate_inp.weight"] == ("F32", (256, 16)) and types["blk.2.ffn_gate_inp.scale"][0] == "F32"
+    assert {"blk.2.pre_ffw_norm_2.weight", "blk.2.post_ffw_norm_1.weight", "blk.2.ffn_down_exps.scale"} <= set(types)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    ids = torch.randint(3, 4089, (1, 20), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(logits_of(loaded, ids), logits_of(load_packed(packed), ids))
+
+
+def test_a_changed_code_of_one_expert_is_found(checkpoint: Path, tmp_path: Path) -> None:
+    packed = pack(checkpoint, tmp_path / "packed")
+    assert intaglio("export", packed.path, "gguf", f"--out={tmp_path / 'model.gguf'}").code == 0
+    tensor = next(t for t in read_gguf(tmp_path / "model.gguf").tensors if t.name == "blk.3.ffn_down_exps.weight")
+    with open(tmp_path / "model.gguf", "r+b") as file:
+        file.seek(int(tensor.data_offset) + int(tensor.n_bytes) - 1)
+        file.write(bytes([int(tensor.data.reshape(-1)[-1]) ^ 0x10]))
+    found = verify(packed, tmp_path / "model.gguf")
+    assert found.differing_codes == 1 and not found.exact
+
+
+def test_the_mobile_recipes_refuse_experts(checkpoint: Path) -> None:
+    for recipe in ("mobile", "mobile-e2b"):
+        with pytest.raises(RecipeError, match=r"recipe mobile.* has no grid for experts.*for example q4_0"):
+            make_plan(checkpoint, recipe)
+
+
+@pytest.mark.runtime
+def test_llamacpp_computes_what_was_packed(checkpoint: Path, tmp_path: Path) -> None:
+    from intaglio.measure.evaluate import evaluate_pair, transformers_source
+    from intaglio.measure.llamacpp import LlamaCpp
+
+    packed = pack(checkpoint, tmp_path / "packed")
+    assert intaglio("export", packed.path, "gguf", f"--out={tmp_path / 'model.gguf'}").code == 0
+    windows = torch.randint(3, 4089, (4, 64), generator=torch.Generator().manual_seed(0))
+    with LlamaCpp(tmp_path / "model.gguf") as runtime:
+        found = evaluate_pair(
+            transformers_source(load_packed(packed)), runtime.logits, windows, runtime="llama.cpp", simulated=False
+        )
+        original = evaluate_pair(
+            transformers_source(load_model(checkpoint)), runtime.logits, windows, runtime="llama.cpp", simulated=False
+        )
+    assert found.kl_mean_nats < 0.02 < original.kl_mean_nats or found.kl_mean_nats < 0.1 * original.kl_mean_nats
