@@ -5,13 +5,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check format browser clean
+.PHONY: demo test test-runtimes check format browser clean
 
 demo: $(VENV)/.demo
 	$(BIN)/intaglio demo
 
 test: $(VENV)/.test browser
 	$(BIN)/python -m pytest
+
+# Each runtime that pins other versions than ours has an environment of its own, with what its .txt lists; one
+# that cannot be installed fails here. The artifacts are written in $(VENV) and run there.
+RUNTIMES := $(basename $(notdir $(wildcard benchmarks/runners/*.txt)))
+
+test-runtimes: $(VENV)/.test browser $(RUNTIMES:%=.runtimes/%/.done)
+	$(BIN)/python -m pytest tests/runtimes -m environment
+
+.runtimes/%/.done: benchmarks/runners/%.txt
+	rm -rf .runtimes/$*
+	$(PYTHON) -m venv .runtimes/$*
+	.runtimes/$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	.runtimes/$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	test ! -f benchmarks/runners/$*.sh || bash benchmarks/runners/$*.sh .runtimes/$*
+	touch $@
 
 check: $(VENV)/.test
 	$(BIN)/ruff check src tests benchmarks
@@ -34,7 +49,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) --editable '.[llama,tensorboard,dev]'
+	$(PIP) --editable '.[llama,onnx,tensorboard,dev]'
 	touch $@ $(VENV)/.demo
 
 # The report is tested in a real browser; on Debian and Ubuntu the package manager has one.
@@ -44,4 +59,4 @@ browser:
 	  || echo "no Chromium found: install one, the browser tests need it"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .runtimes build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -41,7 +41,7 @@ from intaglio.train.start import plan_to_go_on
 
 LENGTH, BATCH = 256, 4
 FLOATS = [f"weights.{rule}.grid=f32" for rule in ("linear", "ple_linear", "token_embedding", "ple_embedding")]
-OPTIONS = Options(precision="bf16", compiled=False)
+OPTIONS = Options(precision="no", compiled=False)
 
 
 def domain_text(source: Path, domain: str, target: Path) -> Path:
@@ -74,7 +74,7 @@ def watch(name: str) -> Any:
 
 def trained(original: Any, plan: Plan, corpus: Corpus, folder: Path, start: PackedModel | None = None) -> PackedModel:
     student = train(original, plan, corpus, folder / "run", start=start, options=OPTIONS, on_step=watch(folder.name))
-    pack_model(student, plan, folder / "packed", assets=MODEL_DIR, dtype=torch.bfloat16)
+    pack_model(student, plan, folder / "packed", assets=MODEL_DIR)
     return PackedModel.open(folder / "packed")
 
 
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    qat = settings(args.qat_steps, lr=1e-4, gptq_tokens=32_768, scale_lr=1e-3, frozen_tail=0.1, tail_lr=0.5)
+    qat = settings(args.qat_steps, lr=1e-4, gptq_tokens=16_384, scale_lr=1e-3, frozen_tail=0.1, tail_lr=0.5)
     everything = corpus_of(TRAIN_TEXT, args.qat_steps * BATCH * LENGTH)
     start = trained(load_model(MODEL_DIR), make_plan(MODEL_DIR, Recipe.load("q4_0", qat)), everything, folder / "qat")
 

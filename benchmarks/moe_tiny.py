@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     export_hf(floats, folder / "original")
     original = load_model(folder / "original")
 
-    schedule = settings(args.steps, lr=args.lr, scale_lr=1e-3, frozen_tail=0.1, tail_lr=0.5, gptq_tokens=32_768)
+    schedule = settings(args.steps, lr=args.lr, scale_lr=1e-3, frozen_tail=0.1, tail_lr=0.5, gptq_tokens=16_384)
     plan = make_plan(folder / "original", Recipe.load("q4_0", schedule))
     packed = {
         "stock": quantize(folder / "original", make_plan(folder / "original", "q4_0-stock"), folder / "stock"),

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import settings
 
 from intaglio.packed.model import PackedModel
 from tests.support.cases import CONFIGS, Case, make_case
+from tests.support.onnx import traced
 from tests.support.tiny import GEMMA4, make_checkpoint, pack
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _each_decoder_is_traced_once() -> Iterator[None]:
+    """A trace takes seconds and depends on the config alone; exports of this process share it."""
+    with patch("intaglio.export.onnx_decoder.trace_decoder", traced):
+        yield
 
 
 @pytest.fixture(scope="session")

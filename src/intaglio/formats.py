@@ -9,7 +9,9 @@ from typing import Any
 
 from intaglio.export.gguf import check_exportable, check_grids, export_gguf
 from intaglio.export.hf import export_hf
+from intaglio.export.litert import check_litert
 from intaglio.export.mobile import export_mobile
+from intaglio.numerics.grid import Q4_0_POSITIVE
 from intaglio.plan.plan import Plan
 from intaglio.plan.recipe import Recipe
 
@@ -76,6 +78,17 @@ MOBILE = Format(
 )
 
 
+LITERT = Format(
+    label="absmax for LiteRT",
+    stock_label="Absmax rounding",
+    stock_recipe=_absmax,
+    exports=(Export(name="hf", kind="trained", write=export_hf, runs=False),),  # the bundle needs an environment
+    check=lambda plan, model_dir: check_litert(plan),
+)
+
+
 def format_of(plan: Plan) -> Format:
     """The format that holds the plan's grids."""
-    return MOBILE if plan.mobile else GGUF
+    if not plan.mobile:
+        return GGUF
+    return LITERT if any(tensor.grid == Q4_0_POSITIVE for tensor in plan) else MOBILE

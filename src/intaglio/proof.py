@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from intaglio.errors import MismatchError
+from intaglio.errors import InputError, MismatchError
 from intaglio.formats import Export, Format, format_of
 from intaglio.measure.evaluate import Candidate, evaluate_many, greedy, transformers_runtime, transformers_source
 from intaglio.measure.llamacpp import LlamaCpp
@@ -38,6 +38,7 @@ from intaglio.numerics.grid import BlockGrid
 from intaglio.packed.checkpoint import TextModel, load_model, load_quantized, model_name, stream_tensors
 from intaglio.packed.model import PackedModel, file_sha256
 from intaglio.packed.verify import Verification, verify
+from intaglio.packed.verify_affine import is_mlx
 from intaglio.plan.family import load_config
 from intaglio.plan.plan import Plan
 from intaglio.progress import Progress
@@ -163,6 +164,8 @@ def artifact_candidate(path: Path, stack: ExitStack) -> Candidate:
     if path.suffix == ".gguf":
         llama = stack.enter_context(LlamaCpp(path))
         return Candidate(source=llama.logits, runtime=llama.version, simulated=False)
+    if is_mlx(path):
+        raise InputError(f"{path}: a folder for mlx-lm, which measures nothing here: measure the packed model instead")
     model = load_quantized(path) if "quantization_config" in load_config(path) else load_model(path)
     return Candidate(source=transformers_source(model), runtime=transformers_runtime(), simulated=False)
 

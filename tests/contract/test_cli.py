@@ -59,7 +59,7 @@ def test_every_verb_explains_itself(verb: str) -> None:
         (["plan", "e2b", "--all"], "expected a model, or --all"),
         (["plan", "e2b", "--batch=0"], "Invalid value for '--batch'"),
         (["plan", "x", "--nope"], "No such option: --nope"),
-        (["export", "x", "mlx", "--out=y"], "'mlx': expected one of gguf, hf"),
+        (["export", "x", "polish", "--out=y"], "'polish': expected one of gguf, hf"),
         (["eval", "x", "--original=y", "--text=z", "--eval-tokens=many"], "Invalid value for '--eval-tokens'"),
     ],
 )

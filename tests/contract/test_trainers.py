@@ -1,4 +1,4 @@
-"""A prepared model under other people's trainers: transformers' Trainer, and PEFT's LoRA.
+"""A prepared model under other people's trainers: transformers' Trainer, PEFT's LoRA, and TRL's SFTTrainer.
 
 The order that works with PEFT: `get_peft_model` first, then `prepare`. The adapters are merged into
 the latents before these are quantized, so that what is trained is what ships. The other order would
@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from intaglio.errors import InputError
 from intaglio.export.hf import export_hf
@@ -27,6 +27,7 @@ from intaglio.train.attach import prepare
 from intaglio.train.decode import cache_values, drop_values
 from intaglio.train.modules import merged_latent
 from intaglio.train.pack import pack_model
+from tests.support.tiny import TOKENIZER
 from tests.support.training import small_corpus, small_model, small_plan
 
 Q_PROJ = "layers.0.self_attn.q_proj"
@@ -288,3 +289,26 @@ def test_adapters_on_weights_that_the_recipe_does_not_train_are_refused(teacher:
 def test_all_linears_but_the_float_one_can_be_adapted(teacher: nn.Module) -> None:
     model = with_lora(teacher, target_modules="all-linear", exclude_modules=["per_layer_model_projection"])
     assert adapted(prepare(model, small_plan()), "layers.0.per_layer_input_gate").lora_A
+
+
+# TRL
+
+
+def test_sft_trainer_trains_a_prepared_model_and_it_packs(teacher: nn.Module, tmp_path: Path) -> None:
+    from datasets import Dataset as Table
+    from trl import SFTConfig, SFTTrainer
+
+    plan = small_plan()
+    model = prepare(copy.deepcopy(teacher).requires_grad_(True), plan)
+    before = logits_of(model)
+    table = Table.from_dict({"input_ids": CORPUS.tokens.tolist()})
+    common = {"max_steps": 8, "learning_rate": 1e-3, "logging_steps": 1, "per_device_train_batch_size": 8}
+    quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "seed": 0, "bf16": False}
+    args = SFTConfig(output_dir=str(tmp_path / "run"), max_length=None, **common, **quiet)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    trainer = SFTTrainer(model=model, args=args, train_dataset=table, processing_class=tokenizer)
+    trainer.train()
+    assert_learned(trainer)
+    after = logits_of(model.eval())
+    assert not torch.equal(after, before)
+    assert torch.equal(shipped_logits(model, plan, teacher, tmp_path), after)

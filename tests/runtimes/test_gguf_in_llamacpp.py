@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from llama_cpp import Llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.cases import Case
+from tests.support.cases import Case, make_case
 from tests.support.texts import CHAT, texts
 from tests.support.tiny import VOCABULARY
 
@@ -36,6 +37,14 @@ def test_llamacpp_knows_the_special_tokens_and_the_template(gemma4: Case) -> Non
 
 
 def test_llamacpp_computes_the_exported_model(case: Case) -> None:
+    check_logits(case)
+
+
+def test_llamacpp_computes_the_text_of_a_model_without_encoders(tmp_path: Path) -> None:
+    check_logits(make_case("unified", tmp_path))
+
+
+def check_logits(case: Case) -> None:
     """200 tokens, six windows long. What is left is llama.cpp's 8-bit rounding of activations.
 
     Measured: 3e-7 to 2.5e-6 nats. A sliding window of one token less gives 7e-6 to 3e-5, another RoPE

@@ -11,7 +11,7 @@ from gguf import GGUFReader
 from intaglio.export.gguf import export_gguf
 from intaglio.export.hf import export_hf
 from intaglio.packed.model import PackedModel
-from tests.support.tiny import GEMMA3, GEMMA4, GEMMA4_DENSE, make_checkpoint, pack
+from tests.support.tiny import FAMILY, GEMMA3, GEMMA4, GEMMA4_DENSE, make_checkpoint, pack
 
 CONFIGS = {"gemma4": GEMMA4, "gemma4-dense": GEMMA4_DENSE, "gemma3": GEMMA3}
 
@@ -28,7 +28,8 @@ class Case:
 
 
 def make_case(name: str, folder: Path) -> Case:
-    checkpoint = make_checkpoint(folder / "checkpoint", CONFIGS[name])
+    """name: of CONFIGS, or of another kind of model in FAMILY."""
+    checkpoint = make_checkpoint(folder / "checkpoint", CONFIGS.get(name) or FAMILY[name])
     packed = pack(checkpoint, folder / "packed")
     export_gguf(packed, folder / "model.gguf")
     export_hf(packed, folder / "hf")

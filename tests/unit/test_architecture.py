@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "plan": {"errors", "numerics"},
     "packed": {"errors", "numerics", "plan"},
     "train": {"errors", "numerics", "plan", "packed"},
-    "export": {"errors", "numerics", "plan", "packed"},
+    "litert": {"errors", "numerics", "plan", "packed"},  # run in an environment of its own
+    "export": {"errors", "numerics", "plan", "packed", "litert"},
     "sources": {"errors", "numerics", "plan", "packed", "train"},
     "measure": {"errors", "numerics", "plan", "packed", "train", "export"},
     "tiny": set(),
@@ -34,6 +35,7 @@ MAY_IMPORT = {
     "progress": {"train"},
     "proof": {"errors", "numerics", "plan", "packed", "train", "measure", "formats", "progress"},
     "workflow": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof"},
+    "release": {"errors", "numerics", "plan", "packed", "export", "progress"},
     "finetune": {"errors", "packed", "train", "measure", "formats", "progress", "proof", "workflow"},
     "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow"},
     "terminal": {"numerics", "plan", "train", "sources", "measure", "progress"},
@@ -42,7 +44,7 @@ MAY_IMPORT = {
     "planning_page": {"plan", "packed", "export", "measure", "planning", "terminal_plan"},
     "cli": {
         *("errors", "plan", "packed", "train", "sources", "export", "measure", "demo", "terminal", "proof", "workflow"),
-        "finetune",
+        *("finetune", "release"),
         *("planning", "terminal_plan", "planning_page"),
     },
     "__init__": set(),  # names its homes as strings

@@ -15,7 +15,7 @@ from transformers.integrations.gemma_quant import QuantizedEmbedding, QuantizedL
 
 from intaglio.errors import WeightError
 from intaglio.numerics.fit import fit_absmax, fit_mse
-from intaglio.numerics.grid import INT2, INT4, INT8, BlockGrid, Quantized, from_steps, is_normal_positive
+from intaglio.numerics.grid import INT2, INT4, INT8, BlockGrid, Quantized, from_steps, grid_named, is_normal_positive
 from intaglio.packed.codes import pack_codes
 from intaglio.train.fakequant import WeightQuantizer
 from tests.support.samples import samples
@@ -200,3 +200,27 @@ def test_what_was_computed_in_any_dtype_is_packed(grid: BlockGrid, dtype: torch.
     made = WeightQuantizer(grid.for_width(64), values, fit_mse(values, grid.for_width(64)), learned=True)
     made.values, made.steps = made.compute(values, dtype=dtype)
     assert torch.equal(made.pack(values).decode(dtype), made.values)
+
+
+@each_grid
+@each_fit
+def test_narrow_scales_are_exact_in_bfloat16_and_cost_nearly_nothing(grid: BlockGrid, fit) -> None:
+    wide, narrow = grid.for_width(512), grid_named(f"{grid.name}-bf16").for_width(512)
+    for kind, values in SAMPLES.items():
+        found = fit(torch.from_numpy(values), narrow)
+        assert found.step.to(torch.bfloat16).float().equal(found.step), kind
+        assert narrow.codes_of(found.decode(), found.step).equal(found.codes)
+    values = gaussian(columns=512)
+    lost = signal_to_noise_db(values, fit(values, wide).decode()) - signal_to_noise_db(
+        values, fit(values, narrow).decode()
+    )
+    assert -0.05 < lost < 0.05
+
+
+@each_grid
+def test_narrow_scales_stay_so_while_they_are_learned(grid: BlockGrid) -> None:
+    narrow = grid_named(f"{grid.name}-bf16").for_width(512)
+    step = torch.full((4, 1), 0.0123)
+    rounded = narrow.round_step(step * torch.linspace(0.5, 2, 4).unsqueeze(1))
+    assert rounded.to(torch.bfloat16).float().equal(rounded)
+    assert float(narrow.round_step(torch.tensor(0.0))) > 0

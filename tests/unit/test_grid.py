@@ -93,7 +93,7 @@ def test_portable_values_are_exact_in_bfloat16(grid: BlockGrid, data: st.DataObj
 
 
 def test_which_grids_are_portable() -> None:
-    assert {grid.name for grid in PORTABLE} == {"q4_0", "q6_k", "q8_0"}
+    assert {grid.name for grid in PORTABLE} == {"q4_0", "q4_0-positive", "q6_k", "q8_0"}
 
 
 @any_grid

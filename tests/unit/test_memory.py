@@ -49,7 +49,7 @@ def test_weights_gradients_and_moments_take_what_is_planned(config: dict[str, An
     scalars = [b for name, b in student.named_buffers() if name.endswith("layer_scalar")]
     assert planned.masters == held_bytes(*latents, *table, *scalars)
     scales = [p for name, p in student.named_parameters() if name.endswith("scale_latent")]
-    scales += [b for n, b in student.named_buffers() if n.split(".")[-1] in ("scale", "super_scale", "sign")]
+    scales += [b for n, b in student.named_buffers() if n.split(".")[-1] in ("scale", "super_scale", "base")]
     assert planned.scales == held_bytes(*scales)
     optimizer = make_optimizer(student, plan.recipe.schedule)
     trained = [p for group in optimizer.param_groups for p in group["params"]]

@@ -103,7 +103,7 @@ def test_the_last_override_wins() -> None:
         ("schedule.lr", r"--set 'schedule\.lr': expected key=value"),
         ("name.first=x", r"--set 'name\.first=x': 'name' of q4_0 is a value"),
         ("schedule.speed=3", "unknown key 'speed': expected one of batch_size"),
-        ("scedule.lr=3", "unknown key 'scedule': expected one of activations, families, fit"),
+        ("scedule.lr=3", "unknown key 'scedule': expected one of activations, channel_scales, families, fit"),
         ("weights.linear.grid=q5_0", r"\[weights\.linear\].*'q5_0': expected one of bf16, f16, f32, i64, int2"),
         ("=3", "unknown key ''"),
     ],
@@ -126,7 +126,10 @@ MALFORMED = {
     "no name": (RULE, "name = None: expected str"),
     "a name that is a number": (f"name = 3\n{RULE}", "name = 3: expected str"),
     "a summary that is a number": (f'name = "x"\nsummary = 3\n{RULE}', "summary = 3: expected str"),
-    "unknown key": (f'name = "x"\nversion = 3\n{RULE}', "unknown key 'version': expected one of activations, families"),
+    "unknown key": (
+        f'name = "x"\nversion = 3\n{RULE}',
+        "unknown key 'version': expected one of activations, channel_scales, families",
+    ),
     "unknown fit": (f'name = "x"\nfit = "best"\n{RULE}', "fit = 'best': expected one of mse, absmax, stock"),
     "a fit that is a list": (f'name = "x"\nfit = ["mse"]\n{RULE}', r"fit = \['mse'\]: expected one of mse, absmax"),
     "no rules": ('name = "x"', r"no \[weights\.NAME\] rules"),
@@ -261,3 +264,16 @@ def test_recipes_for_gguf_say_nothing_of_activations() -> None:
     """So that their plans keep the digests that they had before recipes could."""
     for name in (name for name in PRESETS if name.startswith("q4_0")):
         assert set(Recipe.load(name).to_dict()) == {"name", "summary", "fit", "weights", "schedule"}
+
+
+def test_channel_scales_may_be_those_that_bfloat16_holds() -> None:
+    plain, narrow = Recipe.load("mobile-e2b"), Recipe.load("mobile-e2b", ["channel_scales=bf16"])
+    for before, after in zip(plain.rules, narrow.rules, strict=True):
+        channel = before.grid.name.startswith("int")
+        assert after.grid.name == before.grid.name + "-bf16" * channel
+    assert Recipe.from_toml(narrow.to_toml()) == narrow
+    assert Recipe.load("mobile-e2b", ["channel_scales=f32"]) == plain
+    with pytest.raises(RecipeError, match="no rule has grid int2, int4 or int8"):
+        Recipe.load("q4_0", ["channel_scales=bf16"])
+    with pytest.raises(RecipeError, match="channel_scales = 'f16'"):
+        Recipe.load("mobile", ["channel_scales=f16"])

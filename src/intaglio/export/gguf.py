@@ -209,7 +209,7 @@ def _add_gemma4(writer: GGUFWriter, config: Any) -> None:
 
 
 def _add_gemma3(writer: GGUFWriter, config: Any, rope_full: dict[str, Any]) -> None:
-    writer.add_sliding_window_pattern(_sliding_period(config.layer_types))
+    writer.add_sliding_window_pattern(sliding_period(config.layer_types))
     if rope_full["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope_full["factor"])
@@ -217,7 +217,7 @@ def _add_gemma3(writer: GGUFWriter, config: Any, rope_full: dict[str, Any]) -> N
         raise ConfigError(f"rope_type {rope_full['rope_type']!r}: expected 'default' or 'linear' for Gemma 3")
 
 
-def _sliding_period(layer_types: list[str]) -> int:
+def sliding_period(layer_types: list[str]) -> int:
     """The p of llama.cpp's pattern: in each p layers the last is full; with 0 none is."""
     for period in range(len(layer_types) + 1):
         pattern = [period == 0 or i % period < period - 1 for i in range(len(layer_types))]

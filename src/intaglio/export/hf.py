@@ -43,7 +43,7 @@ def export_hf(packed: PackedModel, path: str | Path, *, replace: bool = False) -
         (temporary / "config.json").write_text(text, "utf-8")
         with SafetensorsWriter(temporary / "model.safetensors", hf_tensors(plan), packed.file_metadata) as writer:
             for stored, (name, exact_in) in sources.items():
-                writer.write(stored, _decoded(packed.read(name), exact_in, name))
+                writer.write(stored, decoded(packed.read(name), exact_in, name))
 
 
 def float_dtype(plan: Plan) -> torch.dtype:
@@ -94,7 +94,8 @@ def whole_config(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
     return spec.whole | {"architectures": [architecture], "dtype": name, "text_config": text}
 
 
-def _decoded(value: Quantized | Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def decoded(value: Quantized | Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The values of a tensor in `dtype`. WeightError, with the tensor's name, if that does not hold them exactly."""
     if not isinstance(value, Quantized):
         return value.to(dtype)
     decoded = torch.empty(value.codes.shape, dtype=dtype)

@@ -31,6 +31,7 @@ BFLOAT16_SIGNIFICANT_BITS = 8
 HALF_SIGNIFICANT_BITS = 11
 HALF_SMALLEST = 2.0**-24  # the smallest subnormal, and the distance between subnormals
 HALF_LARGEST = 65504.0
+HALF_LARGEST_STEP = 2.0**15  # a float16 that keeps any number of significant bits
 # Adding and subtracting this float32 rounds a value below 2^-14 to a multiple of 2^-24, which is
 # the spacing of float16 subnormals: float32 numbers in [0.5, 1) lie 2^-24 apart.
 HALF_SUBNORMAL_MAGIC = 0.75
@@ -136,11 +137,14 @@ class BlockGrid:
         """Nearest allowed step, float32. Q6_K steps are rounded by their fit, two levels at once.
 
         A canonical step below 2^-20 becomes zero: with fewer than five bits left above float16's
-        smallest subnormal, the extremum could miss `code_min`. A positive step is any float32
-        number that is normal and stays finite times a code.
+        smallest subnormal, the extremum could miss `code_min`. A positive step is a float32 number
+        that is normal and stays finite times a code.
         """
         if self.positive:
-            return step.clamp(FLOAT_SMALLEST, CHANNEL_STEP_LARGEST)
+            rounded = step if self.step_bits == FLOAT_SIGNIFICANT_BITS else round_significant(step, self.step_bits)
+            if self.scale_dtype == torch.float16:
+                return rounded.clamp(HALF_SMALLEST * 2.0 ** (self.step_bits - 1), HALF_LARGEST_STEP)
+            return rounded.clamp(FLOAT_SMALLEST, CHANNEL_STEP_LARGEST)
         subnormal_below = HALF_SMALLEST * 2.0 ** (self.step_bits - 1)
         if _cheaply_known_at_least(subnormal_below, step):
             return round_significant(step, self.step_bits)
@@ -220,6 +224,8 @@ Grid = BlockGrid | FloatGrid
 
 Q4_0 = BlockGrid(name="q4_0", ggml_type="Q4_0", code_min=-8, code_max=7, block_size=32, step_bits=5, canonical=True)
 Q4_0_FREE = BlockGrid(name="q4_0-free", ggml_type="Q4_0", code_min=-8, code_max=7, block_size=32, step_bits=11)
+# For LiteRT, whose blocks of 32 have positive scales, and computes with them in bfloat16.
+Q4_0_POSITIVE = replace(Q4_0_FREE, name="q4_0-positive", step_bits=5, positive=True)
 Q8_0 = BlockGrid(name="q8_0", ggml_type="Q8_0", code_min=-127, code_max=127, block_size=32, step_bits=1)
 Q8_0_FREE = replace(Q8_0, name="q8_0-free", step_bits=11)
 Q6_K = BlockGrid(
@@ -246,13 +252,22 @@ INT2 = BlockGrid(
 )
 INT4 = replace(INT2, name="int4", code_min=-8, code_max=7)
 INT8 = replace(INT2, name="int8", code_min=-127, code_max=127)
+# The same with scales that are exact in bfloat16, where vLLM keeps them.
+INT2_BF16, INT4_BF16, INT8_BF16 = (
+    replace(grid, name=f"{grid.name}-bf16", step_bits=BFLOAT16_SIGNIFICANT_BITS) for grid in (INT2, INT4, INT8)
+)
 F16 = FloatGrid(name="f16", ggml_type="F16", bytes_per_value=2)
 F32 = FloatGrid(name="f32", ggml_type="F32", bytes_per_value=4)
 BF16 = FloatGrid(name="bf16", ggml_type=None, bytes_per_value=2)
 I64 = IndexGrid(name="i64", ggml_type=None, bytes_per_value=8)
 
 GRIDS: dict[str, Grid] = {
-    g.name: g for g in (Q4_0, Q4_0_FREE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE, INT2, INT4, INT8, F16, F32, BF16, I64)
+    g.name: g
+    for g in (
+        *(Q4_0, Q4_0_FREE, Q4_0_POSITIVE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE),
+        *(INT2, INT4, INT8, INT2_BF16, INT4_BF16, INT8_BF16),
+        *(F16, F32, BF16, I64),
+    )
 }
 
 

@@ -311,9 +311,9 @@ def join_packed(text: PackedModel, carrying: PackedModel, path: Path, *, replace
             source = text if tensor in text.plan.tensors else carrying
             for rows, value in source.chunks(tensor.name):
                 writer.add(tensor.name, value, rows)
-        for name, value in static.items():
-            if name in plan.carried_scales or any(s.owned and s.name == name for s in plan.static_scales):
-                writer.add_static(name, value)
+        owners = {scale.name for scale in plan.static_scales if scale.owned} | set(plan.carried_scales)
+        for name in owners:
+            writer.add_static(name, static[name])
 
 
 def file_sha256(path: Path) -> str:

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ SAFETENSORS_DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint32: "U32",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.int32: "I32",
@@ -35,17 +38,22 @@ SAFETENSORS_DTYPES = {
 }
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has safetensors."""
+    return any(folder.glob("*.safetensors"))
+
+
 @contextmanager
-def new_path(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_path(path: Path, *, replace: bool = False, is_such: Callable[[Path], bool] = holds_weights) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it otherwise.
 
     Works for a file and for a folder (which the caller makes). Raises OutputError if `path` exists
     and may not be replaced, and for a full disk or a folder that cannot be written. A folder is
-    replaced only if it holds what such a folder holds: a wrong path shall not cost anyone a home.
+    replaced only if `is_such` finds in it what such a folder holds: a wrong path shall not cost anyone a home.
     """
     if path.exists() and not replace:
         raise OutputError(f"{path}: already exists: choose another output or remove it")
-    if path.is_dir() and any(path.iterdir()) and not any(path.glob("*.safetensors")):
+    if path.is_dir() and any(path.iterdir()) and not is_such(path):
         raise OutputError(f"{path}: holds no model, so it is not replaced: choose another output or remove it")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:

@@ -1,12 +1,13 @@
 """Does an artifact hold what was packed? Read it back with another reader, and count.
 
-The readers are gguf-py and safetensors; the only thing shared with the exporters is the table of
-names in `plan/family.py`. Everything is compared by its bits.
+Each kind of artifact has a row in READERS. The readers are gguf-py, safetensors and what the formats'
+own libraries bring; the only thing shared with the exporters are tables of names. Everything is
+compared by its bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,16 @@ from intaglio.packed.checkpoint import is_mobile, shards
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import open_safetensors
 from intaglio.packed.tally import Tally
+from intaglio.packed.tflite import bundle_in, holds_bundle
+from intaglio.packed.verify_affine import compare_compressed, compare_mlx, is_compressed, is_mlx
+from intaglio.packed.verify_bundles import bundled_gguf, holds_ggufs, is_ollama
+from intaglio.packed.verify_litert import compare_litert
 from intaglio.packed.verify_mobile import compare_mobile
+from intaglio.packed.verify_onnx import compare_onnx
 from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES, load_config
 from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors
+from intaglio.plan.onnx import is_onnx
 from intaglio.plan.plan import PlannedTensor
 
 KINDS = ("codes", "scales", "static_scales", "values")
@@ -86,19 +93,13 @@ class Verification:
 
 
 def verify(packed: PackedModel, artifact: str | Path) -> Verification:
-    """Compare a .gguf file or a transformers folder with the packed model it was made from.
+    """Compare one exported file or folder with the packed model it was made from.
 
     A difference is counted, not raised. Raises ConfigError for an artifact that cannot be read.
     """
     artifact = Path(artifact)
     tally = Tally()
-    if artifact.is_dir():
-        if packed.plan.model.whole and "text_config" not in load_config(artifact):
-            packed = packed.text_only()
-        compare = compare_mobile if is_mobile(artifact) else _compare_folder
-        compare(packed, artifact, tally)
-    else:
-        _compare_gguf(packed, artifact, tally)
+    next(reader for reader in READERS if reader.recognises(artifact)).compare(packed, artifact, tally)
     return Verification(
         artifact=artifact,
         tensors=tally.counts["tensors"],
@@ -153,7 +154,14 @@ def _compare_floats(expected: Tensor, stored: ReaderTensor, tally: Tally) -> Non
     tally.compare("values", expected, torch.from_numpy(data.astype(np.float32)))
 
 
+def _as_in(packed: PackedModel, folder: Path) -> PackedModel:
+    """The packed model, without towers if the folder's config has none."""
+    text_only = packed.plan.model.whole and "text_config" not in load_config(folder)
+    return packed.text_only() if text_only else packed
+
+
 def _compare_folder(packed: PackedModel, folder: Path, tally: Tally) -> None:
+    packed = _as_in(packed, folder)
     whole = packed.plan.model.whole is not None
     towers = [tensor for tensor in packed.plan.carried if tensor.spec.role in TOWER_ROLES]
     planned = {whole_name(t.name) if whole else t.name: t for t in (*packed.plan.tensors, *towers)}
@@ -203,3 +211,29 @@ def read_gguf(path: Path) -> GGUFReader:
         return _Reader(path)
     except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError, MemoryError) as error:
         raise ConfigError(f"{path}: not a valid GGUF file ({error}): download or export it again") from error
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A kind of artifact.
+
+    recognises: whether a path is of this kind, by its name and its config alone. compare: counts into the
+    tally what the artifact holds and what of it differs; ConfigError if it cannot be read.
+    """
+
+    recognises: Callable[[Path], bool]
+    compare: Callable[[PackedModel, Path, Tally], None]
+
+
+# The first that recognises an artifact reads it.
+READERS = (
+    Reader(is_mobile, lambda packed, folder, tally: compare_mobile(_as_in(packed, folder), folder, tally)),
+    Reader(is_compressed, lambda packed, folder, tally: compare_compressed(_as_in(packed, folder), folder, tally)),
+    Reader(is_mlx, compare_mlx),
+    Reader(is_onnx, compare_onnx),
+    Reader(is_ollama, lambda packed, folder, tally: _compare_gguf(packed, bundled_gguf(folder), tally)),
+    Reader(holds_ggufs, lambda packed, folder, tally: _compare_gguf(packed, bundled_gguf(folder), tally)),
+    Reader(holds_bundle, lambda packed, path, tally: compare_litert(packed, bundle_in(path), tally)),
+    Reader(Path.is_dir, _compare_folder),
+    Reader(lambda path: True, _compare_gguf),
+)

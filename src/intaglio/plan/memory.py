@@ -30,7 +30,7 @@ class TrainingMemory:
     """Bytes on each GPU.
 
     teacher: float32, with a bfloat16 copy of its head. masters: float32 latents, and tables that are not
-    trained as codes. scales: learned, fitted, and their signs. decoded: bfloat16 weights of an optimizer step,
+    trained as codes. scales: learned, fitted, and what they began with. decoded: bfloat16 weights of an optimizer step,
     and their steps. gathered: the largest layer, whole, where weights are sharded.
     micro_tokens: tokens of a forward; what they cost is in activations and loss.
     """
@@ -113,8 +113,8 @@ def _scale_bytes(tensor: PlannedTensor) -> int:
     grid = tensor.grid
     if not isinstance(grid, BlockGrid):
         return 0
-    if learns_scales(tensor):  # of a canonical grid the sign is the extremum's; of others it is kept
-        return _scales(tensor) * (FLOAT + (0 if grid.canonical else 1))
+    if learns_scales(tensor):  # of a canonical grid the extremum says where learning began; of others it is kept
+        return _scales(tensor) * (FLOAT + (0 if grid.canonical else FLOAT))
     supers = 0 if grid.super_block is None else HALF * (tensor.spec.numel // grid.super_block)
     return _scales(tensor) * grid.scale_dtype.itemsize + supers
 

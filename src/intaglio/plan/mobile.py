@@ -74,7 +74,9 @@ def check_mobile(plan: Plan) -> None:
         )
     for tensor in plan.everything:
         grid = tensor.grid
-        if isinstance(grid, BlockGrid) and not (grid.positive and grid.code_bits in FORMAT_BITS):
+        if isinstance(grid, BlockGrid) and not (
+            grid.positive and grid.ggml_type is None and grid.code_bits in FORMAT_BITS
+        ):
             raise RecipeError(
                 f"{tensor.name}: recipe {plan.recipe.name} puts it on grid {grid.name}, which the mobile format does "
                 "not have: choose a recipe for it, for example mobile"

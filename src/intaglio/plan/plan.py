@@ -101,7 +101,7 @@ class Plan:
     @property
     def mobile(self) -> bool:
         """Whether its grids are those of the Gemma mobile format; otherwise they are GGUF's."""
-        return any(isinstance(t.grid, BlockGrid) and t.grid.positive for t in self.tensors)
+        return any(isinstance(t.grid, BlockGrid) and t.grid.positive and not t.grid.ggml_type for t in self.tensors)
 
     @property
     def size_bytes(self) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import tomli_w
 
 from intaglio.errors import RecipeError
-from intaglio.numerics.grid import BlockGrid, Grid, grid_named
+from intaglio.numerics.grid import INT2, INT4, INT8, BlockGrid, Grid, grid_named
 from intaglio.plan.checks import check_keys, one_of, typed
 from intaglio.plan.family import FAMILIES, ROLES, TOWER_ROLES
 from intaglio.plan.schedule import Schedule, parse_schedule
@@ -26,6 +26,7 @@ from intaglio.plan.static import Activations, KvCache, parse_activations, parse_
 
 FITS = ("mse", "absmax", "stock")
 EARLY, LATE = "early", "late"
+CHANNEL_GRIDS: tuple[Grid, ...] = (INT2, INT4, INT8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ def _apply_override(table: dict[str, Any], override: str, source: str) -> None:
 
 
 def _parse(table: dict[str, Any], source: str) -> Recipe:
-    known = {"name", "summary", "fit", "families", "weights", "activations", "kv_cache", "schedule"}
+    known = {"name", "summary", "fit", "families", "channel_scales", "weights", "activations", "kv_cache", "schedule"}
     check_keys(table, known, source)
     rules = table.get("weights")
     if not isinstance(rules, dict) or not rules:
@@ -177,13 +178,23 @@ def _parse(table: dict[str, Any], source: str) -> Recipe:
         summary=typed({"summary": ""} | table, "summary", str, source),
         fit=one_of(table, "fit", FITS, "mse", source),
         families=_parse_names(table.get("families", []), "families", sorted(FAMILIES), source),
-        rules=tuple(_parse_rule(name, body, source) for name, body in rules.items()),
+        rules=_with_scales(table, tuple(_parse_rule(name, body, source) for name, body in rules.items()), source),
         activations=parse_activations(table.get("activations"), source),
         kv_cache=parse_kv_cache(table.get("kv_cache"), source),
         schedule=parse_schedule(table.get("schedule", {}), source),
     )
     _check_fit(recipe, source)
     return recipe
+
+
+def _with_scales(table: dict[str, Any], rules: tuple[WeightRule, ...], source: str) -> tuple[WeightRule, ...]:
+    """The rules, with the -bf16 sort of every channel grid where `channel_scales` asks for it."""
+    if one_of(table, "channel_scales", ("f32", "bf16"), "f32", source) == "f32":
+        return rules
+    if not any(rule.grid in CHANNEL_GRIDS for rule in rules):
+        raise RecipeError(f"{source}: channel_scales = 'bf16', but no rule has grid int2, int4 or int8: leave it out")
+    narrow = {grid: grid_named(f"{grid.name}-bf16") for grid in CHANNEL_GRIDS}
+    return tuple(replace(rule, grid=narrow.get(rule.grid, rule.grid)) for rule in rules)
 
 
 def _check_fit(recipe: Recipe, source: str) -> None:

@@ -46,9 +46,8 @@ def weight_groups(model: nn.Module) -> list[tuple[list[WeightQuantizer], list[Te
     for path, module in model.named_modules():
         if not isinstance(module, QuantLinear | QuantExperts) or path.endswith(".base_layer"):
             continue  # an adapter changes the weight
-        group = groups.setdefault(_layer(path), {})
         for name, quantizer in quantizers_of(module).items():
-            group[quantizer] = module._parameters[name]  # type: ignore[assignment]
+            groups.setdefault(_layer(path), {})[quantizer] = module._parameters[name]  # type: ignore
     return [(list(group), list(group.values())) for group in groups.values()]
 
 

@@ -1,0 +1,223 @@
+"""Reads .litertlm bundles and the .tflite models in them, with nothing but the file formats' own tables of fields.
+
+The exporter writes with the libraries of LiteRT; this reader shares no code with them. A flatbuffer's table
+points at the list of its fields' places, and field numbers are those of the schemas:
+tensorflow/lite/schema/schema.fbs and schema/core/litertlm_header_schema.fbs of LiteRT-LM.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from intaglio.errors import ConfigError
+
+MAGIC = b"LITERTLM"
+HEADER_START = 32  # of the bundle's flatbuffer
+TFLITE_SECTION = 3
+TYPES = {0: "float32", 1: "float16", 2: "int32", 4: "int64", 9: "int8", 17: "int4", 19: "int2"}
+# Field numbers of the tables that are read.
+SECTION_METADATA, SECTIONS = 1, 0
+ITEMS, BEGIN, END, DATA_TYPE = 0, 1, 2, 3
+KEY, VALUE = 0, 2
+OPERATOR_CODES, SUBGRAPHS, BUFFERS, SIGNATURES = 1, 2, 4, 7
+TENSORS, OPERATORS = 0, 3
+SHAPE, TYPE, BUFFER, NAME, QUANTIZATION = 0, 1, 2, 3, 4
+SCALE, ZERO_POINT, DETAILS, DIMENSION = 2, 3, 5, 6
+DATA, OFFSET, SIZE = 0, 1, 2
+OPCODE, INPUTS, OUTPUTS = 0, 1, 2
+BUILTIN_CODE = 3
+SIGNATURE_INPUTS, SIGNATURE_OUTPUTS, SIGNATURE_KEY, SUBGRAPH = 0, 1, 2, 4
+MAP_NAME, MAP_TENSOR = 0, 1
+BLOCK_SCALES, BLOCK_SIZE = 0, 2
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of a flatbuffer: bytes, and where it begins."""
+
+    data: Bytes
+    start: int
+
+    def place(self, number: int) -> int | None:
+        """Where a field's value is; None if it has its default."""
+        vtable = self.start - self.integer(self.start, "<i")
+        slot = 4 + 2 * number
+        if slot >= self.integer(vtable, "<H"):
+            return None
+        offset = self.integer(vtable + slot, "<H")
+        return self.start + offset if offset else None
+
+    def integer(self, place: int, format: str) -> int:
+        return int(struct.unpack_from(format, self.data.data, place)[0])
+
+    def number(self, field: int, format: str) -> int:
+        place = self.place(field)
+        return 0 if place is None else self.integer(place, format)
+
+    def follow(self, place: int) -> int:
+        return place + self.integer(place, "<I")
+
+    def table(self, field: int) -> Table | None:
+        place = self.place(field)
+        return None if place is None else Table(self.data, self.follow(place))
+
+    def vector(self, field: int, dtype: str) -> NDArray[Any]:
+        """A list of numbers, without a copy; empty if the field has its default."""
+        place = self.place(field)
+        if place is None:
+            return np.zeros(0, dtype)
+        start = self.follow(place)
+        end = start + 4 + self.integer(start, "<I") * np.dtype(dtype).itemsize
+        if end > len(self.data):
+            raise ValueError(f"a list that ends at byte {end} of {len(self.data)}")
+        return self.data[start + 4 : end].view(dtype)
+
+    def text(self, field: int) -> str:
+        return self.vector(field, "u1").tobytes().decode("utf-8")
+
+    def tables(self, field: int) -> list[Table]:
+        """A list of tables; empty if the field has its default."""
+        place = self.place(field)
+        if place is None:
+            return []
+        first = self.follow(place) + 4
+        return [Table(self.data, self.follow(first + 4 * i)) for i in range(self.integer(first - 4, "<I"))]
+
+
+def _root(data: Bytes) -> Table:
+    return Table(data, Table(data, 0).follow(0))
+
+
+@dataclass(frozen=True)
+class TfliteTensor:
+    """A tensor of a subgraph.
+
+    type: as in TYPES. data: its bytes, empty where it is computed. scale: float32, of none, one or all rows;
+    of blocks [rows, blocks] in their own dtype. zero: whether all zero points are zero.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    data: Bytes
+    scale: NDArray[Any]
+    zero: bool
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A function of a model: its subgraph's tensors and operators, and the tensors of its inputs and outputs by name.
+
+    operators: builtin code, inputs and outputs, in order.
+    """
+
+    key: str
+    tensors: list[TfliteTensor]
+    operators: list[tuple[int, list[int], list[int]]]
+    inputs: dict[str, int]
+    outputs: dict[str, int]
+
+
+def holds_bundle(path: Path) -> bool:
+    """Whether a path is a .litertlm file, by its first bytes, or a folder with one."""
+    found = bundle_in(path)
+    if not found.is_file():
+        return False
+    with open(found, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def bundle_in(path: Path) -> Path:
+    """The file itself, or the first of its kind in a folder."""
+    return next(iter(sorted(path.glob("*.litertlm"))), path) if path.is_dir() else path
+
+
+def read_bundle(path: Path) -> dict[str, list[Signature]]:
+    """The signatures of each model of a bundle, by its type: "tf_lite_prefill_decode". Data is mapped, not read.
+
+    ConfigError for a file that is truncated or malformed.
+    """
+    try:
+        data: Bytes = np.memmap(path, np.uint8, "r").view(np.ndarray)
+        header = _root(data[HEADER_START:])
+        sections = header.table(SECTION_METADATA)
+        found = {}
+        for section in sections.tables(SECTIONS) if sections else []:
+            if section.number(DATA_TYPE, "B") == TFLITE_SECTION:
+                begin, end = section.number(BEGIN, "<Q"), section.number(END, "<Q")
+                if not HEADER_START < begin < end <= len(data):
+                    raise ValueError(f"a model in bytes {begin} to {end} of {len(data)}")
+                found[_model_type(section)] = list(_signatures(data[begin:end]))
+        if not found:
+            raise ValueError("it has no models")
+        return found
+    except (struct.error, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a valid bundle ({error}): export it again") from error
+
+
+def _model_type(section: Table) -> str:
+    for item in section.tables(ITEMS):
+        value = item.table(VALUE)
+        if item.text(KEY) == "model_type" and value is not None:
+            return value.text(0)
+    raise ValueError("a model without a type")
+
+
+def _signatures(data: Bytes) -> Iterator[Signature]:
+    model = _root(data)
+    buffers, subgraphs = model.tables(BUFFERS), model.tables(SUBGRAPHS)
+    codes = [code.number(BUILTIN_CODE, "<i") for code in model.tables(OPERATOR_CODES)]
+    for signature in model.tables(SIGNATURES):
+        subgraph = subgraphs[signature.number(SUBGRAPH, "<I")]
+        tables = subgraph.tables(TENSORS)
+        yield Signature(
+            key=signature.text(SIGNATURE_KEY),
+            tensors=[_tensor(table, tables, data, buffers) for table in tables],
+            operators=[
+                (codes[op.number(OPCODE, "<I")], op.vector(INPUTS, "<i4").tolist(), op.vector(OUTPUTS, "<i4").tolist())
+                for op in subgraph.tables(OPERATORS)
+            ],
+            inputs={m.text(MAP_NAME): m.number(MAP_TENSOR, "<I") for m in signature.tables(SIGNATURE_INPUTS)},
+            outputs={m.text(MAP_NAME): m.number(MAP_TENSOR, "<I") for m in signature.tables(SIGNATURE_OUTPUTS)},
+        )
+
+
+def _tensor(table: Table, tables: list[Table], data: Bytes, buffers: list[Table]) -> TfliteTensor:
+    kind = TYPES.get(table.number(TYPE, "B"), "other")
+    quantization = table.table(QUANTIZATION)
+    scale, zero = np.zeros(0, np.float32), True
+    if quantization is not None:
+        scale = quantization.vector(SCALE, "<f4")
+        zero = not quantization.vector(ZERO_POINT, "<i8").any() and quantization.number(DIMENSION, "<i") == 0
+        blocks = quantization.table(DETAILS)
+        if blocks is not None:
+            stored = tables[blocks.number(BLOCK_SCALES, "<i")]
+            scale = _data(buffers[stored.number(BUFFER, "<I")], data).view("<f2")
+            scale = scale.reshape(stored.vector(SHAPE, "<i4").tolist())
+    return TfliteTensor(
+        name=table.text(NAME),
+        shape=tuple(table.vector(SHAPE, "<i4").tolist()),
+        type=kind,
+        data=_data(buffers[table.number(BUFFER, "<I")], data),
+        scale=scale,
+        zero=zero,
+    )
+
+
+def _data(buffer: Table, data: Bytes) -> Bytes:
+    """A buffer's bytes, which are in it or behind the flatbuffer."""
+    start, size = buffer.number(OFFSET, "<Q"), buffer.number(SIZE, "<Q")
+    if not size:
+        return buffer.vector(DATA, "u1")
+    if start + size > len(data):
+        raise ValueError(f"a buffer that ends at byte {start + size} of {len(data)}")
+    return data[start : start + size]

@@ -1,0 +1,134 @@
+"""Does a compressed-tensors or an MLX folder hold what was packed? Its words are taken apart here bit by bit.
+
+Shared with the exporters are only the lists of tensors in `plan/affine.py`. Everything is compared by its bits.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from intaglio.numerics.grid import BlockGrid, Quantized
+from intaglio.packed.checkpoint import shards
+from intaglio.packed.model import PackedModel
+from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers
+from intaglio.packed.tally import Tally
+from intaglio.plan.affine import AffineTensor, Scheme, compressed_tensors, mlx_tensors, schemes, stored_name
+from intaglio.plan.family import load_config
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a folder's config says that its weights are compressed-tensors'."""
+    return _quantization(path, "quantization_config").get("quant_method") == "compressed-tensors"
+
+
+def is_mlx(path: Path) -> bool:
+    """Whether a folder's config has groups as mlx-lm writes them."""
+    return "group_size" in _quantization(path, "quantization")
+
+
+def _quantization(path: Path, key: str) -> dict[str, Any]:
+    found = load_config(path).get(key) if (path / "config.json").is_file() else None
+    return found if isinstance(found, dict) else {}
+
+
+def compare_compressed(packed: PackedModel, folder: Path, tally: Tally) -> None:
+    """Count into `tally` what the folder holds and what of it differs from the packed model."""
+    _check_schemes(packed, folder, tally)
+    _compare(packed, folder, compressed_tensors(packed.plan), tally)
+
+
+def compare_mlx(packed: PackedModel, folder: Path, tally: Tally) -> None:
+    """The same for an MLX folder, which holds the text model alone."""
+    packed = packed.text_only()
+    quantization = load_config(folder)["quantization"]
+    stored = mlx_tensors(packed.plan)
+    for scale in (tensor for tensor in stored if tensor.part == "scale"):
+        module, grid = scale.name.removesuffix(".scales"), packed.plan[scale.source].grid
+        assert isinstance(grid, BlockGrid)
+        said = quantization.get(module, quantization)
+        if (said.get("bits"), said.get("group_size")) != (grid.code_bits, grid.block_size // scale.repeat):
+            tally.unlike.append(f"{module} in config.json")
+    _compare(packed, folder, stored, tally)
+
+
+def _check_schemes(packed: PackedModel, folder: Path, tally: Tally) -> None:
+    """Count modules that config.json gives other bits, groups or activations than planned."""
+    plan, quantization = packed.plan, load_config(folder)["quantization_config"]
+    planned = schemes(plan)
+    matrices = {stored_name(plan, t.name).removesuffix(".weight"): t for t in plan if len(t.spec.shape) == 2}
+    for module in {**matrices, **planned}:
+        linear = module not in matrices or "embedding" not in matrices[module].spec.role
+        if _scheme_of(module, linear, quantization) != planned.get(module):
+            tally.unlike.append(f"{module} in config.json")
+
+
+def _scheme_of(module: str, linear: bool, quantization: dict[str, Any]) -> Scheme | None:
+    """What compressed-tensors' readers give a module: the first target that matches it, unless it is ignored."""
+
+    def matches(target: str) -> bool:
+        by_class = linear and target == "Linear"
+        return by_class or target == module or bool(target[:3] == "re:" and re.match(target[3:], module))
+
+    if any(map(matches, quantization.get("ignore") or [])):
+        return None
+    for group in (quantization.get("config_groups") or {}).values():
+        if any(map(matches, group["targets"])):
+            weights = group["weights"]
+            return Scheme(weights["num_bits"], weights.get("group_size"), group.get("input_activations") is not None)
+    return None
+
+
+def _compare(packed: PackedModel, folder: Path, stored: list[AffineTensor], tally: Tally) -> None:
+    expected = {tensor.name: tensor for tensor in stored}
+    static = packed.read_static()
+    seen: set[str] = set()
+    for shard in shards(folder):
+        found = headers(shard)
+        seen |= set(found)
+        tally.extra += sorted(set(found) - set(expected))
+        with SafetensorsReader(shard) as file:
+            for name, kind in found.items():
+                if name not in expected:
+                    continue
+                tensor = expected[name]
+                tally.counts["tensors"] += 1
+                if kind != (SAFETENSORS_DTYPES[tensor.dtype], tensor.shape):
+                    tally.unlike.append(name)
+                elif tensor.part == "static":
+                    tally.compare("static_scales", torch.tensor([static[tensor.source]]), file.read(name))
+                elif tensor.part == "shape":
+                    if file.read(name).tolist() != list(packed.plan[tensor.source].spec.shape):
+                        tally.unlike.append(name)
+                else:
+                    _compare_rows(packed, tensor, file, tally)
+    tally.missing += sorted(set(expected) - seen)
+
+
+def _compare_rows(packed: PackedModel, tensor: AffineTensor, file: SafetensorsReader, tally: Tally) -> None:
+    for rows, value in packed.chunks(tensor.source):
+        data = file.read(tensor.name, rows)
+        if not isinstance(value, Quantized):
+            tally.compare("values", value.float(), data.float())
+        elif tensor.part == "values":
+            tally.compare("values", value.decode(), data.float())
+        elif tensor.part == "codes":
+            tally.compare("codes", value.codes, words_unpacked(data, value.grid.code_bits))
+        else:
+            # a scale for each group, all groups of a block alike; a bias is that of the code in the middle
+            middle = 1 << (value.grid.code_bits - 1)
+            factor = -middle if tensor.part == "bias" else 1
+            each = np.repeat(value.step.numpy() * np.float32(factor), tensor.repeat, axis=1)
+            tally.compare("scales", torch.from_numpy(each), data.float())
+
+
+def words_unpacked(words: Tensor, bits: int) -> Tensor:
+    """int8 codes [R, C] of words [R, C x bits / 32]: fields from the lowest bits on, each less half its range."""
+    fields = words.numpy().view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)
+    codes = (fields & np.uint32((1 << bits) - 1)).astype(np.int16) - (1 << (bits - 1))
+    return torch.from_numpy(codes.astype(np.int8).reshape(len(words), -1))

@@ -1,0 +1,209 @@
+"""Formats of packed integers beside their scales, compressed-tensors and MLX, as lists of tensors.
+
+Shared by whoever writes or checks such a folder. Both lay codes of b bits into 32-bit words from the
+lowest bits on, as code + 2^(b-1); how is not here, each side knows it by itself.
+
+compressed-tensors (for vLLM): compressors/pack_quantized in its source, and vLLM's
+layers/quantization/compressed_tensors. MLX: mlx/ops.h, and mlx_lm/utils.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from intaglio.errors import RecipeError
+from intaglio.numerics.grid import BFLOAT16_SIGNIFICANT_BITS, BlockGrid, Grid
+from intaglio.plan.carried import whole_name
+from intaglio.plan.family import TOWER_ROLES
+from intaglio.plan.plan import HEAD, Plan, PlannedTensor
+
+WORD_BITS = 32
+BITS = (2, 4, 8)
+MLX_GROUPS = (128, 64, 32)
+# vLLM computes each of these in one kernel, under one scheme.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class AffineTensor:
+    """One tensor of a folder.
+
+    part: "codes", "scale", "bias" and "shape" of a planned tensor that stays on its grid, "values" of one that
+    is written as floats, or a "static" scale. source: our name of the planned tensor or of the scale.
+    repeat: how many times in a row each scale of the grid stands.
+    """
+
+    name: str
+    part: Literal["codes", "scale", "bias", "shape", "values", "static"]
+    source: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    repeat: int = 1
+
+
+def float_dtype(grid: Grid) -> torch.dtype:
+    """What holds each value of a grid exactly, code times step."""
+    return torch.bfloat16 if grid.portable else torch.float32
+
+
+def scale_dtype(grid: BlockGrid) -> torch.dtype:
+    """What holds each step of a grid exactly, and each times a power of two."""
+    return torch.bfloat16 if grid.step_bits <= BFLOAT16_SIGNIFICANT_BITS else torch.float32
+
+
+def packable(grid: Grid) -> bool:
+    """Whether a grid has one scale for each block and codes that fill words."""
+    return isinstance(grid, BlockGrid) and grid.super_block is None and grid.code_bits in BITS
+
+
+# MLX
+
+
+def mlx_tensors(plan: Plan) -> list[AffineTensor]:
+    """Every tensor of a plan's MLX folder. RecipeError for blocks that MLX has no groups for."""
+    return [part for tensor in plan for part in _mlx_parts(tensor)]
+
+
+def mlx_group(tensor: PlannedTensor) -> int | None:
+    """Columns of a group in MLX, of which a block of the grid has one or several; None if it is written as floats."""
+    grid = tensor.grid
+    if not isinstance(grid, BlockGrid) or not packable(grid):
+        return None
+    group = next((size for size in MLX_GROUPS if grid.block_size % size == 0), None)
+    if group is None:
+        raise RecipeError(
+            f"{tensor.name}: scales of grid {grid.name} are for {grid.block_size} columns each: MLX has groups of "
+            "32, 64 and 128 columns, so expected a multiple of 32: put it on another grid, for example bf16"
+        )
+    return group
+
+
+def _mlx_parts(tensor: PlannedTensor) -> list[AffineTensor]:
+    name, grid, shape = tensor.name, tensor.grid, tensor.spec.shape
+    group = mlx_group(tensor)
+    if group is None or not isinstance(grid, BlockGrid):
+        return [AffineTensor(name, "values", name, float_dtype(grid), shape)]
+    (rows, columns), module, dtype = shape, name.removesuffix(".weight"), scale_dtype(grid)
+    groups, repeat = (rows, columns // group), grid.block_size // group
+    return [
+        AffineTensor(name, "codes", name, torch.uint32, (rows, columns * grid.code_bits // WORD_BITS)),
+        AffineTensor(f"{module}.scales", "scale", name, dtype, groups, repeat),
+        AffineTensor(f"{module}.biases", "bias", name, dtype, groups, repeat),
+    ]
+
+
+# compressed-tensors
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a module of a compressed-tensors folder is quantized. group_size: None for a scale for each row."""
+
+    bits: int
+    group_size: int | None
+    static: bool
+
+
+def schemes(plan: Plan) -> dict[str, Scheme]:
+    """By the folder's name of each module that stays on its grid, in state-dict order.
+
+    Linears do. Embeddings do where a float of 16 bits could not hold them; their head is then untied.
+    RecipeError for what compressed-tensors or vLLM does not have.
+    """
+    tower = next((t for t in plan.carried if t.spec.role in TOWER_ROLES and isinstance(t.grid, BlockGrid)), None)
+    if tower is not None:
+        raise RecipeError(
+            f"{tower.name}: recipe {plan.recipe.name} quantizes it, and vLLM reads towers as floats only: leave them "
+            "out with --text-only, or quantize by a recipe that leaves them alone"
+        )
+    found = {_module(plan, tensor.name): scheme for tensor in plan if (scheme := _scheme(plan, tensor)) is not None}
+    embedding = _embedding(plan)
+    if plan.model.tied_head and _scheme(plan, embedding) is not None:
+        found[HEAD.removesuffix(".weight")] = found[_module(plan, embedding.name)]
+    for module, scheme in found.items():
+        _check_fused(plan, module, scheme, found)
+    return found
+
+
+def _scheme(plan: Plan, tensor: PlannedTensor) -> Scheme | None:
+    grid = tensor.grid
+    if not isinstance(grid, BlockGrid) or not packable(grid) or (grid.portable and not tensor.quantized_linear):
+        return None
+    columns = tensor.spec.shape[1]
+    if columns * grid.code_bits % WORD_BITS:
+        raise RecipeError(
+            f"{tensor.name}: {columns} codes of {grid.code_bits} bits do not fill words of {WORD_BITS} bits, as "
+            "compressed-tensors' do: put it on another grid, for example bf16"
+        )
+    module = tensor.name.removesuffix(".weight")
+    static = any(scale.module == module and scale.kind == "input" for scale in plan.static_scales)
+    return Scheme(grid.code_bits, None if grid.block_size == columns else grid.block_size, static)
+
+
+def _check_fused(plan: Plan, module: str, scheme: Scheme, found: dict[str, Scheme]) -> None:
+    parent, _, own = module.rpartition(".")
+    linears = {_module(plan, t.name) for t in plan if t.spec.role in ("attention", "mlp")}
+    for other in next((group for group in FUSED if own in group), ()):
+        name = f"{parent}.{other}"
+        if name in linears and found.get(name) != scheme:
+            raise RecipeError(
+                f"{module} and {name} are quantized differently ({_words(scheme)}, {_words(found.get(name))}): vLLM "
+                f"computes them as one: give {other} and {own} the same grid"
+            )
+
+
+def _words(scheme: Scheme | None) -> str:
+    if scheme is None:
+        return "floats"
+    group = "rows" if scheme.group_size is None else f"groups of {scheme.group_size}"
+    return f"{scheme.bits} bits in {group}" + (", static activations" if scheme.static else "")
+
+
+def compressed_tensors(plan: Plan) -> list[AffineTensor]:
+    """Every tensor of a plan's compressed-tensors folder. RecipeError as `schemes`."""
+    found = schemes(plan)
+    towers = [t for t in plan.carried if t.spec.role in TOWER_ROLES]
+    stored = []
+    for tensor in (*plan.tensors, *towers):
+        scheme = found.get(_module(plan, tensor.name))
+        if scheme is None:
+            dtype = torch.float32 if tensor.full_floats else torch.bfloat16
+            stored.append(AffineTensor(stored_name(plan, tensor.name), "values", tensor.name, dtype, tensor.spec.shape))
+        else:
+            stored += _compressed_parts(plan, tensor, tensor.name, scheme)
+    head = found.get(HEAD.removesuffix(".weight"))
+    if plan.model.tied_head and head is not None:
+        stored += _compressed_parts(plan, _embedding(plan), HEAD, head)
+    return stored
+
+
+def _compressed_parts(plan: Plan, tensor: PlannedTensor, ours: str, scheme: Scheme) -> list[AffineTensor]:
+    """The tensors that hold a planned one under our name `ours`, which for a tied head is not its own."""
+    module, source, (rows, columns) = _module(plan, ours), tensor.name, tensor.spec.shape
+    words = columns * scheme.bits // WORD_BITS
+    scales = 1 if scheme.group_size is None else columns // scheme.group_size
+    parts = [
+        AffineTensor(f"{module}.weight_packed", "codes", source, torch.int32, (rows, words)),
+        AffineTensor(f"{module}.weight_scale", "scale", source, torch.bfloat16, (rows, scales)),
+        AffineTensor(f"{module}.weight_shape", "shape", source, torch.int64, (2,)),
+    ]
+    for kind in ("input", "output") if scheme.static else ():
+        static = f"{source.removesuffix('weight')}{kind}_activation_scale"
+        parts.append(AffineTensor(f"{module}.{kind}_scale", "static", static, torch.float32, (1,)))
+    return parts
+
+
+def stored_name(plan: Plan, name: str) -> str:
+    """What a compressed-tensors folder calls a tensor or module of ours."""
+    return whole_name(name) if plan.model.whole else name
+
+
+def _module(plan: Plan, name: str) -> str:
+    return stored_name(plan, name).removesuffix(".weight")
+
+
+def _embedding(plan: Plan) -> PlannedTensor:
+    return next(tensor for tensor in plan if tensor.spec.role == "token_embedding")

@@ -1,0 +1,134 @@
+"""`export --to`: a folder for every runtime, a card, a manifest; and what `verify` finds in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from intaglio.errors import InputError
+from intaglio.export import EXPORTERS
+from intaglio.release import MANIFEST, RUNTIMES, make_release, parse_targets
+from tests.support.cases import Case
+from tests.support.cli import contents, intaglio
+
+
+@pytest.fixture(scope="module")
+def release(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Q4_0 release for all. Shared: not to be changed."""
+    out = tmp_path_factory.mktemp("release") / "out"
+    outcome = intaglio("export", cases["gemma4"].packed.path, "--to", "all", "-o", out)
+    assert outcome.code == 0, outcome.err
+    assert "gemma-mobile: left out: model.embed_tokens.weight: recipe q4_0 puts it on grid q6_k" in outcome.out
+    assert "web: left out: it needs --transformers-js" in outcome.out
+    return out
+
+
+def test_every_runtime_has_an_exporter_and_a_command() -> None:
+    assert set(RUNTIMES) <= set(EXPORTERS)
+    assert set(EXPORTERS) == set(RUNTIMES), "an exporter without a row: add it to release.RUNTIMES"
+    assert all("{path}" in runtime.command for runtime in RUNTIMES.values())
+
+
+def test_each_folder_has_its_artifact_a_readme_and_the_card_its_command(gemma4: Case, release: Path) -> None:
+    folders = {path.name for path in release.iterdir() if path.is_dir()}
+    assert folders >= {"gguf", "hf", "vllm", "mlx", "onnx", "ollama", "lmstudio"}
+    card = (release / "README.md").read_text()
+    assert f"`{gemma4.packed.sha256()}`" in card and "left out" in card and "was not measured" in card
+    for name in folders:
+        readme = (release / name / "README.md").read_text()
+        assert "Read back: exact" in readme and "```bash" in readme
+        assert f"[`{name}/`]({name})" in card
+    assert "vllm serve vllm" in card and "vllm serve ." in (release / "vllm" / "README.md").read_text()
+
+
+def test_the_manifest_is_what_sha256sum_reads(release: Path) -> None:
+    done = subprocess.run(["sha256sum", "--check", "--strict", "--quiet", MANIFEST], cwd=release, check=False)
+    assert done.returncode == 0
+    listed = {line.split("  ")[1] for line in (release / MANIFEST).read_text().splitlines()}
+    assert listed == set(contents(release)) - {MANIFEST}
+
+
+def test_verify_reads_all_of_it_back(gemma4: Case, release: Path) -> None:
+    outcome = intaglio("verify", gemma4.packed.path, release)
+    assert outcome.code == 0
+    lines = outcome.out.splitlines()
+    assert len(lines) == sum(path.is_dir() for path in release.iterdir())
+    assert all("0 bits differ" in line for line in lines)
+    outcome = intaglio("verify", gemma4.packed.path, release, "--json")
+    assert json.loads(outcome.out)["exact"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("vllm/model.safetensors", "vllm: NOT exact: 1 of"),
+        ("mlx/model.safetensors", "mlx: NOT exact: 1 of"),
+        ("onnx/onnx/embed_tokens_q4.onnx_data", "onnx: NOT exact: 1 of"),
+        ("hf/model.safetensors", "hf: NOT exact: 1 of"),
+        ("gguf/model.gguf", "gguf: NOT exact: 1 of"),
+        ("ollama/model.gguf", "ollama: NOT exact: 1 of"),
+        ("vllm/tokenizer.json", "vllm/tokenizer.json has other bytes"),
+    ],
+)
+def test_a_single_bit_anywhere_is_exit_code_3(
+    gemma4: Case, release: Path, tmp_path: Path, name: str, said: str
+) -> None:
+    copy = shutil.copytree(release, tmp_path / "copy")
+    data = bytearray((copy / name).read_bytes())
+    data[-2] ^= 1
+    (copy / name).write_bytes(data)
+    outcome = intaglio("verify", gemma4.packed.path, copy)
+    assert outcome.code == 3
+    assert said in outcome.error and f"{name} has other bytes" in outcome.error
+    assert intaglio("verify", gemma4.packed.path, copy / name.split("/")[0]).code == (3 if "NOT exact" in said else 0)
+
+
+def test_files_that_are_missing_or_strange_are_found(gemma4: Case, release: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(release, tmp_path / "copy")
+    (copy / "mlx" / "tokenizer.json").unlink()
+    (copy / "mlx" / "notes.txt").write_text("x")
+    outcome = intaglio("verify", gemma4.packed.path, copy)
+    assert outcome.code == 3
+    assert f"mlx/tokenizer.json is missing; mlx/notes.txt is not in {MANIFEST}" in outcome.error
+    (copy / MANIFEST).write_text("nonsense\n")
+    assert "expected a SHA-256" in intaglio("verify", gemma4.packed.path, copy).error
+
+
+def test_names_are_checked_before_anything_is_written(gemma4: Case, tmp_path: Path) -> None:
+    assert parse_targets("mlx, gguf,mlx") == ["mlx", "gguf"]
+    with pytest.raises(InputError, match="--to 'tensorrt'"):
+        make_release(gemma4.packed, tmp_path / "out", "tensorrt")
+    outcome = intaglio("export", gemma4.packed.path, "--to", "mlx,gemma-mobile", "-o", tmp_path / "out")
+    assert outcome.code == 2 and "which the mobile format does not have" in outcome.error
+    for arguments in ((), ("gguf", "--to", "all"), ("gguf", "--draft", "x.gguf")):
+        assert intaglio("export", gemma4.packed.path, *arguments, "-o", tmp_path / "out").code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_release_is_replaced_and_nothing_else(gemma4: Case, tmp_path: Path) -> None:
+    make_release(gemma4.packed, tmp_path / "out", "mlx")
+    first = contents(tmp_path / "out")
+    make_release(gemma4.packed, tmp_path / "out", "mlx", replace=True)
+    assert contents(tmp_path / "out") == first
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    outcome = intaglio("export", gemma4.packed.path, "--to", "mlx", "-o", tmp_path / "home", "--replace")
+    assert outcome.code == 2 and (tmp_path / "home" / "letter.txt").is_file()
+
+
+def test_the_card_shows_what_the_run_measured(gemma4: Case, tmp_path: Path) -> None:
+    shutil.copytree(gemma4.packed.path, tmp_path / "run" / "packed")
+    run = tmp_path / "run"
+    (run / "report.json").write_text(json.dumps({"recipe_toml": gemma4.packed.plan.recipe.to_toml()}))
+    (run / "report.md").write_text("# x\n\n## Against the original\n\n| a table |\n\n## Notes\n\nnone\n")
+    outcome = intaglio("export", run / "packed", "--to", "mlx", "-o", tmp_path / "out")
+    assert outcome.code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| a table |" in card and "## Notes" not in card
+    (run / "report.json").write_text(json.dumps({"recipe_toml": "another"}))
+    intaglio("export", run / "packed", "--to", "mlx", "-o", tmp_path / "other")
+    assert "was not measured" in (tmp_path / "other" / "README.md").read_text()

@@ -1,0 +1,146 @@
+"""The LiteRT-LM bundle in LiteRT's interpreter and in LiteRT-LM's own engine, against the training forward.
+
+Two sums of the same numbers in another order differ in their last bits, and now and then such a bit moves an
+activation across the border between two int8 codes, which all later layers see: even the training forward, run in
+float64, equals itself in float32 in nine tenths of these logits only. So rows either agree in all logits or show
+such a step; a wrong scale, a wrong rounding or a wrong operation would leave no row equal.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.runners.start import HERE, agreement, python_of, start
+from intaglio.export.litert import export_litert
+from intaglio.measure.simulate import decoded_model
+from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer
+from intaglio.packed.model import PackedModel
+from intaglio.packed.verify import verify
+from intaglio.plan.plan import make_plan
+from intaglio.plan.recipe import Recipe
+from intaglio.proof import Evaluation
+from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
+from intaglio.workflow import quantize_model, read_windows
+
+pytestmark = pytest.mark.environment
+
+ENVIRONMENT = "litert"
+CONTEXT_TOKENS, PREFILL_TOKENS = 128, 16
+WINDOWS, WINDOW_TOKENS, NEW_TOKENS = 8, 17, 40
+PROMPT = "It was a bright morning, and the whole family"
+EQUAL = 1e-3  # of logits, as for any runtime in float32
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A packed model, its bundle, and what computes as it does."""
+
+    packed: PackedModel
+    path: Path
+    forward: TextModel
+
+
+def make(folder: Path, recipe: Recipe, data: Path | None) -> Bundle:
+    plan = make_plan(MODEL_DIR, recipe)
+    quantize_model(MODEL_DIR, plan, folder / "packed", data=data)
+    packed = PackedModel.open(folder / "packed")
+    path = folder / "model.litertlm"
+    export(packed, path)
+    return Bundle(packed, path, decoded_model(load_model(MODEL_DIR), packed))
+
+
+def export(packed: PackedModel, path: Path) -> None:
+    python = python_of(ENVIRONMENT)
+    export_litert(packed, path, python=python, context_tokens=CONTEXT_TOKENS, prefill_tokens=PREFILL_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def mobile(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The bundled model by recipe `mobile`, static scales calibrated."""
+    recipe = Recipe.load("mobile", ["schedule.calibration_tokens=8192", "schedule.sequence_length=256"])
+    return make(tmp_path_factory.mktemp("mobile"), recipe, HELDOUT_TEXT)
+
+
+@pytest.fixture(scope="module")
+def q4_0(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The bundled model by recipe `q4_0-litert`: weights alone."""
+    return make(tmp_path_factory.mktemp("q4_0"), Recipe.load("q4_0-litert"), None)
+
+
+def windows() -> np.ndarray:
+    evaluation = Evaluation(text=HELDOUT_TEXT, tokens=WINDOWS * WINDOW_TOKENS, window=WINDOW_TOKENS)
+    return read_windows(evaluation, 4096, load_tokenizer(MODEL_DIR))
+
+
+@torch.no_grad()
+def logits_of(model: TextModel, ids_NT: np.ndarray) -> np.ndarray:
+    return model(torch.from_numpy(ids_NT).long(), use_cache=False).logits[:, :-1].float().numpy()
+
+
+@torch.no_grad()
+def continuation(model: TextModel, prompt: np.ndarray) -> np.ndarray:
+    ids = torch.from_numpy(prompt).long()[None]
+    for _ in range(NEW_TOKENS):
+        ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, len(prompt) :].numpy()
+
+
+def prompt_ids() -> np.ndarray:
+    return np.array(load_tokenizer(MODEL_DIR)(PROMPT).input_ids)
+
+
+def test_codes_and_scales_are_those_of_the_packed_model(mobile: Bundle, q4_0: Bundle) -> None:
+    for bundle in (mobile, q4_0):
+        result = verify(bundle.packed, bundle.path)
+        assert result.exact, result.summary()
+        assert result.codes and result.scales and result.values
+    assert verify(mobile.packed, mobile.path).static_scales > 2 * len(mobile.packed.plan.static_scales) * 0.6
+
+
+def test_a_single_code_that_differs_is_found(mobile: Bundle, tmp_path: Path) -> None:
+    data = bytearray(mobile.path.read_bytes())
+    data[-2] ^= 1  # in the last row of the last layer's table
+    (tmp_path / "x.litertlm").write_bytes(data)
+    result = verify(mobile.packed, tmp_path / "x.litertlm")
+    assert (result.differing_codes, result.differing_scales, result.exact) == (1, 0, False)
+
+
+def test_two_exports_are_the_same_file(mobile: Bundle, tmp_path: Path) -> None:
+    export(mobile.packed, tmp_path / "again.litertlm")
+    assert filecmp.cmp(mobile.path, tmp_path / "again.litertlm", shallow=False)
+
+
+def test_static_int8_computes_the_training_forward(mobile: Bundle, tmp_path: Path) -> None:
+    ids_NT = windows()
+    found = start("litert", ENVIRONMENT, mobile.path, ids_NT, prompt_ids()[None], tmp_path / "out", NEW_TOKENS)
+    expected = logits_of(mobile.forward, ids_NT)
+    equal = np.abs(found.logits - expected) < EQUAL
+    print(f"equal: {equal.mean():.1%} of logits, {equal.all(-1).mean():.1%} of rows")
+    print(agreement(expected, found.logits, ids_NT))
+    assert equal[:, 0].mean() > 0.999
+    assert equal.all(-1).mean() > 0.5
+    assert agreement(expected, found.logits, ids_NT).same_top_share > 0.9
+    np.testing.assert_array_equal(found.tokens[0], continuation(mobile.forward, prompt_ids()))
+
+
+def test_litert_lm_writes_the_text_of_the_training_forward(mobile: Bundle, tmp_path: Path) -> None:
+    command = [python_of(ENVIRONMENT), HERE / "litert_lm_text.py", mobile.path, PROMPT, NEW_TOKENS, tmp_path / "text"]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
+    expected = load_tokenizer(MODEL_DIR).decode(continuation(mobile.forward, prompt_ids()))
+    assert (tmp_path / "text").read_text("utf-8") == expected
+
+
+def test_q4_0_differs_by_what_the_kernel_rounds(q4_0: Bundle, tmp_path: Path) -> None:
+    ids_NT = windows()
+    found = start("litert", ENVIRONMENT, q4_0.path, ids_NT, prompt_ids()[None], tmp_path / "out", NEW_TOKENS)
+    result = agreement(logits_of(q4_0.forward, ids_NT), found.logits, ids_NT)
+    print(result)
+    assert result.kl_nats < 5e-3
+    assert result.same_top_share > 0.9

@@ -1,0 +1,114 @@
+"""Exported folders in mlx-lm and in vLLM, each in its own environment, against transformers.
+
+The models are the suite's random ones: chaos would show in their logits at once.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.runners.start import HERE as RUNNERS
+from benchmarks.runners.start import Output, agreement, python_of, start
+from intaglio.errors import InputError
+from intaglio.export.mlx import export_mlx
+from intaglio.export.vllm import export_vllm
+from intaglio.measure.evaluate import logits_of
+from intaglio.measure.simulate import decoded_model
+from intaglio.packed.checkpoint import load_model
+from intaglio.packed.model import PackedModel
+from intaglio.plan.recipe import Recipe
+from intaglio.train.static import switch_static
+from tests.support.cases import Case
+from tests.support.tiny import VOCABULARY, make_checkpoint, pack
+
+IDS = np.random.default_rng(0).integers(3, VOCABULARY, (2, 80)).astype(np.int32)  # two windows and a half
+PROMPTS = IDS[:, :16]
+
+
+def simulated(packed: PackedModel, checkpoint: Path) -> np.ndarray:
+    """What the training forward computes, with float activations: [N, T - 1, V]."""
+    model = decoded_model(load_model(checkpoint), packed)
+    switch_static(model, activations=False, kv_cache=False)
+    return np.stack([logits[:-1].numpy() for logits in logits_of(model, torch.from_numpy(IDS).long())])
+
+
+def run(name: str, artifact: Path, out: Path) -> Output:
+    return start(name, name, artifact, IDS, PROMPTS, out, new_tokens=8)
+
+
+def test_a_missing_environment_fails_and_names_its_command(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"make \.runtimes/nonsense/\.done"):
+        run("nonsense", tmp_path, tmp_path)
+
+
+def test_a_runner_that_fails_says_why(gemma4: Case, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"(?s)run_transformers\.py failed with exit code 1.*config\.json"):
+        start("transformers", "", tmp_path, IDS, PROMPTS, tmp_path / "out", new_tokens=2)
+
+
+@pytest.mark.environment
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-dense", "gemma3"])
+def test_mlx_computes_q4_0(cases: dict[str, Case], name: str, tmp_path: Path) -> None:
+    case = cases[name]
+    export_mlx(case.packed, tmp_path / "mlx")
+    found, expected = run("mlx", tmp_path / "mlx", tmp_path / "out"), simulated(case.packed, case.checkpoint)
+    assert agreement(expected, found.logits, IDS).max_difference < 1e-3
+    assert found.runtime.startswith("mlx-lm")
+
+
+@pytest.mark.environment
+def test_mlx_computes_two_four_and_eight_bits(mobile_packed: PackedModel, tmp_path: Path) -> None:
+    export_mlx(mobile_packed, tmp_path / "mlx")
+    expected = simulated(mobile_packed, mobile_packed.path.parent / "checkpoint")
+    found = run("mlx", tmp_path / "mlx", tmp_path / "out")
+    assert agreement(expected, found.logits, IDS).max_difference < 1e-3
+
+
+@pytest.mark.environment
+def test_vllm_computes_w4a16_as_it_does_the_decoded_weights(gemma4: Case, tmp_path: Path) -> None:
+    """Half of the groups have negative scales. In bfloat16 two kernels differ by its rounding, not more."""
+    export_vllm(gemma4.packed, tmp_path / "vllm")
+    scales = load_file(tmp_path / "vllm" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight_scale"]
+    assert 0.3 < float((scales < 0).float().mean()) < 0.7
+    dense, found = run("vllm", gemma4.hf, tmp_path / "a"), run("vllm", tmp_path / "vllm", tmp_path / "b")
+    assert found.kernels == ["CompressedTensorsWNA16 in CPUWNA16LinearKernel"] and not dense.kernels
+    agreed = agreement(dense.logits, found.logits, IDS)
+    assert agreed.max_difference < 0.15 and agreed.kl_nats < 1e-4
+    assert np.array_equal(dense.tokens, found.tokens)
+
+
+@pytest.mark.environment
+def test_vllm_finds_the_schemes_of_the_mobile_format(tmp_path: Path) -> None:
+    """2- and 8-bit kernels and packed embeddings need a GPU; what they would be given is asked of vLLM's own code."""
+    recipe = Recipe.load("mobile", ["channel_scales=bf16"])
+    packed = pack(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "packed", recipe)
+    export_vllm(packed, tmp_path / "vllm")
+    names = [f"model.layers.{i}.{name}" for i in (0, 2) for name in ("self_attn.qkv_proj", "mlp.gate_up_proj")]
+    names += ["model.layers.2.self_attn.q_proj", "model.layers.0.self_attn.o_proj", "model.layers.3.mlp.down_proj"]
+    names += ["model.layers.1.per_layer_input_gate", "model.per_layer_model_projection", "lm_head"]
+    names += ["model.embed_tokens", "model.embed_tokens_per_layer"]
+    command = [python_of("vllm"), RUNNERS / "vllm_schemes.py", tmp_path / "vllm", *names]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    wna8o8 = {bits: ["CompressedTensorsWNA8O8Int", bits, None] for bits in (2, 4, 8)}
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "model.layers.0.self_attn.qkv_proj": wna8o8[4],
+        "model.layers.0.mlp.gate_up_proj": wna8o8[4],
+        "model.layers.2.self_attn.qkv_proj": wna8o8[4],
+        "model.layers.2.mlp.gate_up_proj": wna8o8[2],
+        "model.layers.2.self_attn.q_proj": wna8o8[4],
+        "model.layers.0.self_attn.o_proj": wna8o8[4],
+        "model.layers.3.mlp.down_proj": wna8o8[2],
+        "model.layers.1.per_layer_input_gate": wna8o8[8],
+        "model.per_layer_model_projection": None,
+        "lm_head": ["CompressedTensorsWNA16", 2, None],
+        "model.embed_tokens": ["CompressedTensorsEmbeddingWNA16Int", 2, None],
+        "model.embed_tokens_per_layer": ["CompressedTensorsEmbeddingWNA16Int", 4, 64],
+    }
