@@ -25,7 +25,7 @@ from intaglio.sources.inspect import inspect
 from tests.support.cases import Case, fields
 from tests.support.cli import contents, intaglio
 from tests.support.strangers import RULES, make_stranger, pack_originals
-from tests.support.tiny import GEMMA3, GEMMA4, MULTIMODAL, add_unused, make_checkpoint, pack
+from tests.support.tiny import GEMMA3, GEMMA4, GEMMA4_MOE, MULTIMODAL, add_unused, make_checkpoint, pack
 
 # Scales and weights of which a checkpoint keeps all bits: of a float16 scale, bfloat16 weights keep eight.
 DETERMINED = [(scale, stored) for scale in ("bf16", "fp16") for stored in ("bf16", "fp16", "fp32")]
@@ -335,3 +335,16 @@ def test_keys_and_values_that_no_one_reads_come_along(tmp_path: Path) -> None:
     for name in unused:
         value = result.packed.read(name)
         assert isinstance(value, Quantized) and value.grid.ggml_type == "Q4_0"
+
+
+def test_experts_come_back_from_a_gguf_and_from_floats(tmp_path: Path) -> None:
+    packed = pack(make_checkpoint(tmp_path / "checkpoint", GEMMA4_MOE), tmp_path / "packed")
+    export_gguf(packed, tmp_path / "model.gguf")
+    export_hf(packed, tmp_path / "hf")
+    for source in (tmp_path / "model.gguf", tmp_path / "hf"):
+        again = convert(source, tmp_path / f"from-{source.name}", config=tmp_path / "checkpoint").packed
+        for tensor in packed.plan:
+            if tensor.spec.role == "expert":
+                value, found = packed.read(tensor.name), again.read(tensor.name)
+                assert isinstance(value, Quantized) and isinstance(found, Quantized)
+                assert torch.equal(value.codes, found.codes) and torch.equal(value.scale, found.scale)

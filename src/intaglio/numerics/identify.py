@@ -37,8 +37,8 @@ ROW_RULES = {
 }
 ROW_GRIDS = {"int2": INT2, "int4": INT4, "int8": INT8}
 SHORTEST_ROW = 64  # a row of one block is a block
-ROWS_TRIED, FEW_ROWS, COLUMNS_TRIED = 16, 4, 1024
-BLOCKS_TRIED = 2048  # if none of so many lies on a grid, the tensor is latent
+ROWS_TRIED, FEW_ROWS, COLUMNS_TRIED = 16, 2, 1024
+BLOCKS_TRIED = 1024  # if none of so many lies on a grid, the tensor is latent
 # With so many values other than zero, one by one within a few hundredths of a step, chance is out of the question.
 TELLING = 8
 EXCEPTIONS = 1e-3  # of a rule: blocks that rounding pushed over an edge

@@ -28,7 +28,7 @@ from intaglio.packed.model import PackedModel, write_packed
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.sources.inspect import Verdict, examine, recovered_blocks
-from intaglio.sources.match import SHOWN, assets_of, in_file_order, match, model_of, recipe_of
+from intaglio.sources.match import SHOWN, assets_of, in_file_order, in_rows, match, model_of, recipe_of
 from intaglio.sources.open import open_source
 from intaglio.sources.stored import Source, Stored
 from intaglio.train.quantize import FITS, check_finite, fit_tensor
@@ -216,12 +216,14 @@ def _values(step: _Step, plan: Plan, kind: str, rounded: dict[str, int]) -> Iter
     """Every row of a tensor as it is packed, some at a time."""
     name, spec = step.tensor.name, step.tensor.spec
     shift = plan.model.family.norm_offset if kind == "gguf" and spec.role == "norm" else 0.0
-    whole = [(None, step.stored.reader.read(step.stored.name))] if len(spec.shape) != 2 else step.stored.pieces()
-    for rows, value in whole:
+    pieces = step.stored.pieces() if in_rows(spec) else [(None, step.stored.reader.read(step.stored.name))]
+    for rows, value in pieces:
+        # experts, [experts, rows, columns], come as rows of a matrix
+        shape = spec.shape if rows is None else (rows.stop - rows.start, *spec.shape[1:])
         if step.action == "codes":
-            yield rows, _coded(step, value, plan.recipe.fit, rows)
+            yield rows, _coded(step, value, plan.recipe.fit, rows, shape[:-1])
             continue
-        floats = value.decode() if isinstance(value, Quantized) else value
+        floats = (value.decode() if isinstance(value, Quantized) else value).reshape(shape)
         unshifted = floats.float() - shift if shift else floats
         packed = fit_tensor(unshifted, plan, name, rows)
         if step.action == "values":
@@ -232,13 +234,13 @@ def _values(step: _Step, plan: Plan, kind: str, rounded: dict[str, int]) -> Iter
         yield rows, packed
 
 
-def _coded(step: _Step, value: Any, fit: str, rows: slice | None) -> Quantized:
+def _coded(step: _Step, value: Any, fit: str, rows: slice | None, lead: tuple[int, ...]) -> Quantized:
     """Some rows by their codes; blocks that were not recovered by the recipe's fit."""
     grid = step.tensor.grid
     assert isinstance(grid, BlockGrid)
     first_row = rows.start if rows else 0
     if isinstance(value, Quantized):
-        return _recoded(value, grid, step.tensor.name)
+        return _recoded(value, grid, step.tensor.name, lead)
     assert step.verdict.hypothesis is not None
     parts = list(recovered_blocks(value, step.verdict.hypothesis))
     codes = torch.cat([part.codes for part in parts])
@@ -255,11 +257,10 @@ def _coded(step: _Step, value: Any, fit: str, rows: slice | None) -> Quantized:
     scale = scale if grid.positive else round_half(scale)
     if float(scale.abs().max()) > HALF_LARGEST and not grid.positive:
         raise WeightError(f"{step.tensor.name}: a scale of {float(scale.abs().max()):.3g} is beyond float16")
-    shape = value.shape[0], -1
-    return Quantized(grid, codes.reshape(shape).contiguous(), scale.reshape(shape).to(grid.scale_dtype))
+    return Quantized(grid, codes.reshape(*lead, -1).contiguous(), scale.reshape(*lead, -1).to(grid.scale_dtype))
 
 
-def _recoded(value: Quantized, grid: BlockGrid, name: str) -> Quantized:
+def _recoded(value: Quantized, grid: BlockGrid, name: str, lead: tuple[int, ...]) -> Quantized:
     """The same codes and scales on the planned grid, which has the same bytes."""
     scales = (value.scale, *(() if value.super_scale is None else (value.super_scale,)))
     if not all(bool(torch.isfinite(scale).all()) for scale in scales) or int(value.codes.min()) < grid.code_min:
@@ -267,4 +268,5 @@ def _recoded(value: Quantized, grid: BlockGrid, name: str) -> Quantized:
     scale = value.scale if value.scale.dtype == grid.scale_dtype else value.scale.to(grid.scale_dtype)
     if not bool(torch.isfinite(scale).all()):
         raise WeightError(f"{name}: a scale of {float(value.scale.abs().max()):.3g} is beyond float16")
-    return Quantized(grid, value.codes, scale, value.super_scale)
+    super_scale = None if value.super_scale is None else value.super_scale.reshape(*lead, -1)
+    return Quantized(grid, value.codes.reshape(*lead, -1), scale.reshape(*lead, -1), super_scale)

@@ -91,7 +91,7 @@ def match(source: Source, model: ModelSpec) -> tuple[dict[str, Stored], tuple[st
                 f"{source.path}: {part.name} has shape {list(part.shape)}, the config says {list(tensor.shape)}: "
                 "config and weights are of different models"
             )
-        if not part.is_float and (part.bits is None or len(tensor.shape) != 2):
+        if not part.is_float and (part.bits is None or not in_rows(tensor)):
             raise ConfigError(f"{source.path}: {part.name} is of type {part.kind}: expected floats, or codes we know")
         found[tensor.name] = part
     stored.pop(GGUF_ROPE_FACTORS, None)
@@ -116,7 +116,7 @@ def recipe_of(model: ModelSpec, found: dict[str, Stored], verdicts: dict[str, Ve
     }
     grids = {}
     for spec in (*model.tensors, *model.carried):
-        grid = _found_grid(verdicts[spec.name], found[spec.name], types)
+        grid = _found_grid(spec, verdicts[spec.name], types)
         grids[spec.name] = grid or _usual_grid(model, spec, base, found[spec.name], types)
     return recipe_for(model, grids, PRESETS, CONVERTED)
 
@@ -125,8 +125,13 @@ def _is_of(kind: str, verdict: Verdict) -> bool:
     return verdict.in_blocks if kind == "Q4_0" else verdict.grid == kind
 
 
-def _found_grid(verdict: Verdict, stored: Stored, types: dict[str, BlockGrid]) -> Grid | None:
-    if len(verdict.shape) != 2:
+def in_rows(spec: TensorSpec) -> bool:
+    """Whether a tensor's rows can lie on a grid: those of a matrix, and of each expert's."""
+    return len(spec.shape) == 2 or spec.role == "expert"
+
+
+def _found_grid(spec: TensorSpec, verdict: Verdict, types: dict[str, BlockGrid]) -> Grid | None:
+    if not in_rows(spec):
         return None
     if verdict.hypothesis is not None and verdict.hypothesis.by_row:
         return ROW_GRIDS[verdict.hypothesis.name]
@@ -137,7 +142,7 @@ def _usual_grid(model: ModelSpec, spec: TensorSpec, base: Recipe, stored: Stored
     """Where nothing was found: what the recipe says of such a tensor; towers and a GGUF's matrices stay floats."""
     if spec.role in TOWER_ROLES and stored.kind == "F32":
         return F32
-    if isinstance(stored.reader, GgufFile) and stored.kind in ("F16", "BF16") and len(spec.shape) == 2:
+    if isinstance(stored.reader, GgufFile) and stored.kind in ("F16", "BF16") and in_rows(spec):
         return F16
     rule = base.rule_for(spec.name, spec.role, model.first_late_layer) or LEFT_ALONE
     return types["Q4_0"] if rule.grid == Q4_0 else rule.grid
