@@ -81,7 +81,7 @@ export_gguf(PackedModel.open(sys.argv[1]), sys.argv[2], replace=True)
 IMPORTS = {
     "convert": "import torch, transformers, gguf, numpy",
     "llama-quantize": "import llama_cpp.llama_cpp",
-    "quantize": "import transformers, intaglio.train.quantize, intaglio.terminal, intaglio.plan.plan",
+    "quantize": "import transformers, intaglio.train.quantize, intaglio.cli.terminal, intaglio.plan.plan",
     "export": "import transformers, intaglio.export, intaglio.packed.verify",
     "write": "import transformers, intaglio.export, intaglio.packed.model",
 }

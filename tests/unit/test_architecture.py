@@ -38,14 +38,11 @@ MAY_IMPORT = {
     "release": {"errors", "numerics", "plan", "packed", "export", "progress"},
     "finetune": {"errors", "packed", "train", "measure", "formats", "progress", "proof", "workflow"},
     "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow"},
-    "terminal": {"numerics", "plan", "train", "sources", "measure", "progress"},
     "planning": {"errors", "plan", "packed", "export"},
-    "terminal_plan": {"plan", "export", "measure", "planning"},
-    "planning_page": {"plan", "packed", "export", "measure", "planning", "terminal_plan"},
     "cli": {
-        *("errors", "plan", "packed", "train", "sources", "export", "measure", "demo", "terminal", "proof", "workflow"),
+        *("errors", "plan", "packed", "train", "sources", "export", "measure", "demo", "proof", "workflow"),
         *("finetune", "release"),
-        *("planning", "terminal_plan", "planning_page"),
+        *("numerics", "planning", "progress"),
     },
     "__init__": set(),  # names its homes as strings
 }

@@ -1,0 +1,146 @@
+"""Verbs that look: at a model before it is made, at a checkpoint, at what a run made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from intaglio.cli.options import (
+    EvalTokens,
+    Json,
+    Overrides,
+    RecipeName,
+    Replace,
+    Text,
+    TextOnly,
+    app,
+    evaluation_of,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Model folder, its config.json, or a name: e2b, e4b, 12b, 26b-a4b, 31b.", show_default=False
+        ),
+    ] = None,
+    recipe: RecipeName = "q4_0",
+    overrides: Overrides = (),  # type: ignore[assignment]
+    text_only: TextOnly = False,
+    context: Annotated[str, typer.Option(help="Tokens in the KV cache of a sequence.")] = "32k",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    drafter: Annotated[
+        str | None, typer.Option(help="A drafter beside it: folder or name.", show_default=False)
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that training is sharded over.")] = 1,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="In training.")] = False,
+    budget: Annotated[str | None, typer.Option(help="Say what fits this, for example 8GB.", show_default=False)] = None,
+    metadata_bytes: Annotated[str, typer.Option(help="Keys and values of the GGUF: its tokenizer.")] = "15.8MB",
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor instead.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="The family beside Google's published figures.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with charts.", show_default=False)] = None,
+    replace: Replace = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a model takes on disk, in memory and in training; no weights are read."""
+    from intaglio import planning
+    from intaglio.plan.recipe import Recipe
+    from intaglio.plan.units import parse_bytes, parse_tokens
+
+    if everything == (model is not None):
+        raise typer.BadParameter("expected a model, or --all for the family")
+    metadata = parse_bytes(metadata_bytes, "--metadata-bytes")
+    if model is None:
+        rows = planning.family(metadata)
+        if as_json:
+            return print_json(planning.family_dict(rows))
+        from intaglio.cli.terminal_plan import print_family
+
+        return print_family(rows)
+    wishes = planning.Wishes(
+        context=parse_tokens(context, "--context"),
+        batch=batch,
+        gpus=gpus,
+        gradient_checkpointing=gradient_checkpointing,
+        metadata_bytes=metadata,
+        budget_bytes=None if budget is None else parse_bytes(budget, "--budget"),
+    )
+    made = planning.survey(model, Recipe.load(recipe, overrides), wishes, drafter=drafter, text_only=text_only)
+    if html is not None:
+        from intaglio.cli.plan_page import write_page
+
+        write_page(made, html, replace=replace)
+    if as_json:
+        return print_json(made.to_dict())
+    from intaglio.cli.terminal_plan import print_survey, print_tensors
+
+    print_tensors(made.plan) if tensors else print_survey(made)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Checkpoint folder, .safetensors or .gguf.", show_default=False)],
+    every: Annotated[bool, typer.Option("--all", help="A line for every tensor, not one for those of a kind.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show which grid each tensor lies on, and what stock tools would make of it. Nothing is executed."""
+    from intaglio.cli.terminal import Bars, print_inspection
+    from intaglio.sources.inspect import inspect as run_inspect
+
+    with Bars() as bars:
+        found = run_inspect(path, on_tensor=lambda done, total, name: bars.part(done >> 20, total >> 20, "MB"))
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_inspection(found, every=every)
+
+
+@app.command("eval")
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(help="Packed model, .gguf or transformers folder.", show_default=False)],
+    original: Annotated[Path, typer.Option(help="The float checkpoint to compare with.", show_default=False)],
+    text: Annotated[Path, typer.Option("--text", help="Held-out text.", show_default=False)],
+    eval_tokens: EvalTokens = 65536,
+    int8_cache: Annotated[
+        bool, typer.Option("--int8-cache", help="Read a packed mobile model token by token, from a cache of int8.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure an artifact's KL to the original: a .gguf in llama.cpp, the others in transformers."""
+    from intaglio.cli.terminal import Bars, print_comparison
+    from intaglio.workflow import compare
+
+    with Bars() as bars:
+        evaluation = evaluation_of(text, eval_tokens, [])
+        result = compare(artifact, original, evaluation, bars.progress, int8_cache=int8_cache)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print_comparison(artifact.name, result)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    original: Annotated[Path, typer.Option(help="The float checkpoint.", show_default=False)],
+    text: Text = None,
+    eval_tokens: EvalTokens = 65536,
+    prompt: Annotated[list[str], typer.Option(help="Show continuations of this.")] = (),  # type: ignore[assignment]
+) -> None:
+    """Measure a finished run again and rewrite report.html, report.md and report.json."""
+    from intaglio.cli.terminal import Bars, print_report
+    from intaglio.workflow import report as run_report
+
+    with Bars() as bars:
+        made = run_report(
+            original, run_dir, evaluation=evaluation_of(text, eval_tokens, prompt), progress=bars.progress
+        )
+    print_report(made, run_dir)

@@ -1,0 +1,205 @@
+"""Verbs that make a packed model: demo, quantize, train, convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from intaglio.cli.options import (
+    EvalTokens,
+    Json,
+    ModelDir,
+    Overrides,
+    RecipeName,
+    Replace,
+    Text,
+    TextOnly,
+    app,
+    evaluation_of,
+    print_json,
+    print_towers_off,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.")] = Path("intaglio-demo"),
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="q4_0 or mobile.")] = "q4_0",
+    replace: Replace = False,
+) -> None:
+    """Train the bundled tiny Gemma 4, export it, run it, and show the proof. A few minutes."""
+    from intaglio.cli.terminal import Bars, print_report
+    from intaglio.demo import run_demo
+
+    with Bars() as bars:
+        report = run_demo(out, recipe=recipe, replace=replace, progress=bars.progress)
+    print_report(report, out)
+
+
+@app.command()
+def quantize(
+    model: ModelDir,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the packed model.", show_default=False)],
+    recipe: RecipeName = "q4_0",
+    overrides: Overrides = (),  # type: ignore[assignment]
+    data: Annotated[str | None, typer.Option(help="Text to calibrate static scales on; None: they are off.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images, for the scales of the vision tower.", show_default=False)
+    ] = None,
+    audio: Annotated[
+        Path | None, typer.Option(help="Folder of .wav files, for those of the audio tower.", show_default=False)
+    ] = None,
+    text_only: TextOnly = False,
+    trained: Annotated[
+        Path | None,
+        typer.Option(help="Take text model and recipe from this packed model; fit towers only.", show_default=False),
+    ] = None,
+    replace: Replace = False,
+) -> None:
+    """Fit scales without training and write a packed model; then `export` it."""
+    from intaglio.cli.terminal import Bars
+    from intaglio.packed.checkpoint import checkpoint_spec
+    from intaglio.packed.model import PackedModel
+    from intaglio.plan.plan import make_plan
+    from intaglio.plan.recipe import Recipe
+    from intaglio.workflow import quantize_model
+
+    if data is not None and trained is not None:
+        raise typer.BadParameter("--trained has its static scales: expected it or --data, not both")
+    text = None if trained is None else PackedModel.open(trained)
+    chosen = Recipe.load(recipe, overrides) if text is None else text.plan.recipe
+    made = make_plan(checkpoint_spec(model, text_only=text_only), chosen)
+    with Bars() as bars:
+        errors = quantize_model(
+            model,
+            made,
+            out,
+            data=data,
+            images=images,
+            audio=audio,
+            trained=text,
+            replace=replace,
+            progress=bars.progress,
+        )
+    typer.echo(f"{out}: {made.size_bytes:,} bytes of tensors on recipe {made.recipe.name}")
+    for kind, error in errors.items():
+        typer.echo(f"{kind} tower: 8-bit activations change its output on these samples by {error:.2%} (RMS)")
+    print_towers_off(PackedModel.open(out))
+
+
+@app.command()
+def train(
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a transformers checkpoint, or of a packed model.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.", show_default=False)],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text: .txt, .jsonl, .parquet, a folder of them, or a dataset's name. None: its own."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A preset (q4_0 by default), or the path of a TOML file.")
+    ] = None,
+    overrides: Overrides = (),  # type: ignore[assignment]
+    teacher: Annotated[
+        Path | None, typer.Option(help="Checkpoint that a packed model learns from.", show_default=False)
+    ] = None,
+    text: Text = None,
+    eval_tokens: EvalTokens = 65536,
+    prompt: Annotated[list[str], typer.Option(help="Show continuations of this in the report.")] = (),  # type: ignore[assignment]
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
+    checkpoint_every: Annotated[int, typer.Option(help="Optimizer steps between checkpoints; 0: none.")] = 100,
+    precision: Annotated[str | None, typer.Option(help="bf16 or no; by default bf16 on a GPU.")] = None,
+    compiled: Annotated[bool | None, typer.Option("--compile/--no-compile", help="By default on a GPU.")] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log into the run folder.")] = False,
+) -> None:
+    """Train a checkpoint to its grids, or a packed model on them; leaves artifacts, packed model and report."""
+    from intaglio.cli.terminal import Bars, print_comparison, print_report
+    from intaglio.packed.model import FILE_NAME
+    from intaglio.plan.recipe import Recipe
+    from intaglio.train.loop import Options
+
+    options = Options(
+        precision=precision,
+        compiled=compiled,
+        checkpoint_every=checkpoint_every,
+        tensorboard=tensorboard,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    evaluation = evaluation_of(text, eval_tokens, prompt)
+    common: dict[str, Any] = {"data": data, "evaluation": evaluation, "options": options, "resume": resume}
+    if (model / FILE_NAME).is_file():
+        if recipe is not None:
+            raise typer.BadParameter(
+                f"{model} is packed and has its recipe: leave out --recipe, or change it with --set"
+            )
+        from intaglio.finetune import finetune
+
+        with Bars() as bars:
+            tuned = finetune(model, out, teacher_dir=teacher, overrides=overrides, progress=bars.progress, **common)
+        print_comparison("before", tuned.before)
+        print_comparison("after", tuned.after)
+        for path in tuned.files:
+            typer.echo(f"{path}: holds what was trained, 0 bits differ")
+        return
+    if teacher is not None:
+        raise typer.BadParameter(
+            f"--teacher: {model} is a checkpoint of floats, which learns from itself: leave it out"
+        )
+    from intaglio.workflow import run
+
+    loaded = Recipe.load(recipe or "q4_0", overrides)
+    with Bars() as bars:
+        report = run(model, loaded, out, progress=bars.progress, **common)
+    print_report(report, out)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A QAT checkpoint: floats on a grid, mobile folder, W4A16 folder, or Q4_0 .gguf.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the packed model.", show_default=False)],
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="None: the grids that are found.")] = None,
+    overrides: Overrides = (),  # type: ignore[assignment]
+    config: Annotated[
+        Path | None, typer.Option(help="Folder of config.json and tokenizer, for a .gguf or .safetensors.")
+    ] = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Fit blocks anew that are on no grid; the result is lossy.")
+    ] = False,
+    text_only: TextOnly = False,
+    replace: Replace = False,
+    as_json: Json = False,
+) -> None:
+    """Take the trained codes out of a checkpoint, ours or anyone's, into a packed model; then `export` it."""
+    from intaglio.cli.terminal import Bars, print_conversion
+    from intaglio.plan.recipe import Recipe
+    from intaglio.sources.convert import convert as run_convert
+
+    if overrides and recipe is None:
+        raise typer.BadParameter("--set changes a recipe: say which with --recipe")
+    with Bars() as bars:
+        result = run_convert(
+            source,
+            out,
+            recipe=None if recipe is None else Recipe.load(recipe, overrides),
+            config=config,
+            requantize=requantize,
+            text_only=text_only,
+            replace=replace,
+            on_tensor=bars.part,
+        )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print_conversion(result)

@@ -1,0 +1,53 @@
+"""What the verbs share: the application, options that several have, and how they print JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from intaglio.packed.model import PackedModel
+    from intaglio.proof import Evaluation
+
+app = typer.Typer(
+    help="Quantization-aware training for Gemma 4: what was trained is, bit for bit, what ships.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelDir = Annotated[Path, typer.Argument(help="Folder of a transformers checkpoint.", show_default=False)]
+PackedDir = Annotated[Path, typer.Argument(help="Folder that train or quantize wrote.", show_default=False)]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A preset, or the path of a TOML file.")]
+Overrides = Annotated[list[str], typer.Option("--set", help="Change a recipe key: schedule.lr=1e-4.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Replace an existing output.")]
+TextOnly = Annotated[bool, typer.Option("--text-only", help="Leave out vision and audio towers.")]
+Text = Annotated[Path | None, typer.Option("--text", help="Held-out text (.txt, .jsonl, .parquet).")]
+EvalTokens = Annotated[int, typer.Option("--eval-tokens", help="Held-out tokens to measure on.")]
+
+
+def evaluation_of(text: Path | None, tokens: int, prompts: list[str]) -> Evaluation:
+    from intaglio.proof import Evaluation
+
+    return Evaluation(text=text, tokens=tokens, prompts=tuple(prompts))
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def print_towers_off(packed: PackedModel) -> None:
+    """Say it where activations of a tower stay floats."""
+    from intaglio.plan.carried import scales_in_use
+
+    for kind, (known, total) in scales_in_use(packed.plan.carried_scales, packed.read_static()).items():
+        if known < total:
+            option = {"vision": "--images", "audio": "--audio"}[kind]
+            typer.echo(
+                f"{kind} tower: {total - known} of {total} activation scales are 0, off: `quantize {option} DIR` "
+                "calibrates them"
+            )

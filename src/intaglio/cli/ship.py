@@ -1,0 +1,133 @@
+"""Verbs that write a packed model for a runtime and read it back: export, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from intaglio.cli.options import (
+    Json,
+    PackedDir,
+    Replace,
+    TextOnly,
+    app,
+    print_json,
+    print_towers_off,
+)
+
+if TYPE_CHECKING:
+    from intaglio.packed.model import PackedModel
+    from intaglio.packed.verify import Verification
+
+TARGETS = "gguf, hf (a transformers checkpoint of floats), gemma-mobile, vllm, mlx, onnx, web, ollama, lmstudio"
+
+# Options of `export` that one target alone knows.
+OWN_OPTIONS = {"draft": "ollama", "python": "litert", "context_tokens": "litert", "transformers_js": "web"}
+
+
+@app.command()
+def export(
+    packed: PackedDir,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File or folder to write.", show_default=False)],
+    target: Annotated[str | None, typer.Argument(help=f"One of {TARGETS}.", show_default=False)] = None,
+    to: Annotated[
+        str | None, typer.Option(help="Instead of a target: a release for these, with commas between, or for all.")
+    ] = None,
+    draft: Annotated[Path | None, typer.Option(help="Of ollama: GGUF of a drafter that goes along.")] = None,
+    python: Annotated[Path | None, typer.Option(help="Of litert: interpreter of its environment.")] = None,
+    context: Annotated[int | None, typer.Option(help="Of litert: tokens that the KV cache holds.")] = None,
+    transformers_js: Annotated[
+        Path | None, typer.Option(help="Of web: node_modules with @huggingface/transformers.", show_default=False)
+    ] = None,
+    text_only: TextOnly = False,
+    replace: Replace = False,
+) -> None:
+    """Write a packed model in a runtime's format and read it back. Nothing is re-quantized."""
+    from intaglio.export import EXPORTERS
+    from intaglio.packed.model import PackedModel
+
+    if (target is None) == (to is None):
+        raise typer.BadParameter(f"expected a target, one of {', '.join(EXPORTERS)}, or --to, and not both")
+    if target is not None and target not in EXPORTERS:
+        raise typer.BadParameter(f"{target!r}: expected one of {', '.join(EXPORTERS)}")
+    given = {"draft": draft, "python": python, "context_tokens": context, "transformers_js": transformers_js}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if target != OWN_OPTIONS[name] and not (to is not None and name == "transformers_js"):
+            option = {"context_tokens": "context"}.get(name, name).replace("_", "-")
+            raise typer.BadParameter(f"--{option} is for the target {OWN_OPTIONS[name]}")
+    model = PackedModel.open(packed)
+    model = model.text_only() if text_only else model
+    if to is not None:
+        _release(model, out, to, replace, given)
+    elif target is not None:
+        EXPORTERS[target](model, out, replace=replace, **given)
+        if target == "gemma-mobile":
+            print_towers_off(model)
+        _verify(packed, out, as_json=False)
+        if target == "gguf" and model.plan.model.whole and not text_only:
+            typer.echo(
+                f"{out} is the text model alone: for images and sound export the hf folder too, and make an mmproj "
+                "file of it with llama.cpp's convert_hf_to_gguf.py --mmproj"
+            )
+
+
+def _release(model: PackedModel, out: Path, to: str, replace: bool, options: dict[str, Any]) -> None:
+    from intaglio.cli.terminal import Bars
+    from intaglio.release import make_release
+
+    with Bars() as bars:
+        release = make_release(model, out, to, replace=replace, options=options, progress=bars.progress)
+    for result in release.verified.values():
+        typer.echo(result.summary())
+    for name, reason in release.left_out.items():
+        typer.echo(f"{name}: left out: {reason}")
+
+
+@app.command()
+def verify(
+    packed: PackedDir,
+    artifact: Annotated[
+        Path, typer.Argument(help="What `export` wrote: a file, a folder or a release.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Compare an artifact with the packed model bit for bit. Exit code 3 if anything differs."""
+    _verify(packed, artifact, as_json)
+
+
+def _verify(packed: Path, artifact: Path, as_json: bool) -> None:
+    from intaglio.errors import MismatchError
+    from intaglio.packed.model import PackedModel
+    from intaglio.packed.verify import verify as run_verify
+    from intaglio.release import is_release, verify_release
+
+    model = PackedModel.open(packed)
+    wrong: list[str] = []
+    if is_release(artifact):
+        results, wrong = verify_release(model, artifact)
+        rows: Any = {"artifacts": [_row(r) for r in results], "files": wrong, "exact": _exact(results) and not wrong}
+    else:
+        results = [run_verify(model, artifact)]
+        rows = _row(results[0])
+    if as_json:
+        print_json(rows)
+    else:
+        for result in results:
+            if result.exact:
+                typer.echo(result.summary())
+    wrong = [result.summary() for result in results if not result.exact] + wrong
+    if wrong:
+        raise MismatchError(f"{'; '.join(wrong)}: export it again from the packed model")
+
+
+def _row(result: Verification) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(result), "artifact": str(result.artifact), "exact": result.exact}
+
+
+def _exact(results: list[Verification]) -> bool:
+    return all(result.exact for result in results)
