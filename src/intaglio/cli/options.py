@@ -31,12 +31,14 @@ EvalTokens = Annotated[int, typer.Option("--eval-tokens", help="Held-out tokens 
 
 
 def evaluation_of(text: Path | None, tokens: int, prompts: list[str]) -> Evaluation:
+    """What to measure on, as the options say it."""
     from intaglio.proof import Evaluation
 
     return Evaluation(text=text, tokens=tokens, prompts=tuple(prompts))
 
 
 def print_json(value: Any) -> None:
+    """For programs to read."""
     typer.echo(json.dumps(value, indent=2))
 
 

@@ -143,11 +143,11 @@ def _compare_kernel(packed: PackedModel, matrix: Matrix, node: Any, graph: Graph
     kernel, (rows, columns) = matrix.kernel, matrix.tensor.spec.shape
     assert kernel is not None
     expected: dict[str, Any] = {"bits": kernel.bits, "block_size": kernel.block}
+    places: tuple[int, int]
     shape: tuple[int, ...]
     if matrix.session == EMBEDDINGS:
         expected |= {"gather_axis": 0, "quantize_axis": 1}
-        places: tuple[int, int] = (0, 2)
-        shape: tuple[int, ...] = (rows, columns * kernel.bits // 8)
+        places, shape = (0, 2), (rows, columns * kernel.bits // 8)
     else:
         expected |= {"K": columns, "N": rows, "accuracy_level": 0}
         places, shape = (1, 2), (rows, columns // kernel.block, kernel.block * kernel.bits // 8)

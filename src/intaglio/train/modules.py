@@ -123,6 +123,7 @@ class RoundedWeight:
 
     @property
     def weight(self) -> Tensor:
+        """The rounded value, with the latent's gradient."""
         latent: Tensor = self._parameters["weight"]  # type: ignore[attr-defined]
         if torch.compiler.is_compiling():  # see with_gradients_of
             return with_gradients_of(self.float_grid.round(latent.detach()).to(latent.dtype), latent)
