@@ -46,7 +46,7 @@ def text_name(name: str) -> str:
 def tower_kind(name: str) -> str:
     """One of TOWER_KINDS for what belongs to such a tower or its embedder; empty for anything else."""
     part = name.removeprefix("model.").partition(".")[0]
-    return next((kind for kind in TOWER_KINDS if part in (f"{kind}_tower", f"embed_{kind}")), "")
+    return next((kind for kind in TOWER_KINDS if part in (f"{kind}_tower", f"{kind}_embedder", f"embed_{kind}")), "")
 
 
 def scales_in_use(carried_scales: Iterable[str], values: dict[str, float]) -> dict[str, tuple[int, int]]:
