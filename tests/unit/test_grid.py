@@ -31,7 +31,7 @@ ROW = 24  # columns under a step where a preset leaves that open
 BLOCK_GRIDS = [grid.for_width(ROW) for grid in GRIDS.values() if isinstance(grid, BlockGrid)]
 GGUF_GRIDS = [grid for grid in BLOCK_GRIDS if grid.ggml_type]
 SIGNED = [grid for grid in BLOCK_GRIDS if not grid.positive]
-FLOAT_GRIDS = [grid for grid in GRIDS.values() if isinstance(grid, FloatGrid)]
+FLOAT_GRIDS = [grid for grid in GRIDS.values() if isinstance(grid, FloatGrid) and grid.name != "i64"]
 PORTABLE = [grid for grid in BLOCK_GRIDS if grid.portable]
 SAMPLES = samples()
 

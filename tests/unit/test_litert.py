@@ -51,7 +51,7 @@ def test_the_command_line_says_it_too(mobile_packed: PackedModel, tmp_path: Path
     outcome = intaglio("export", mobile_packed.path, "litert", "-o", tmp_path / "x.litertlm")
     assert outcome.code == 2 and "make .runtimes/litert/.done" in outcome.error
     outcome = intaglio("export", mobile_packed.path, "gemma-mobile", "--context", "64", "-o", tmp_path / "x")
-    assert outcome.code == 2 and "are for the target litert" in outcome.err
+    assert outcome.code == 2 and "--context is for the target litert" in outcome.err
     assert not list(tmp_path.iterdir())
 
 

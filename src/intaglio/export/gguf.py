@@ -202,7 +202,7 @@ def _add_gemma4(writer: GGUFWriter, config: Any) -> None:
     writer.add_value_length_swa(sliding)
     writer.add_rope_dimension_count(full)  # all of the head; the rope factors leave most of it unrotated
     writer.add_rope_dimension_count_swa(sliding)
-    if config.enable_moe_block:
+    if getattr(config, "enable_moe_block", False):  # which the unified family has not
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.top_k_experts)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
