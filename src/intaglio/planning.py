@@ -20,8 +20,8 @@ from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.published import LEFT_OUT, PUBLISHED_GB
 from intaglio.plan.recipe import Recipe, preset_names
 
-# Recipes that are the same size as another one, or for comparison only.
-NO_OTHER_SIZE = ("q4_0-free", "q4_0-stock")
+# Recipes that are the same size as another one, for comparison only, or for a format whose size is not predicted.
+NO_OTHER_SIZE = ("q4_0-free", "q4_0-stock", "q4_0-litert")
 MADE_FOR = {"mobile-e2b": "e2b", "mobile-e4b": "e4b"}  # part of the name of the one model that they are for
 
 

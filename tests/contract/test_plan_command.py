@@ -134,3 +134,8 @@ def test_a_page_of_a_drafter_has_no_cache_and_no_training(tmp_path: Path) -> Non
     assert "reads keys and values of the model that it drafts for" in outcome.out
     assert "<h2>Training</h2>" not in page.read_text("utf-8")
     assert "<h2>KV cache</h2>" not in page.read_text("utf-8")
+
+
+def test_a_bundle_of_litert_has_no_predicted_size() -> None:
+    outcome = intaglio("plan", "e2b", "--recipe=q4_0-litert")
+    assert outcome.code == 2 and "sizes of its bundles are not predicted" in outcome.error

@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from intaglio.errors import RecipeError
 from intaglio.export.sizes import FileSize, file_size
+from intaglio.numerics.grid import Q4_0_POSITIVE
 from intaglio.plan.components import LABELS, TOWERS, component_of, kv_cache_bytes, parameters
 from intaglio.plan.family import TensorSpec
 from intaglio.plan.mobile import stored_tensors
@@ -61,7 +63,12 @@ class Footprint:
 
 
 def footprint(plan: Plan, metadata_bytes: int) -> Footprint:
-    """Of the format that the plan's grids belong to: Gemma mobile or GGUF."""
+    """Of the format that the plan's grids belong to: Gemma mobile or GGUF. RecipeError for another."""
+    if any(tensor.grid == Q4_0_POSITIVE for tensor in plan):
+        raise RecipeError(
+            f"recipe {plan.recipe.name} is for LiteRT-LM alone, and sizes of its bundles are not predicted: "
+            "choose mobile or q4_0, or export the bundle and look"
+        )
     stored = _mobile_bytes(plan) if plan.mobile else _gguf_bytes(plan)
     untied = "head" in stored
     grids: dict[str, set[str]] = {}
