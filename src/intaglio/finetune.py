@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from intaglio.errors import InputError, MismatchError
 from intaglio.formats import format_of
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_runtime, transformers_source
 from intaglio.measure.metrics import Comparison
 from intaglio.measure.simulate import decoded_model
-from intaglio.packed.checkpoint import load_model, load_tokenizer
+from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel, join_packed
 from intaglio.packed.store import new_path
@@ -92,29 +94,47 @@ def finetune(
         join_packed(PackedModel.open(Path(folder) / "packed"), start, out / "packed", replace=resume)
     del student
     packed = PackedModel.open(out / "packed")
+    files = _export(packed, out, replace=resume)
+    progress.stage("Measuring")
+    results = _measure(start, packed, None if teacher is None else teacher.to("cpu"), windows_NT, progress)
+    with new_path(out / RESULT, replace=True) as temporary:
+        temporary.write_text(json.dumps({k: v.to_dict() for k, v in results.items()}, indent=2) + "\n", "utf-8")
+    return Finetuned(results["before"], results["after"], files)
+
+
+def _export(packed: PackedModel, out: Path, *, replace: bool) -> tuple[Path, ...]:
+    """The files of the packed model's format, each read back."""
     files = []
     for export in format_of(packed.plan).exports:
-        if export.kind == "trained":
-            export.write(packed, out / export.name, replace=resume)
-            found = verify(packed, out / export.name)
-            if not found.exact:
-                raise MismatchError(f"{found.summary()}: the export is not what was trained; please report this")
-            files.append(out / export.name)
-    progress.stage("Measuring")
+        if export.kind != "trained":
+            continue
+        export.write(packed, out / export.name, replace=replace)
+        found = verify(packed, out / export.name)
+        if not found.exact:
+            raise MismatchError(f"{found.summary()}: the export is not what was trained; please report this")
+        files.append(out / export.name)
+    return tuple(files)
+
+
+def _measure(
+    start: PackedModel,
+    packed: PackedModel,
+    teacher: TextModel | None,
+    windows_NT: NDArray[np.int32],
+    progress: Progress,
+) -> dict[str, Comparison]:
+    """Both against the teacher, or without one against the model that training began with."""
     before, after = (decoded_model(load_packed(start), of) for of in (start.text_only(), packed.text_only()))
-    named = {
+    candidates = {
         name: Candidate(source=transformers_source(model), runtime=transformers_runtime(), simulated=True)
         for name, model in (("before", before), ("after", after))
     }
-    results = evaluate_many(
-        transformers_source(teacher.to("cpu") if teacher is not None else before),
-        named,
+    return evaluate_many(
+        transformers_source(before if teacher is None else teacher),
+        candidates,
         torch.from_numpy(windows_NT).long(),
         on_progress=lambda done, total, kl: progress.part(done, total, f"KL {kl['after']:.4f}"),
     )
-    with new_path(out / RESULT, replace=True) as temporary:
-        temporary.write_text(json.dumps({k: v.to_dict() for k, v in results.items()}, indent=2) + "\n", "utf-8")
-    return Finetuned(results["before"], results["after"], tuple(files))
 
 
 def _check_loss(loss: str, teacher_dir: str | Path | None, data: str | Path | None) -> None:
