@@ -170,8 +170,8 @@ def compressed_tensors(plan: Plan) -> list[AffineTensor]:
     for tensor in (*plan.tensors, *towers):
         scheme = found.get(_module(plan, tensor.name))
         if scheme is None:
-            dtype = torch.float32 if tensor.full_floats else torch.bfloat16
-            stored.append(AffineTensor(stored_name(plan, tensor.name), "values", tensor.name, dtype, tensor.spec.shape))
+            name = stored_name(plan, tensor.name)
+            stored.append(AffineTensor(name, "values", tensor.name, tensor.stored_dtype, tensor.spec.shape))
         else:
             stored += _compressed_parts(plan, tensor, tensor.name, scheme)
     head = found.get(HEAD.removesuffix(".weight"))
