@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from intaglio.drafter.accept import LONGEST, check_draft_length, draft_logits
+from intaglio.drafter.accept import LONGEST, check_draft_length, draft_logits, softcap_of
 from intaglio.drafter.unroll import TargetStates, draft_step, target_states, window_of
 from intaglio.train.distill import cap
 
@@ -43,7 +43,7 @@ class _Reader:
         self.states = target_states(self.target, ids, at, past_key_values=self.cache, use_cache=True)
         self.length += len(tokens)
         logits = self.target.get_output_embeddings()(self.states.hidden[0])
-        return cap(logits, self.target.config.get_text_config().final_logit_softcapping)
+        return cap(logits, softcap_of(self.target))
 
     def crop(self, length: int) -> None:
         self.cache.crop(length)

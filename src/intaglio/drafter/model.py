@@ -25,6 +25,11 @@ LAYER_TYPES = ("sliding_attention", "sliding_attention", "sliding_attention", "f
 SMALL_TARGET = 2560  # E4B's width; drafters up to there are 256 wide, those of larger models 1024
 # What a layer's keys and values depend on, and the tokens: here drafter and target must be the same.
 SHARED_FIELDS = ("vocab_size", "sliding_window", "rope_parameters")
+TAKEN = (
+    *SHARED_FIELDS,
+    *("attention_bias", "attention_k_eq_v", "head_dim", "hidden_activation", "max_position_embeddings"),
+    *("num_key_value_heads", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +60,10 @@ def drafter_config(target: dict[str, Any], shape: Shape) -> dict[str, Any]:
     kind = FAMILIES[target["model_type"]].model_type
     if not kind.startswith("gemma4"):
         raise ConfigError(f"{kind}: only Gemma 4 models hand out the keys and values that a drafter reads")
-    taken = ("attention_bias", "attention_k_eq_v", "head_dim", "hidden_activation", "max_position_embeddings")
-    taken += ("num_key_value_heads", "rms_norm_eps", *SHARED_FIELDS)
-    taken += ("bos_token_id", "eos_token_id", "pad_token_id")
     layers = transformers_config(target)
     full = layers.per_layer_config[layers.layer_types.index("full_attention")]
     own_heads = full.num_key_value_heads != target["num_key_value_heads"]
-    text = {key: target[key] for key in taken if key in target} | {
+    text = {key: target[key] for key in TAKEN if key in target} | {
         "model_type": "gemma4_unified_text" if "unified" in kind else "gemma4_text",
         "hidden_size": shape.width,
         "intermediate_size": shape.mlp,
