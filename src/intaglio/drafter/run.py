@@ -30,7 +30,7 @@ from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import verify
-from intaglio.plan.plan import make_plan
+from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.proof import Evaluation
