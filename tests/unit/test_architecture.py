@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "workflow": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof"},
     "release": {"errors", "numerics", "plan", "packed", "export", "progress"},
     "finetune": {"errors", "packed", "train", "measure", "formats", "progress", "proof", "workflow"},
-    "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow"},
+    "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow", "drafter"},
     "drafter": {
         *("errors", "plan", "packed", "train", "export", "measure", "progress", "proof", "workflow"),
     },

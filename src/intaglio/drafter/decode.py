@@ -40,13 +40,14 @@ class _Reader:
         """float32 logits [n, V] behind each of n tokens."""
         ids = torch.tensor([tokens], device=self.target.device)
         at = torch.arange(self.length, self.length + len(tokens), device=ids.device).unsqueeze(0)
-        self.states = target_states(self.target, ids, at, past_key_values=self.cache, use_cache=True)
+        self.states = target_states(self.target, ids, at, self.cache)
         self.length += len(tokens)
         logits = self.target.get_output_embeddings()(self.states.hidden[0])
         return cap(logits, softcap_of(self.target))
 
     def crop(self, length: int) -> None:
-        self.cache.crop(length)
+        if length < self.length:
+            self.cache.crop(length - self.length)  # negative: how many to forget; all releases know that
         self.length = length
 
 

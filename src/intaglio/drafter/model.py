@@ -47,11 +47,11 @@ class Shape:
     top_clusters: int = 32
 
     @classmethod
-    def official(cls, target: dict[str, Any]) -> Shape:
-        """As Google's drafter for a target of this width."""
+    def official(cls, target: dict[str, Any], **changes: int) -> Shape:
+        """As Google's drafter for a text model's config of this width, but for `changes`."""
         small = target["hidden_size"] <= SMALL_TARGET
-        heads = target["num_attention_heads"]
-        return cls(width=256, mlp=2048, heads=4) if small else cls(width=1024, mlp=8192, heads=heads)
+        own = {"width": 256, "mlp": 2048, "heads": 4} if small else {"width": 1024, "mlp": 8192}
+        return cls(**{"heads": target["num_attention_heads"]} | own | changes)
 
 
 def drafter_config(target: dict[str, Any], shape: Shape) -> dict[str, Any]:
@@ -94,6 +94,12 @@ def drafter_config(target: dict[str, Any], shape: Shape) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "text_config": text,
     }
+
+
+def target_config(path: str | Path) -> dict[str, Any]:
+    """The text model's config of a packed model or a checkpoint folder."""
+    packed = (Path(path) / PACKED_FILE).is_file()
+    return PackedModel.open(path).plan.model.config if packed else text_config(load_config(path))
 
 
 def load_drafter(path: str | Path) -> TextModel:

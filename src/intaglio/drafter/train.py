@@ -103,7 +103,7 @@ def train_drafter(
             layer.compile(dynamic=False)
 
     def teach(input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
-        states = target_states(target, input_ids, positions, use_cache=False)
+        states = target_states(target, input_ids, positions)
         return TargetStates(states.embeds, states.hidden.to(dtype), states.kv), head
 
     lesson = DraftLesson(student, drafting, softcap_of(target))
