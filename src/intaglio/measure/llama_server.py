@@ -26,7 +26,7 @@ PROGRAM = "llama-server"
 START_SECONDS = 300  # until a large model is read from a slow disk
 STOP_SECONDS = 10
 POLL_SECONDS = 0.05
-DRAFTED_STEPS = "llamacpp:spec_decode_num_drafts_total"
+CHECKS = "llamacpp:spec_decode_num_drafts_total"
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class LlamaServer:
         past_end: go on where the text ends. Raises InputError for a prompt that the server refuses.
         """
         checks = self._checks()
-        said = self._post(
+        answer = self._ask(
             "/completion",
             {
                 "prompt": prompt if isinstance(prompt, str) else [int(token) for token in prompt],
@@ -129,6 +129,7 @@ class LlamaServer:
                 **({"samplers": ["temperature"]} if temperature else {}),
             },
         )
+        said = json.loads(answer)
         timings = said["timings"]
         return Completion(
             text=said["content"],
@@ -175,15 +176,15 @@ class LlamaServer:
         raise ConfigError(f"{model}: {PROGRAM} is not ready after {START_SECONDS} s: {_last_words(self.log())}")
 
     def _checks(self) -> int:
-        with self._web.open(f"{self.url}/metrics", timeout=60) as answer:
-            lines = answer.read().decode("utf-8").splitlines()
-        return next((int(float(line.split()[1])) for line in lines if line.startswith(DRAFTED_STEPS + " ")), 0)
+        """Checks of drafts since the server began."""
+        lines = self._ask("/metrics").decode("utf-8").splitlines()
+        return next((int(float(line.split()[1])) for line in lines if line.startswith(CHECKS + " ")), 0)
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        request = Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> bytes:
+        data = None if body is None else json.dumps(body).encode()
         try:
-            with self._web.open(request) as answer:
-                return json.load(answer)
+            with self._web.open(Request(self.url + path, data, {"Content-Type": "application/json"})) as answer:
+                return answer.read()
         except HTTPError as error:
             raise InputError(f"{PROGRAM}: {error.read().decode('utf-8', 'replace')[:400]}") from None
         except OSError as error:
