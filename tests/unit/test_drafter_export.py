@@ -19,7 +19,7 @@ from intaglio.export.gguf import check_supported
 from intaglio.export.mlx import export_mlx
 from intaglio.export.sizes import gguf_size, hf_size
 from intaglio.export.vllm import export_vllm
-from intaglio.packed.checkpoint import load_model, load_quantized
+from intaglio.packed.checkpoint import checkpoint_spec, load_model, load_quantized
 from intaglio.packed.verify import verify
 from intaglio.plan.bundled import MODELS
 from intaglio.plan.family import build_meta_model, describe
@@ -57,6 +57,12 @@ def test_both_files_hold_what_was_packed(drafter: Case) -> None:
     assert verify(drafter.packed, drafter.hf).values == sum(tensor.spec.numel for tensor in plan)
     assert hf_size(plan).total == (drafter.hf / "model.safetensors").stat().st_size
     assert gguf_size(plan, metadata_bytes(drafter.gguf)).total == drafter.gguf.stat().st_size
+
+
+def test_a_drafters_folder_is_not_taken_for_the_text_model_that_it_nests(drafter: Case) -> None:
+    for folder in (drafter.checkpoint, drafter.hf):
+        assert checkpoint_spec(folder).tensors == drafter.packed.plan.model.tensors
+        assert checkpoint_spec(folder).family.drafter
 
 
 def test_a_tensor_that_is_missing_or_other_is_found(clustered: Case, tmp_path: Path) -> None:

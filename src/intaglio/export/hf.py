@@ -19,7 +19,7 @@ from intaglio.numerics.layout import row_chunks
 from intaglio.packed.model import PackedModel, copy_assets
 from intaglio.packed.store import SafetensorsWriter, Specs, new_path
 from intaglio.plan.carried import whole_name
-from intaglio.plan.family import TOWER_ROLES, ModelSpec, build_meta_model, text_config
+from intaglio.plan.family import TOWER_ROLES, ModelSpec, build_meta_model
 from intaglio.plan.plan import Plan, PlannedTensor
 
 
@@ -75,7 +75,7 @@ def hf_config(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
     """
     architecture = type(build_meta_model(spec.config)).__name__
     name = str(dtype).removeprefix("torch.")
-    layers = text_config(spec.config) | {"dtype": name}
+    layers = (spec.config["text_config"] if spec.family.drafter else spec.config) | {"dtype": name}
     if spec.family.gguf_architecture != "gemma3":
         config = spec.layer_config
         full = config.per_layer_config[config.layer_types.index("full_attention")]
