@@ -47,7 +47,8 @@ def test_what_differs_from_every_default_comes_back() -> None:
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     recipe = Recipe(
         name="x", rules=rules, schedule=schedule, families=("gemma4_text",), kv_cache=KvCache(),
-        activations=Activations(roles=("mlp",), dropout=0.25), drafter=Drafting(step_weights=(2.0, 0.5), clusters="keep"),
+        activations=Activations(roles=("mlp",), dropout=0.25),
+        drafter=Drafting(step_weights=(2.0, 0.5), clusters="keep"),
     )  # fmt: skip
     assert [rule.name for rule in Recipe.from_toml(recipe.to_toml()).rules] == ["b", "a"]
     assert Recipe.from_toml(recipe.to_toml()) == recipe
