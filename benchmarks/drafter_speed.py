@@ -88,7 +88,7 @@ def in_transformers(target: Any, drafter: Any, prompts: list[list[int]], tokens:
         ratios, accepted, library, same = [], [], [], True
         for prompt in prompts:
             plain, slow = timed(lambda prompt=prompt: speculate(target, None, prompt, tokens, 0))
-            fast, quick = timed(lambda prompt=prompt: speculate(target, drafter, prompt, tokens, length))
+            fast, quick = timed(lambda prompt=prompt, n=length: speculate(target, drafter, prompt, tokens, n))
             theirs, reads = by_library(target, drafter, prompt, tokens, length)
             same = same and plain.tokens == fast.tokens == theirs
             ratios.append(slow / quick)
