@@ -112,7 +112,7 @@ def report(
     if evaluation.text is not None:
         windows_NT = read_windows(evaluation, bench.teacher.config.vocab_size, bench.tokenizer)
     else:
-        windows_NT = _saved_windows(out / HELD_OUT_FILE, bench.plan.model.config["vocab_size"])
+        windows_NT = _saved_windows(out / HELD_OUT_FILE, bench.plan.model.layer_config.vocab_size)
     return _measure(bench, windows_NT, evaluation, progress, began=None, replace=True)
 
 
@@ -151,7 +151,7 @@ def training_text(
     schedule = plan.recipe.schedule
     length = schedule.sequence_length
     if data is not None:
-        vocab_size = plan.model.config["vocab_size"]
+        vocab_size = plan.model.layer_config.vocab_size
         return load_corpus(data, tokenizer, sequence_length=length, vocab_size=vocab_size, max_tokens=schedule.tokens)
     return sample_corpus(
         teacher,
@@ -166,7 +166,7 @@ def training_text(
 def held_out(corpus: Corpus, evaluation: Evaluation, plan: Plan, tokenizer: Any) -> tuple[Corpus, NDArray[np.int32]]:
     """Training sequences, and evaluation windows [N, T] that training never sees."""
     if evaluation.text is not None:
-        return corpus, read_windows(evaluation, plan.model.config["vocab_size"], tokenizer)
+        return corpus, read_windows(evaluation, plan.model.layer_config.vocab_size, tokenizer)
     count = max(1, round(len(corpus.tokens) * SHARE_HELD_OUT))
     if count >= len(corpus.tokens):
         raise CorpusError(
@@ -270,7 +270,7 @@ def _quantize_on_text(
         data,
         tokenizer,
         sequence_length=schedule.sequence_length,
-        vocab_size=plan.model.config["vocab_size"],
+        vocab_size=plan.model.layer_config.vocab_size,
         max_tokens=schedule.calibration_tokens,
     )
     progress.stage("Fitting and calibrating")

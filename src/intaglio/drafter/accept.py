@@ -14,7 +14,7 @@ Shape suffixes: N texts, Q places, S steps, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,35 +64,28 @@ def chances(
     texts: int64 [N, T], `prompt` tokens and what the target wrote. Place 0 is that where the first token after the
     prompt is known; a draft beyond the text's end has 0.
     """
-    _, length = texts.shape
+    length = texts.shape[1]
     if length - prompt < 2:
         raise InputError(f"texts of {length} tokens, {prompt} of them prompt: expected two or more that were written")
-    rows = []
-    for ids in texts.split(batch):
-        positions = torch.arange(length).expand(len(ids), -1)
-        states = target_states(target, ids, positions)
-        target_logits = cap(_logits(target, states.hidden), _softcap(target))
-        places = length - 1
-        padded = torch.cat((states.embeds, states.embeds[:, :1].expand(-1, LONGEST, -1)), 1)
-        found = []
-        for step, hidden in enumerate(steps(drafter, _with(states, padded), positions, LONGEST, places), 1):
-            logits = draft_logits(drafter, hidden)
-            chance = torch.zeros(len(ids), places)
-            known = places - step  # places whose step has a token of the text to be compared with
-            if known > 0:
-                chance[:, :known] = _chance(
-                    logits[:, :known],
-                    target_logits[:, step : step + known],
-                    ids[:, step + 1 : step + 1 + known],
-                    sampled,
-                )
-            found.append(chance)
-        rows.append(torch.stack(found, -1)[:, prompt - 1 :])
+    rows = [_chances(target, drafter, ids, sampled)[:, prompt - 1 :] for ids in texts.split(batch)]
     return torch.cat(rows).numpy()
 
 
-def _with(states: Any, embeds: Tensor) -> Any:
-    return type(states)(embeds, states.hidden, states.kv)
+def _chances(target: Any, drafter: Any, ids: Tensor, sampled: bool) -> Tensor:
+    """`chances` [N, T - 1, LONGEST] from the first token on."""
+    places = ids.shape[1] - 1
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+    states = target_states(target, ids, positions)
+    target_logits = cap(target.get_output_embeddings()(states.hidden), softcap_of(target))
+    beyond = states.embeds[:, :1].expand(-1, LONGEST, -1)  # what drafts beyond the end are fed with counts for nothing
+    padded = replace(states, embeds=torch.cat((states.embeds, beyond), 1))
+    chances = torch.zeros(len(ids), places, LONGEST)
+    for step, hidden in enumerate(steps(drafter, padded, positions, LONGEST, places), 1):
+        known = places - step  # places whose draft of this step has a token of the text to be compared with
+        if known > 0:
+            logits, own = draft_logits(drafter, hidden[:, :known]), target_logits[:, step : step + known]
+            chances[:, :known, step - 1] = _chance(logits, own, ids[:, step + 1 : step + 1 + known], sampled)
+    return chances
 
 
 def _chance(logits: Tensor, target_logits: Tensor, written: Tensor, sampled: bool) -> Tensor:
@@ -103,11 +96,8 @@ def _chance(logits: Tensor, target_logits: Tensor, written: Tensor, sampled: boo
     return (q - p).exp().clamp(max=1.0)
 
 
-def _logits(model: Any, hidden: Tensor) -> Tensor:
-    return model.get_output_embeddings()(hidden)
-
-
-def _softcap(model: Any) -> float | None:
+def softcap_of(model: Any) -> float | None:
+    """Soft-capping of a target's final logits."""
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from intaglio.drafter.accept import LONGEST, check_draft_length, draft_logits
+from intaglio.drafter.accept import LONGEST, check_draft_length, draft_logits, softcap_of
 from intaglio.drafter.unroll import TargetStates, draft_step, target_states, window_of
 from intaglio.train.distill import cap
 
@@ -40,13 +40,14 @@ class _Reader:
         """float32 logits [n, V] behind each of n tokens."""
         ids = torch.tensor([tokens], device=self.target.device)
         at = torch.arange(self.length, self.length + len(tokens), device=ids.device).unsqueeze(0)
-        self.states = target_states(self.target, ids, at, past_key_values=self.cache, use_cache=True)
+        self.states = target_states(self.target, ids, at, self.cache)
         self.length += len(tokens)
         logits = self.target.get_output_embeddings()(self.states.hidden[0])
-        return cap(logits, self.target.config.get_text_config().final_logit_softcapping)
+        return cap(logits, softcap_of(self.target))
 
     def crop(self, length: int) -> None:
-        self.cache.crop(length)
+        if length < self.length:
+            self.cache.crop(length - self.length)  # negative: how many to forget; all releases know that
         self.length = length
 
 

@@ -25,6 +25,11 @@ LAYER_TYPES = ("sliding_attention", "sliding_attention", "sliding_attention", "f
 SMALL_TARGET = 2560  # E4B's width; drafters up to there are 256 wide, those of larger models 1024
 # What a layer's keys and values depend on, and the tokens: here drafter and target must be the same.
 SHARED_FIELDS = ("vocab_size", "sliding_window", "rope_parameters")
+TAKEN = (
+    *SHARED_FIELDS,
+    *("attention_bias", "attention_k_eq_v", "head_dim", "hidden_activation", "max_position_embeddings"),
+    *("num_key_value_heads", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +47,11 @@ class Shape:
     top_clusters: int = 32
 
     @classmethod
-    def official(cls, target: dict[str, Any]) -> Shape:
-        """As Google's drafter for a target of this width."""
+    def official(cls, target: dict[str, Any], **changes: int) -> Shape:
+        """As Google's drafter for a text model's config of this width, but for `changes`."""
         small = target["hidden_size"] <= SMALL_TARGET
-        heads = target["num_attention_heads"]
-        return cls(width=256, mlp=2048, heads=4) if small else cls(width=1024, mlp=8192, heads=heads)
+        own = {"width": 256, "mlp": 2048, "heads": 4} if small else {"width": 1024, "mlp": 8192}
+        return cls(**{"heads": target["num_attention_heads"]} | own | changes)
 
 
 def drafter_config(target: dict[str, Any], shape: Shape) -> dict[str, Any]:
@@ -55,13 +60,10 @@ def drafter_config(target: dict[str, Any], shape: Shape) -> dict[str, Any]:
     kind = FAMILIES[target["model_type"]].model_type
     if not kind.startswith("gemma4"):
         raise ConfigError(f"{kind}: only Gemma 4 models hand out the keys and values that a drafter reads")
-    taken = ("attention_bias", "attention_k_eq_v", "head_dim", "hidden_activation", "max_position_embeddings")
-    taken += ("num_key_value_heads", "rms_norm_eps", *SHARED_FIELDS)
-    taken += ("bos_token_id", "eos_token_id", "pad_token_id")
     layers = transformers_config(target)
     full = layers.per_layer_config[layers.layer_types.index("full_attention")]
     own_heads = full.num_key_value_heads != target["num_key_value_heads"]
-    text = {key: target[key] for key in taken if key in target} | {
+    text = {key: target[key] for key in TAKEN if key in target} | {
         "model_type": "gemma4_unified_text" if "unified" in kind else "gemma4_text",
         "hidden_size": shape.width,
         "intermediate_size": shape.mlp,
@@ -92,6 +94,12 @@ def drafter_config(target: dict[str, Any], shape: Shape) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "text_config": text,
     }
+
+
+def target_config(path: str | Path) -> dict[str, Any]:
+    """The text model's config of a packed model or a checkpoint folder."""
+    packed = (Path(path) / PACKED_FILE).is_file()
+    return PackedModel.open(path).plan.model.config if packed else text_config(load_config(path))
 
 
 def load_drafter(path: str | Path) -> TextModel:

@@ -30,10 +30,11 @@ from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import verify
-from intaglio.plan.plan import make_plan
+from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.proof import Evaluation
+from intaglio.train.corpus import Corpus
 from intaglio.train.loop import Options
 from intaglio.train.pack import pack_model
 from intaglio.workflow import held_out, training_text
@@ -90,16 +91,15 @@ def run(
     before = None if drafter_dir is None else load_drafter(drafter_dir)
     first = before if before is not None else new_drafter(target, shape or Shape.official(target.config.to_dict()))
     check_fits(first, target)
-    config = first.config.to_dict()
-    plans = {FLOAT: make_plan(config, _kept_float(recipe))}
-    plans |= {QUANTIZED: make_plan(config, recipe)} if recipe.name != FLOAT_RECIPE else {}
+    plans = {FLOAT: make_plan(first.config.to_dict(), _kept_float(recipe))}
+    plans |= {QUANTIZED: make_plan(first.config.to_dict(), recipe)} if recipe.name != FLOAT_RECIPE else {}
     progress.stage("Reading text")
-    assets, plan = Path(target_dir), plans[FLOAT]
-    tokenizer = load_tokenizer(assets)
-    corpus = training_text(plan, data, tokenizer, target, progress)
-    window = Evaluation(text=texts.text, tokens=texts.prompts * texts.prompt_tokens, window=texts.prompt_tokens)
-    corpus, windows = held_out(corpus, window, plan, tokenizer)
-    prompts = torch.from_numpy(windows[: texts.prompts, : texts.prompt_tokens]).long()
+    corpus, prompts = _texts(target, plans[FLOAT], load_tokenizer(target_dir), data, texts, progress)
+    record = {
+        "name": f"{model_name(target_dir)}-assistant",
+        "method": "drafter, trained",
+        "data": str(data or "its own"),
+    }
     trained: dict[str, TextModel] = {}
     for name, plan in plans.items():
         progress.stage(f"Training {name}")
@@ -114,16 +114,11 @@ def run(
             resume=resume,
             on_step=progress.step,
         )
-        record = {
-            "name": f"{model_name(target_dir)}-assistant",
-            "method": f"drafter trained on {data or 'its own text'}",
-        }
-        pack_model(student, plan, out / name / "packed", assets=assets, provenance=record, replace=resume)
+        pack_model(student, plan, out / name / "packed", assets=target_dir, provenance=record, replace=resume)
         first = trained[name] = load_packed(PackedModel.open(out / name / "packed"))
     progress.stage("Exporting")
-    export(PackedModel.open(out / name / "packed"), out, replace=resume)
-    pairs = _pairs(target, original_dir, before, trained)
-    report = _measure(pairs, prompts, texts, progress)
+    export(PackedModel.open(out / list(plans)[-1] / "packed"), out, replace=resume)
+    report = _measure(_pairs(target, original_dir, before, trained), prompts, texts, progress)
     write_report(report, out, replace=resume)
     return report
 
@@ -135,6 +130,16 @@ def open_target(path: str | Path) -> tuple[TextModel, str]:
         return load_model(path), str(path.resolve())
     packed = PackedModel.open(path)
     return decoded_model(load_packed(packed), packed.text_only()).eval(), packed.sha256()
+
+
+def _texts(
+    target: TextModel, plan: Plan, tokenizer: Any, data: str | Path | None, texts: Texts, progress: Progress
+) -> tuple[Corpus, Tensor]:
+    """What to train on, and prompts int64 [N, P] that it does not hold."""
+    corpus = training_text(plan, data, tokenizer, target, progress)
+    windows = Evaluation(text=texts.text, tokens=texts.prompts * texts.prompt_tokens, window=texts.prompt_tokens)
+    corpus, windows_NT = held_out(corpus, windows, plan, tokenizer)
+    return corpus, torch.from_numpy(windows_NT[: texts.prompts, : texts.prompt_tokens]).long()
 
 
 def _kept_float(recipe: Recipe) -> Recipe:
@@ -180,10 +185,8 @@ def _measure(
     measured: list[Pair] = []
     written: dict[int, dict[bool, Tensor]] = {}
     for number, (target_name, drafter_name, target, drafter) in enumerate(pairs, 1):
-        measured.append(
-            measure_pair(
-                target_name, drafter_name, target, drafter, prompts, texts.tokens, written.setdefault(id(target), {})
-            )
-        )
-        progress.part(number, len(pairs), f"{measured[-1].best.length:.2f} tokens a round")
+        by_target = written.setdefault(id(target), {})
+        pair = measure_pair(target_name, drafter_name, target, drafter, prompts, texts.tokens, by_target)
+        measured.append(pair)
+        progress.part(number, len(pairs), f"{pair.best.length:.2f} tokens a round")
     return DrafterReport(tuple(measured), prompts=len(prompts), tokens=texts.tokens)

@@ -18,9 +18,8 @@ def written(
     """
     from transformers import GenerationConfig
 
-    config = GenerationConfig(
-        max_new_tokens=tokens, min_new_tokens=tokens, do_sample=sampled, top_k=0, top_p=1.0, pad_token_id=0
-    )
+    how = {"do_sample": True, "top_k": 0, "top_p": 1.0} if sampled else {"do_sample": False}
+    config = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0, **how)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         parts = [

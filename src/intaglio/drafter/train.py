@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intaglio.drafter.accept import softcap_of
 from intaglio.drafter.clusters import cluster_loss
 from intaglio.drafter.model import check_fits
 from intaglio.drafter.unroll import TargetStates, inside, steps, target_states
@@ -96,17 +97,16 @@ def train_drafter(
         student.masked_embedding.centroids.requires_grad_(False)
     prepare(student, plan, compiled=False)
     dtype = session_dtype(accelerator)
-    softcap = target.config.get_text_config().final_logit_softcapping
     head = target.get_output_embeddings().weight.to(dtype)
     if compiled:
         for layer in target.model.layers:
             layer.compile(dynamic=False)
 
     def teach(input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
-        states = target_states(target, input_ids, positions, use_cache=False)
+        states = target_states(target, input_ids, positions)
         return TargetStates(states.embeds, states.hidden.to(dtype), states.kv), head
 
-    lesson = DraftLesson(student, drafting, softcap)
+    lesson = DraftLesson(student, drafting, softcap_of(target))
     session = Session(student, lesson, teach, plan, corpus, run_dir, accelerator, False, options)
     claim(run_dir, identity)
     session.run(checkpoint.latest(run_dir), on_step)

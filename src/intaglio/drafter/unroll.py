@@ -32,9 +32,18 @@ class TargetStates:
 
 
 @torch.no_grad()
-def target_states(target: Any, input_ids: Tensor, positions: Tensor | None = None, **kwargs: Any) -> TargetStates:
-    """Run the target over int64 [B, T]; positions that restart keep documents apart. kwargs: of its forward."""
-    out = target.model(input_ids=input_ids, position_ids=positions, return_shared_kv_states=True, **kwargs)
+def target_states(target: Any, input_ids: Tensor, positions: Tensor | None = None, cache: Any = None) -> TargetStates:
+    """Run the target over int64 [B, T], behind what a cache of transformers holds, if one is given.
+
+    Without a cache, positions that restart keep documents apart.
+    """
+    out = target.model(
+        input_ids=input_ids,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        return_shared_kv_states=True,
+    )
     kv = {kind: cached(target, kind, *pair) for kind, pair in out.shared_kv_states.items()}
     return TargetStates(target.get_input_embeddings()(input_ids), out.last_hidden_state, kv)
 
