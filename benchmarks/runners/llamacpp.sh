@@ -4,11 +4,12 @@
 set -euo pipefail
 command -v c++ >/dev/null || { echo "c++ not found: install a C++ compiler"; exit 1; }
 root=$(cd "$1" && pwd)
-export PATH="$root/bin:$PATH"
-python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --require-hashes \
+"$root/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+  --no-binary llama-cpp-python \
   --dest "$root/source" --requirement /dev/stdin <<'PIN'
 llama-cpp-python==0.3.36 --hash=sha256:832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
 PIN
+export PATH="$root/bin:$PATH"
 tar --extract --gzip --strip-components 1 --directory "$root/source" --file "$root"/source/llama_cpp_python-*.tar.gz
 cmake -S "$root/source/vendor/llama.cpp" -B "$root/build" -G Ninja -Wno-dev --log-level=WARNING \
   -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \

@@ -35,6 +35,7 @@ from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer, mo
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
+from intaglio.plan.family import check_runs_alone, read_spec
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
@@ -72,7 +73,9 @@ def run(
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
     began = time.perf_counter()
     progress.stage("Loading the original")
-    plan = make_plan(model_dir, recipe)
+    spec = read_spec(model_dir)
+    check_runs_alone(spec, model_dir)
+    plan = make_plan(spec, recipe)
     check_run_dir(out, {"plan": plan.digest}, resume)
     format_of(plan).check(plan, Path(model_dir))
     tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir)
@@ -302,11 +305,15 @@ def compare(
     """
     progress, artifact = progress or Progress(), Path(artifact)
     progress.stage("Loading")
+    packed = PackedModel.open(artifact) if (artifact / PACKED_FILE).is_file() else None
+    check_runs_alone(read_spec(original), original)
+    if packed is not None:
+        check_runs_alone(packed.plan.model, artifact)
     teacher, tokenizer = load_model(original), load_tokenizer(original)
     windows_NT = read_windows(evaluation, teacher.config.vocab_size, tokenizer)
     with ExitStack() as stack:
-        if (artifact / PACKED_FILE).is_file():
-            candidate = _packed_candidate(teacher, PackedModel.open(artifact), windows_NT, int8_cache)
+        if packed is not None:
+            candidate = _packed_candidate(teacher, packed, windows_NT, int8_cache)
         elif int8_cache:
             raise InputError(f"{artifact}: only a packed model knows the scales that an int8 cache needs")
         else:

@@ -69,9 +69,9 @@ def prompts() -> Tensor:
 def test_the_text_is_the_same_and_drafts_are_accepted(
     program: Path, target: Packed, drafter: Packed, prompts: Tensor
 ) -> None:
-    with LlamaServer(target.gguf, program=program) as server:
+    with LlamaServer(target.gguf, threads=1, program=program) as server:
         alone = [server.complete(prompt.tolist(), NEW_TOKENS, past_end=True) for prompt in prompts]
-    with LlamaServer(target.gguf, draft=drafter.gguf, draft_tokens=DRAFT_TOKENS, program=program) as server:
+    with LlamaServer(target.gguf, draft=drafter.gguf, draft_tokens=DRAFT_TOKENS, threads=1, program=program) as server:
         drafted = [server.complete(prompt.tolist(), NEW_TOKENS, past_end=True) for prompt in prompts]
     assert [one.tokens for one in drafted] == [one.tokens for one in alone]
     assert all(len(one.tokens) == NEW_TOKENS and one.drafted == 0 for one in alone)
@@ -81,7 +81,7 @@ def test_the_text_is_the_same_and_drafts_are_accepted(
     seconds = [sum(one.seconds for one in texts) for texts in (alone, drafted)]
     print(f"{accepted} of {proposed} drafts accepted, {expected:.1%} expected; {seconds[0] / seconds[1]:.2f} x as fast")
     assert proposed > PROMPTS * NEW_TOKENS / 2
-    assert accepted / proposed == pytest.approx(expected, abs=0.03)
+    assert accepted / proposed == pytest.approx(expected, abs=0.01)
     assert accepted / proposed > 0.2
 
 
@@ -94,7 +94,7 @@ def expected_acceptance(target: Packed, drafter: Packed, texts: Tensor) -> float
 
 
 def test_sampled_text_takes_drafts_too(program: Path, target: Packed, drafter: Packed, prompts: Tensor) -> None:
-    with LlamaServer(target.gguf, draft=drafter.gguf, draft_tokens=2, program=program) as server:
+    with LlamaServer(target.gguf, draft=drafter.gguf, draft_tokens=2, threads=1, program=program) as server:
         texts = [server.complete(prompts[0].tolist(), 24, temperature=1.0, seed=n, past_end=True) for n in (1, 2)]
     assert texts[0].tokens != texts[1].tokens
     assert all(0 < one.checks <= one.drafted <= 2 * one.checks for one in texts)
@@ -102,4 +102,4 @@ def test_sampled_text_takes_drafts_too(program: Path, target: Packed, drafter: P
 
 def test_a_model_that_is_no_drafter_is_refused(program: Path, target: Packed) -> None:
     with pytest.raises(ConfigError, match="llama-server does not run this model"):
-        LlamaServer(target.gguf, draft=target.gguf, program=program)
+        LlamaServer(target.gguf, draft=target.gguf, threads=1, program=program)

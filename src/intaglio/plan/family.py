@@ -177,6 +177,15 @@ def is_drafter(config: dict[str, Any]) -> bool:
     return family is not None and family.drafter
 
 
+def check_runs_alone(model: ModelSpec, where: str | Path) -> None:
+    """Raise ConfigError for a drafter, which says nothing without its target."""
+    if model.family.drafter:
+        raise ConfigError(
+            f"{where}: {model.family.model_type}: a drafter is trained and measured beside its target: use "
+            "`intaglio train-drafter`"
+        )
+
+
 def read_spec(model_dir: str | Path) -> ModelSpec:
     """`describe` for a model folder (or its config.json); every ConfigError names it."""
     config = load_config(model_dir)
