@@ -217,7 +217,7 @@ def test_malformed_schedules_are_named(line: str) -> None:
 def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError,
-        match="no recipe 'q4': expected a TOML file or one of drafter, drafter-mobile, drafter-q4_0, mobile, mobile-e2b",
+        match="no recipe 'q4': expected a TOML file or one of drafter, drafter-mobile, drafter-q4_0, mobile",
     ):
         Recipe.load("q4")
     with pytest.raises(RecipeError, match="no recipe"):
