@@ -24,8 +24,8 @@ def train(target: Path, text: Path, out: Path, *more: str) -> list[object]:
 def test_a_new_drafter_and_its_files(gemma4: Case, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     outcome = intaglio(*train(gemma4.packed.path, text, out, *SMALL))
-    assert outcome.code == 0, outcome.error
-    assert "target, retrained, quantized" in " ".join(outcome.output.split())
+    assert outcome.code == 0, outcome.err
+    assert "target, retrained, quantized" in " ".join(outcome.out.split())
     packed = PackedModel.open(out / "packed")
     assert packed.plan.recipe.name == "drafter-q4_0"
     for artifact in ("hf", "model.gguf"):
@@ -50,8 +50,8 @@ def test_all_four_pairs_from_an_existing_drafter(gemma4: Case, text: Path, tmp_p
         f"--drafter={first / 'hf'}",
         f"--original={gemma4.checkpoint}",
     )
-    assert outcome.code == 0, outcome.error
-    pairs = [(pair["target"], pair["drafter"]) for pair in json.loads(outcome.output)["pairs"]]
+    assert outcome.code == 0, outcome.err
+    pairs = [(pair["target"], pair["drafter"]) for pair in json.loads(outcome.out)["pairs"]]
     retrained = [("target", f"retrained, {kind}") for kind in ("float", "quantized")]
     assert pairs == [("original", "original"), ("target", "original"), *retrained]
 
@@ -66,7 +66,7 @@ def test_a_run_that_was_cut_short_goes_on(gemma4: Case, text: Path, tmp_path: Pa
         (cut / name).rmdir()
     (cut / "model.gguf").unlink()
     outcome = intaglio(*train(gemma4.packed.path, text, cut, "--checkpoint-every=2", "--resume", *SMALL))
-    assert outcome.code == 0, outcome.error
+    assert outcome.code == 0, outcome.err
     assert contents(cut / "packed") == contents(whole / "packed")
     assert (cut / "model.gguf").read_bytes() == (whole / "model.gguf").read_bytes()
 
@@ -89,7 +89,7 @@ def test_what_it_refuses(gemma4: Case, text: Path, tmp_path: Path) -> None:
     for arguments, says in cases:
         outcome = intaglio(*train(gemma4.packed.path, text, out, *arguments))
         assert outcome.code == 2, arguments
-        assert says in " ".join(outcome.error.replace("│", " ").split()), outcome.error
+        assert says in " ".join(outcome.err.split())
         assert not out.exists() or not any(out.iterdir())
 
 

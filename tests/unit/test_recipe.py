@@ -242,9 +242,13 @@ def test_presets_name_every_role_but_the_head() -> None:
     for name in PRESETS:
         recipe = Recipe.load(name)
         named = {role for rule in recipe.rules for role in rule.roles}
-        # of experts and drafters the mobile format knows nothing
-        others = {"expert", "router", "drafter_projection", "centroids", "token_ordering"}
-        assert {role for _, role in ROLES} - named <= {"head"} | (others if recipe.families else set())
+        of_drafters = {"drafter_projection", "centroids", "token_ordering"}
+        others = (
+            of_drafters | {"expert", "router"} if recipe.families else set()
+        )  # the mobile format knows none of these
+        if recipe.drafter is not None:
+            others = {"expert", "router", "ple_linear", "ple_embedding", "ple_model_projection"}
+        assert {role for _, role in ROLES} - named <= {"head"} | others
 
 
 def test_layers_tell_rules_apart() -> None:

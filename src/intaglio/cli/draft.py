@@ -23,7 +23,7 @@ def train_drafter(
         Path | None, typer.Option(help="Float checkpoint that --drafter was made for, to compare.", show_default=False)
     ] = None,
     recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="drafter (bfloat16), drafter-q4_0, drafter-mobile, or a TOML file.")
+        str, typer.Option("--recipe", "-r", help="drafter (floats), drafter-q4_0, drafter-mobile, or a TOML file.")
     ] = "drafter-q4_0",
     overrides: Overrides = (),  # type: ignore[assignment]
     data: Annotated[str | None, typer.Option(help="Text, as for train. None: the target writes it.")] = None,

@@ -106,7 +106,7 @@ def speculate(
     behind = 0
     while len(written.tokens) < tokens:
         newest = written.tokens[-1]
-        pairs = _drafts(reader, drafter, newest, behind, count, sampled)
+        pairs = _drafts(reader, drafter, newest, behind, count, sampled) if drafter is not None else []
         before = reader.length
         kept = _judge(pairs, reader.read([newest, *(token for token, _ in pairs)]), sampled)
         behind = len(pairs) + 1 - len(kept)

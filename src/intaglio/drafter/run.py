@@ -2,7 +2,7 @@
 
 A run folder holds
 
-    float/       the drafter retrained for this target and kept in bfloat16: run.json losses.jsonl packed/
+    float/       the drafter retrained for this target and kept in floats: run.json losses.jsonl packed/
     quantized/   the same, gone on with on the recipe's grids; absent where the recipe keeps floats
     packed/ hf/ model.gguf    the result and its files, each read back
     drafter.html drafter.json what was accepted: see `drafter.report`
