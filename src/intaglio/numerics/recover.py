@@ -92,7 +92,7 @@ def _recover(stored_KN: Tensor, rule: Rule, peaks: tuple[int, ...], *, quick: bo
 
 
 def _quick_attempt(stored_KN: Tensor, x_KN: Tensor, extremum: Tensor, guess: Tensor, rule: Rule) -> Recovered:
-    """A guess for blocks whose scale is the extremum divided by its code, rounded to bfloat16. Of x_KN nothing is left."""
+    """A guess for blocks whose scale is the extremum divided by its code, rounded to bfloat16. x_KN is used up."""
     scale = round_significant((extremum / guess).float(), 8)
     inverse = torch.where(scale == 0, 0.0, 1 / scale.to(x_KN.dtype))
     codes_KN = x_KN.mul_(inverse).round_().clamp_(rule.code_min, rule.code_max)
@@ -163,7 +163,7 @@ def _checked(
     """Codes and scales where they give the stored values back; width NOTHING where they do not.
 
     A code of zero has the sign of its value times that of the step, so even zeros come back with their signs.
-    Of codes_KN nothing is left.
+    codes_KN is used up.
     """
     codes = codes_KN.to(torch.int8)
     decoded_KN = codes_KN.float().mul_(scale).to(stored_KN.dtype)
