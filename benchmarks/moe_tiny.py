@@ -74,7 +74,10 @@ def main() -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         result = run(args, Path(name))
-    result |= {"seconds": time.perf_counter() - began, "arguments": {k: str(v) for k, v in vars(args).items() if k not in ("out", "cache")}}
+    result |= {
+        "seconds": time.perf_counter() - began,
+        "arguments": {k: str(v) for k, v in vars(args).items() if k not in ("out", "cache")},
+    }
     write_result(args.out, {"environment": environment("llama-cpp-python"), **result})
 
 
