@@ -1,13 +1,15 @@
 """Fine-tuning a QAT checkpoint: on its grid, and the ordinary way, which leaves it and is converted again.
 
-    python benchmarks/finetune_on_grid.py --out benchmarks/results/finetune_on_grid.json   # 10 minutes on two cores
+    python benchmarks/finetune_on_grid.py --start ours        # 10 minutes on two cores
+    python benchmarks/finetune_on_grid.py --start stranger    # 10 minutes
 
-The bundled model is brought to Q4_0 by a short QAT run: the checkpoint that a user has. Then it is fine-tuned
-on one domain of the bundled text by plain cross-entropy, the same batches at the same rate, in two ways:
+The checkpoint that a user has is the bundled model after a short QAT run: `ours` by recipe q4_0, `stranger` by the
+rule of `stranger_qat.py` (absmax / 7, embeddings in floats), released in bfloat16 and taken over by `convert`. It is
+fine-tuned on one domain of the bundled text by plain cross-entropy, the same batches at the same rate:
 
     on the grid    training goes on from the packed codes and scales (full, and by LoRA)
-    ordinary       its bfloat16 checkpoint is fine-tuned with float32 masters, saved as bfloat16, and
-                   converted with llama.cpp's rounding (`q4_0-stock`, the bytes of llama-quantize)
+    ordinary       the bfloat16 checkpoint is fine-tuned with float32 masters, saved as bfloat16, and converted, with
+                   llama.cpp's rounding (`q4_0-stock`, the bytes of llama-quantize) or with our own fit (`quantize`)
 
 Measured on held-out text of the domain, simulated: perplexity, and KL to the ordinary fine-tune before its conversion.
 """
@@ -24,6 +26,8 @@ from typing import Any
 
 import torch
 from common import environment, write_result
+from stranger_qat import FLOAT_EMBEDDINGS, save_bfloat16
+from stranger_qat import train as train_stranger
 
 from intaglio.export.hf import export_hf
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_runtime, transformers_source
@@ -32,6 +36,7 @@ from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
+from intaglio.sources.convert import convert
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.corpus import Corpus, held_out_windows, load_corpus
 from intaglio.train.loop import Options, StepInfo, train
@@ -79,8 +84,9 @@ def trained(original: Any, plan: Plan, corpus: Corpus, folder: Path, start: Pack
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--start", choices=("ours", "stranger"), required=True)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "finetune_on_grid.json")
     parser.add_argument("--domain", default="moby-dick", help="a source of the bundled text")
     parser.add_argument("--qat-steps", type=int, default=150)
     parser.add_argument("--steps", type=int, default=150, help="of each fine-tune")
@@ -91,15 +97,31 @@ def main() -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         result = run(args, Path(name))
-    result |= {"seconds": time.perf_counter() - began, "arguments": {k: str(v) for k, v in vars(args).items()}}
-    write_result(args.out, {"environment": environment(), **result})
+    said = {k: str(v) for k, v in vars(args).items() if k != "out"}
+    result |= {"environment": environment(), "seconds": time.perf_counter() - began, "arguments": said}
+    before = json.loads(args.out.read_text("utf-8")) if args.out.is_file() else {}
+    write_result(args.out, before | {args.start: result})
 
 
-def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def checkpoint_of_ours(args: argparse.Namespace, folder: Path) -> tuple[Path, PackedModel]:
+    """A bfloat16 checkpoint on recipe q4_0's grids, and its packed model."""
     qat = settings(args.qat_steps, lr=1e-4, gptq_tokens=16_384, scale_lr=1e-3, frozen_tail=0.1, tail_lr=0.5)
     everything = corpus_of(TRAIN_TEXT, args.qat_steps * BATCH * LENGTH)
     start = trained(load_model(MODEL_DIR), make_plan(MODEL_DIR, Recipe.load("q4_0", qat)), everything, folder / "qat")
+    export_hf(start, folder / "released")
+    return folder / "released", start
 
+
+def checkpoint_of_a_stranger(args: argparse.Namespace, folder: Path) -> tuple[Path, PackedModel]:
+    """A bfloat16 checkpoint whose linears lie on a grid that is not ggml's, and what `convert` makes of it."""
+    save_bfloat16(train_stranger(args.qat_steps, load_tokenizer(MODEL_DIR)), folder / "released")
+    found = convert(folder / "released", folder / "converted", recipe=Recipe.load("q4_0-free", FLOAT_EMBEDDINGS))
+    return folder / "released", found.packed
+
+
+def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    released, start = (checkpoint_of_ours if args.start == "ours" else checkpoint_of_a_stranger)(args, folder)
+    embeddings = [] if args.start == "ours" else FLOAT_EMBEDDINGS
     domain = corpus_of(domain_text(TRAIN_TEXT, args.domain, folder / "train.jsonl"), args.steps * BATCH * LENGTH)
     tuning = settings(args.steps, loss="cross_entropy", lr=args.lr, frozen_tail=0.1, tail_lr=0.5, gptq_tokens=0)
     lora = [*tuning, "schedule.lora_rank=8", f"schedule.lr={args.lora_lr}"]
@@ -108,16 +130,12 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         plan = plan_to_go_on(start, changes)
         packed[label] = trained(load_packed(start), plan, domain, folder / label.replace(", ", "-"), start)
 
-    export_hf(start, folder / "hf")
-    floats = trained(
-        load_model(folder / "hf"),
-        make_plan(folder / "hf", Recipe.load("q4_0", FLOATS + tuning)),
-        domain,
-        folder / "off",
-    )
-    export_hf(floats, folder / "off-hf")
-    stock = make_plan(folder / "off-hf", "q4_0-stock")
-    packed["ordinary, converted"] = quantize(folder / "off-hf", stock, folder / "stock")
+    plan = make_plan(released, Recipe.load("q4_0", [*FLOATS, *embeddings, *tuning]))
+    floats = trained(load_model(released), plan, domain, folder / "ordinary")
+    export_hf(floats, folder / "tuned")
+    for label, recipe in (("ordinary, llama-quantize", "q4_0-stock"), ("ordinary, MSE fit", "q4_0-free")):
+        plan = make_plan(folder / "tuned", Recipe.load(recipe, embeddings))
+        packed[label] = quantize(folder / "tuned", plan, folder / recipe)
 
     text = domain_text(HELDOUT_TEXT, args.domain, folder / "heldout.jsonl")
     windows = held_out_windows(

@@ -29,7 +29,7 @@ from intaglio.plan.family import build_meta_model, load_config
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
-from intaglio.train.corpus import held_out_windows
+from intaglio.train.corpus import Corpus, held_out_windows
 from intaglio.train.quantize import quantize
 
 EXPERTS, USED, WIDTH = 16, 2, 64
@@ -69,29 +69,40 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="of QAT")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--eval-tokens", type=int, default=12_288)
+    parser.add_argument("--cache", type=Path, help="for the mixture trained in floats: a later run takes it from here")
     args = parser.parse_args()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         result = run(args, Path(name))
-    result |= {"seconds": time.perf_counter() - began, "arguments": {k: str(v) for k, v in vars(args).items()}}
+    result |= {
+        "seconds": time.perf_counter() - began,
+        "arguments": {k: str(v) for k, v in vars(args).items() if k not in ("out", "cache")},
+    }
     write_result(args.out, {"environment": environment("llama-cpp-python"), **result})
 
 
-def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def original_mixture(args: argparse.Namespace, text: Corpus, folder: Path) -> Path:
+    """The mixture trained in floats, as a checkpoint; the one in the cache, if an earlier run left it there."""
+    original = (args.cache or folder) / "original"
+    if original.is_dir():
+        return original
     begun = mixture(folder / "begun")
-    text = corpus_of(TRAIN_TEXT, (args.float_steps + args.steps) * 4 * LENGTH)
     pretraining = settings(args.float_steps, loss="cross_entropy", lr=3e-4, embedding_lr=1.0, frozen_tail=0)
-    floats = trained(
-        load_model(begun), make_plan(begun, Recipe.load("q4_0", FLOAT_MIXTURE + pretraining)), text, folder / "float"
-    )
-    export_hf(floats, folder / "original")
-    original = load_model(folder / "original")
+    plan = make_plan(begun, Recipe.load("q4_0", FLOAT_MIXTURE + pretraining))
+    export_hf(trained(load_model(begun), plan, text, folder / "float"), original)
+    return original
+
+
+def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    text = corpus_of(TRAIN_TEXT, (args.float_steps + args.steps) * 4 * LENGTH)
+    source = original_mixture(args, text, folder)
+    original = load_model(source)
 
     schedule = settings(args.steps, lr=args.lr, scale_lr=1e-3, frozen_tail=0.1, tail_lr=0.5, gptq_tokens=16_384)
-    plan = make_plan(folder / "original", Recipe.load("q4_0", schedule))
+    plan = make_plan(source, Recipe.load("q4_0", schedule))
     packed = {
-        "stock": quantize(folder / "original", make_plan(folder / "original", "q4_0-stock"), folder / "stock"),
-        "MSE fit": quantize(folder / "original", plan, folder / "fitted"),
+        "stock": quantize(source, make_plan(source, "q4_0-stock"), folder / "stock"),
+        "MSE fit": quantize(source, plan, folder / "fitted"),
         "QAT": trained(original, plan, text, folder / "qat"),
     }
     windows = torch.from_numpy(

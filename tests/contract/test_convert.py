@@ -24,7 +24,7 @@ from intaglio.sources.convert import convert
 from intaglio.sources.inspect import inspect
 from tests.support.cases import Case, fields
 from tests.support.cli import contents, intaglio
-from tests.support.strangers import RULES, make_stranger, pack_originals
+from tests.support.strangers import RULES, make_stranger, pack_originals, put_on_grid
 from tests.support.tiny import GEMMA3, GEMMA4, GEMMA4_MOE, MULTIMODAL, add_unused, make_checkpoint, pack
 
 # Scales and weights of which a checkpoint keeps all bits: of a float16 scale, bfloat16 weights keep eight.
@@ -177,6 +177,35 @@ def test_inspect_calls_a_tensor_of_two_kinds_mixed(tmp_path: Path) -> None:
     verdict = next(v for v in inspect(tmp_path / "stranger").verdicts if v.name == name)
     assert verdict.grid == "mixed"
     assert verdict.tally.all - verdict.tally.recovered == 100 * 256 // 32
+
+
+def put_rows(folder: Path, name: str, weight: torch.Tensor) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][: len(weight)] = weight.to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_two_grids_within_a_tensor(tmp_path: Path) -> None:
+    """Of blocks of four bits each is recovered by itself, whatever its rule; rows of eight bits beside them stop it."""
+    name, latent = (
+        "model.layers.1.mlp.up_proj.weight",
+        torch.randn(128, 256, generator=torch.Generator().manual_seed(2)),
+    )
+    originals = make_stranger(tmp_path / "stranger", "absmax-7")
+    codes, scale = put_on_grid(latent.reshape(-1, 32), "extremum-8", "bf16")
+    put_rows(tmp_path / "stranger", name, (codes * scale).reshape(128, 256))
+    value = convert(tmp_path / "stranger", tmp_path / "packed").packed.read(name)
+    assert isinstance(value, Quantized)
+    expected = torch.cat([codes, originals[name][0][len(codes) :]])
+    assert torch.equal(value.codes.reshape(-1, 32).abs(), expected.abs().to(torch.int8))  # either sign of a scale
+    assert torch.equal(value.decode().to(torch.bfloat16), load_file(tmp_path / "stranger/model.safetensors")[name])
+
+    step = (latent.abs().amax(1, keepdim=True) / 127).bfloat16().float()
+    put_rows(tmp_path / "stranger", name, (latent / step).round() * step)
+    says = r"up_proj.weight: 1,024 of 2,048 blocks do not lie on its grid \(block 32, absmax / 7\)\. Say --requantize"
+    with pytest.raises(QualityError, match=says):
+        convert(tmp_path / "stranger", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_float_checkpoints_are_not_for_converting(gemma4: Case, tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ def _row_grid(rows_RK: Tensor) -> tuple[float, Hypothesis] | None:
     rows = rows[_telling(rows)][:, :COLUMNS_TRIED]
     best: tuple[float, Hypothesis] | None = None
     for name, rule in ROW_RULES.items():
-        few = rows[:FEW_ROWS]
-        if not bool(guesses_that_hold(few, rule).any()):
+        few = [row for row in rows[:FEW_ROWS] if len(row.abs().unique()) <= 1 - rule.code_min]  # a magnitude a code
+        if not few or not bool(guesses_that_hold(torch.stack(few), rule).any()):
             continue
         share = float(guesses_that_hold(rows, rule).any(0).float().mean())
         if best is None or share > best[0]:
@@ -107,10 +107,14 @@ def _block_grid(sample_RC: Tensor) -> tuple[float, Hypothesis] | None:
     """Share of the blocks that lie on a grid, and which it is."""
     blocks = blocks_of(sample_RC, BLOCK)
     blocks = blocks[_telling(blocks)]
-    few = blocks[:: max(1, len(blocks) // BLOCKS_TRIED)]
-    if not bool(guesses_that_hold(few, BLOCK_RULE).any()):
+    first = torch.arange(len(blocks)) % max(1, len(blocks) // BLOCKS_TRIED) == 0  # from all over
+    held = guesses_that_hold(blocks[first], BLOCK_RULE)
+    if not bool(held.any()):
         return None
-    held = guesses_that_hold(blocks, BLOCK_RULE)
+    blocks, likely = torch.cat([blocks[first], blocks[~first]]), held.any(1)
+    peaks = tuple(peak for peak, it_is in zip(BLOCK_RULE.peaks, likely.tolist(), strict=True) if it_is)
+    held = torch.cat([held, torch.zeros(len(likely), len(blocks) - held.shape[1], dtype=torch.bool)], 1)
+    held[likely, int(first.sum()) :] = guesses_that_hold(blocks[int(first.sum()) :], replace(BLOCK_RULE, peaks=peaks))
     clear = held.sum(0) == 1  # where one guess alone holds, it tells of the rule
     if not bool(clear.any()):
         clear = held.any(0)

@@ -32,6 +32,7 @@ CERTAIN_CODES = (48, 96)
 SMALL_EXTREMUM = 2.0**-100  # of a block that has one, values with a code other than zero may be subnormal
 LOWEST_NORMAL_BITS = 0x00800000  # of float32
 FAR = 3e38  # beyond any scale
+GUESSED_AT_ONCE = 1 << 19  # values whose guesses are tried together: temporaries stay in the processor's cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,22 +92,28 @@ def _recover(stored_KN: Tensor, rule: Rule, peaks: tuple[int, ...], *, quick: bo
 
 
 def _quick_attempt(stored_KN: Tensor, x_KN: Tensor, extremum: Tensor, guess: Tensor, rule: Rule) -> Recovered:
-    """A guess for blocks whose scale is the extremum divided by its code, rounded to bfloat16."""
-    usable = (extremum != 0) & torch.isfinite(extremum)
-    scale = round_significant(torch.where(usable, extremum / guess, 1.0).float(), 8)
+    """A guess for blocks whose scale is the extremum divided by its code, rounded to bfloat16. x_KN is used up."""
+    scale = round_significant((extremum / guess).float(), 8)
     inverse = torch.where(scale == 0, 0.0, 1 / scale.to(x_KN.dtype))
-    codes_KN = (x_KN * inverse).round_().clamp_(rule.code_min, rule.code_max)
+    codes_KN = x_KN.mul_(inverse).round_().clamp_(rule.code_min, rule.code_max)
     return _checked(stored_KN, codes_KN, scale, torch.full_like(guess, BFLOAT16, dtype=torch.uint8), extremum, guess)
 
 
 def guesses_that_hold(values_NK: Tensor, rule: Rule) -> Tensor:
     """Which of the rule's peaks explain each block: bool [number of peaks, N]. All of them do with zeros."""
-    count, blocks = len(rule.peaks), len(values_NK)
-    stored_KN = values_NK.t().repeat(1, count)
+    stored_KN = values_NK.t().contiguous()
     x_KN = _computed(stored_KN)
     extremum = _extremum(x_KN)
-    magnitude = torch.tensor(rule.peaks).repeat_interleave(blocks)
-    return _attempt(stored_KN, x_KN, extremum, peaks_of(extremum, magnitude, rule), rule).exact.view(count, blocks)
+    at_once = max(1, GUESSED_AT_ONCE // max(1, values_NK.numel()))
+    held = []
+    for i in range(0, len(rule.peaks), at_once):
+        peaks = rule.peaks[i : i + at_once]
+        magnitude = torch.tensor(peaks).repeat_interleave(len(values_NK))
+        stored, x, peak = (
+            tensor.repeat(*(1,) * (tensor.ndim - 1), len(peaks)) for tensor in (stored_KN, x_KN, extremum)
+        )
+        held.append(_attempt(stored, x, peak, peaks_of(peak, magnitude, rule), rule).exact.view(len(peaks), -1))
+    return torch.cat(held)
 
 
 def _computed(stored: Tensor) -> Tensor:
@@ -156,13 +163,15 @@ def _checked(
     """Codes and scales where they give the stored values back; width NOTHING where they do not.
 
     A code of zero has the sign of its value times that of the step, so even zeros come back with their signs.
+    codes_KN is used up.
     """
-    decoded_KN = (codes_KN.float() * scale).to(stored_KN.dtype)
+    codes = codes_KN.to(torch.int8)
+    decoded_KN = codes_KN.float().mul_(scale).to(stored_KN.dtype)
     # NaN has the bits of NaN
     width = torch.where(_differs(decoded_KN, stored_KN) | ~torch.isfinite(extremum), NOTHING, width)
     width = torch.where(extremum == 0, ANY, width)
     scale = torch.where((width == NOTHING) | (width == ANY), 0.0, scale)
-    return Recovered(codes_KN.to(torch.int8), scale, guess.to(torch.int16), width)
+    return Recovered(codes, scale, guess.to(torch.int16), width)
 
 
 def _differs(first_KN: Tensor, second_KN: Tensor) -> Tensor:

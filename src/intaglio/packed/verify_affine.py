@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from intaglio.numerics.grid import BlockGrid, Quantized
-from intaglio.packed.checkpoint import shards
 from intaglio.packed.model import PackedModel
-from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers
-from intaglio.packed.tally import Tally
+from intaglio.packed.store import SafetensorsReader
+from intaglio.packed.tally import Tally, stored_as_listed
 from intaglio.plan.affine import AffineTensor, Scheme, compressed_tensors, mlx_tensors, schemes, stored_name
 from intaglio.plan.family import load_config
 
@@ -85,29 +84,15 @@ def _scheme_of(module: str, linear: bool, quantization: dict[str, Any]) -> Schem
 
 
 def _compare(packed: PackedModel, folder: Path, stored: list[AffineTensor], tally: Tally) -> None:
-    expected = {tensor.name: tensor for tensor in stored}
     static = packed.read_static()
-    seen: set[str] = set()
-    for shard in shards(folder):
-        found = headers(shard)
-        seen |= set(found)
-        tally.extra += sorted(set(found) - set(expected))
-        with SafetensorsReader(shard) as file:
-            for name, kind in found.items():
-                if name not in expected:
-                    continue
-                tensor = expected[name]
-                tally.counts["tensors"] += 1
-                if kind != (SAFETENSORS_DTYPES[tensor.dtype], tensor.shape):
-                    tally.unlike.append(name)
-                elif tensor.part == "static":
-                    tally.compare("static_scales", torch.tensor([static[tensor.source]]), file.read(name))
-                elif tensor.part == "shape":
-                    if file.read(name).tolist() != list(packed.plan[tensor.source].spec.shape):
-                        tally.unlike.append(name)
-                else:
-                    _compare_rows(packed, tensor, file, tally)
-    tally.missing += sorted(set(expected) - seen)
+    for tensor, file in stored_as_listed(folder, stored, tally):
+        if tensor.part == "static":
+            tally.compare("static_scales", torch.tensor([static[tensor.source]]), file.read(tensor.name))
+        elif tensor.part == "shape":
+            if file.read(tensor.name).tolist() != list(packed.plan[tensor.source].spec.shape):
+                tally.unlike.append(tensor.name)
+        else:
+            _compare_rows(packed, tensor, file, tally)
 
 
 def _compare_rows(packed: PackedModel, tensor: AffineTensor, file: SafetensorsReader, tally: Tally) -> None:

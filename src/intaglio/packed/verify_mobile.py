@@ -13,41 +13,26 @@ import torch
 from torch import Tensor
 
 from intaglio.numerics.grid import Quantized
-from intaglio.packed.checkpoint import shards
 from intaglio.packed.model import PackedModel
-from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers
-from intaglio.packed.tally import Tally
+from intaglio.packed.store import SafetensorsReader
+from intaglio.packed.tally import Tally, stored_as_listed
 from intaglio.plan.family import load_config
 from intaglio.plan.mobile import StoredTensor, module_bits, resolve_bits, stored_tensors
 
 
 def compare_mobile(packed: PackedModel, folder: Path, tally: Tally) -> None:
     """Count into `tally` what the folder holds and what of it differs from the packed model."""
-    expected = {tensor.name: tensor for tensor in stored_tensors(packed.plan)}
     static = packed.read_static()
     quantization = load_config(folder)["quantization_config"]
     for module, bits in module_bits(packed.plan).items():
         if resolve_bits(module, quantization) != bits:
             tally.unlike.append(f"{module} in config.json")
-    seen: set[str] = set()
-    for shard in shards(folder):
-        found = headers(shard)
-        seen |= set(found)
-        tally.extra += sorted(set(found) - set(expected))
-        with SafetensorsReader(shard) as file:
-            for name, kind in found.items():
-                if name not in expected:
-                    continue
-                tally.counts["tensors"] += 1
-                stored = expected[name]
-                if kind != (SAFETENSORS_DTYPES[stored.dtype], stored.shape):
-                    tally.unlike.append(name)
-                elif stored.part == "static":
-                    value = torch.tensor(static.get(stored.source, 0.0), dtype=torch.float32)
-                    tally.compare("static_scales", value, file.read(name))
-                else:
-                    _compare(packed, stored, file, tally)
-    tally.missing += sorted(set(expected) - seen)
+    for stored, file in stored_as_listed(folder, stored_tensors(packed.plan), tally):
+        if stored.part == "static":
+            value = torch.tensor(static.get(stored.source, 0.0), dtype=torch.float32)
+            tally.compare("static_scales", value, file.read(stored.name))
+        else:
+            _compare(packed, stored, file, tally)
 
 
 def _compare(packed: PackedModel, stored: StoredTensor, file: SafetensorsReader, tally: Tally) -> None:

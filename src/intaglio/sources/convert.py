@@ -184,7 +184,11 @@ def _unrecovered(path: Path, steps: list[_Step]) -> str:
     for step in lossy[:SHOWN]:
         tally = step.verdict.tally
         unlike = tally.all - tally.recovered
-        what = "lies on no grid" if not step.verdict.on_grid else f"{unlike:,} of {tally.all:,} blocks lie on no grid"
+        what = "lies on no grid"
+        if step.verdict.on_grid:
+            hypothesis = step.verdict.hypothesis
+            grid = step.verdict.grid if hypothesis is None else NAMES[hypothesis.name]
+            what = f"{unlike:,} of {tally.all:,} blocks do not lie on its grid ({grid})"
         if step.verdict.on_grid and step.action == "fit":
             what = f"lies on another grid than {step.tensor.grid.name}, where the recipe puts it"
         elif step.verdict.on_grid and step.lossy > unlike:

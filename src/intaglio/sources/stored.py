@@ -24,7 +24,7 @@ from intaglio.packed.verify import read_gguf
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 GGUF_GRIDS: dict[str, BlockGrid] = {"Q4_0": Q4_0_FREE, "Q8_0": Q8_0_FREE, "Q6_K": Q6_K_FREE}
 PIECE_ELEMENTS = 1 << 22  # of a tensor that is in memory at once, and several times that of temporaries
-SAMPLE_ELEMENTS = 1 << 18
+SAMPLE_ELEMENTS = 1 << 17
 SAMPLE_ROWS = 64
 
 
