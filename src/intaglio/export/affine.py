@@ -32,13 +32,18 @@ def parts_of(packed: PackedModel, stored: list[AffineTensor], advice: str) -> It
         if tensor.part == "static":
             yield tensor.name, None, torch.tensor([static[tensor.source]], dtype=torch.float32)
         elif tensor.part == "shape":
-            yield tensor.name, None, torch.tensor(packed.plan[tensor.source].spec.shape)
+            yield tensor.name, None, torch.tensor(tensor.matrix)
         else:
             by_source.setdefault(tensor.source, []).append(tensor)
     for source, tensors in by_source.items():
         for rows, value in packed.chunks(source):
             for tensor in tensors:
-                yield tensor.name, rows, _data(tensor, value, advice)
+                if tensor.piece is None:
+                    yield tensor.name, rows, _data(tensor, value, advice)
+                elif rows is None or tensor.piece.expert in range(rows.start, rows.stop):
+                    assert isinstance(value, Quantized)
+                    piece = tensor.piece.of(value, rows.start if rows else 0)
+                    yield tensor.name, None, _data(tensor, piece, advice)
 
 
 def _data(tensor: AffineTensor, value: Quantized | Tensor, advice: str) -> Tensor:
