@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,16 +18,19 @@ from safetensors.torch import load_file
 from benchmarks.runners.start import HERE as RUNNERS
 from benchmarks.runners.start import Output, agreement, python_of, start
 from intaglio.errors import InputError
+from intaglio.export.hf import export_hf
 from intaglio.export.mlx import export_mlx
 from intaglio.export.vllm import export_vllm
 from intaglio.measure.evaluate import logits_of
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model
 from intaglio.packed.model import PackedModel
+from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.train.static import switch_static
+from intaglio.train.static import fix_scales, switch_static
+from intaglio.workflow import quantize_model
 from tests.support.cases import Case
-from tests.support.tiny import VOCABULARY, make_checkpoint, pack
+from tests.support.tiny import GEMMA4_MOE, VOCABULARY, make_checkpoint, pack
 
 IDS = np.random.default_rng(0).integers(3, VOCABULARY, (2, 80)).astype(np.int32)  # two windows and a half
 PROMPTS = IDS[:, :16]
@@ -71,17 +75,88 @@ def test_mlx_computes_two_four_and_eight_bits(mobile_packed: PackedModel, tmp_pa
     assert agreement(expected, found.logits, IDS).max_difference < 1e-3
 
 
+def vllm(name: str, artifact: Path, out: Path, dtype: str, *, kernels: bool = True) -> Output:
+    """name: of the runner. dtype: of activations. kernels: whether vLLM's own for 4-bit linears are used."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INTAGLIO_VLLM_DTYPE", dtype)
+        patch.setenv("VLLM_DISABLED_KERNELS", "" if kernels else "CPUWNA16LinearKernel")
+        return start(name, "vllm", artifact, IDS, PROMPTS, out, new_tokens=8)
+
+
 @pytest.mark.environment
 def test_vllm_computes_w4a16_as_it_does_the_decoded_weights(gemma4: Case, tmp_path: Path) -> None:
-    """Half of the groups have negative scales. In bfloat16 two kernels differ by its rounding, not more."""
+    """Half of the groups have negative scales. In 16 bits runs differ by the rounding of activations, not more."""
     export_vllm(gemma4.packed, tmp_path / "vllm")
     scales = load_file(tmp_path / "vllm" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight_scale"]
     assert 0.3 < float((scales < 0).float().mean()) < 0.7
-    dense, found = run("vllm", gemma4.hf, tmp_path / "a"), run("vllm", tmp_path / "vllm", tmp_path / "b")
-    assert found.kernels == ["CompressedTensorsWNA16 in CPUWNA16LinearKernel"] and not dense.kernels
-    agreed = agreement(dense.logits, found.logits, IDS)
-    assert agreed.max_difference < 0.15 and agreed.kl_nats < 1e-4
+    exact = simulated(gemma4.packed, gemma4.checkpoint)
+    for dtype, difference, kl in (("bfloat16", 0.15, 1e-4), ("float16", 0.02, 1e-6)):
+        dense, found = (vllm("vllm", path, tmp_path / "out", dtype) for path in (gemma4.hf, tmp_path / "vllm"))
+        assert found.kernels == ["CompressedTensorsWNA16 in CPUWNA16LinearKernel"] and not dense.kernels
+        for a, b in ((dense.logits, found.logits), (exact, found.logits), (exact, dense.logits)):
+            agreed = agreement(a, b, IDS)
+            print(dtype, agreed)
+            assert agreed.max_difference < difference and agreed.kl_nats < kl
+        assert np.array_equal(dense.tokens, found.tokens)
+
+
+@pytest.mark.environment
+def test_vllm_loads_and_decodes_every_expert(tmp_path: Path) -> None:
+    """Its kernels for W4A16 experts are a GPU's; names, order and decoding are vLLM's own, multiplied in floats."""
+    packed = pack(make_checkpoint(tmp_path / "checkpoint", GEMMA4_MOE), tmp_path / "packed")
+    export_vllm(packed, tmp_path / "vllm")
+    export_hf(packed, tmp_path / "hf")
+    found = vllm("vllm_decoded", tmp_path / "vllm", tmp_path / "a", "float16")
+    dense = vllm("vllm", tmp_path / "hf", tmp_path / "b", "float16")
+    exact = simulated(packed, tmp_path / "checkpoint")
+    print(agreement(exact, dense.logits, IDS), agreement(exact, found.logits, IDS))
+    for logits in (found.logits, dense.logits):
+        agreed = agreement(exact, logits, IDS)
+        assert agreed.max_difference < 0.05 and agreed.kl_nats < 1e-5
     assert np.array_equal(dense.tokens, found.tokens)
+
+
+FOUR_BITS = [f"weights.{rule}.grid=int4" for rule in ("mlp_late", "ple_linear")]
+FOUR_BITS += [f"weights.{rule}.grid=bf16" for rule in ("token_embedding", "head", "ple_embedding")]
+LAST_LOADED = {"q_proj": "v_proj", "k_proj": "v_proj", "gate_proj": "up_proj"}
+
+
+def as_vllm(packed: PackedModel, checkpoint: Path) -> Any:
+    """The training forward with vLLM's one output scale for a fused linear, that of the shard which is loaded last."""
+    values, model = packed.read_static(), decoded_model(load_model(checkpoint), packed)
+    for scale in packed.plan.static_scales:
+        own = scale.module.rpartition(".")[2]
+        if scale.kind == "output" and own in LAST_LOADED:
+            values[scale.name] = values.get(scale.name.replace(own, LAST_LOADED[own]), values[scale.name])
+    fix_scales(model, packed.plan, values)
+    switch_static(model, activations=True, kv_cache=False)
+    return model
+
+
+def forward(model: Any) -> np.ndarray:
+    return np.stack([logits[:-1].numpy() for logits in logits_of(model, torch.from_numpy(IDS).long())])
+
+
+@pytest.mark.environment
+@pytest.mark.parametrize("rules", [FOUR_BITS, []], ids=["four bits", "mobile"])
+def test_vllm_computes_the_mobile_format(rules: list[str], text: Path, tmp_path: Path) -> None:
+    """In float32, with multiplication by decoded weights: but for flipped int8 codes every logit is the same."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    settings = ["channel_scales=bf16", "schedule.calibration_tokens=512", "schedule.sequence_length=64", *rules]
+    quantize_model(checkpoint, make_plan(checkpoint, Recipe.load("mobile", settings)), tmp_path / "packed", data=text)
+    packed = PackedModel.open(tmp_path / "packed")
+    export_vllm(packed, tmp_path / "vllm")
+    found = vllm("vllm_decoded", tmp_path / "vllm", tmp_path / "a", "float32", kernels=False)
+    expected, own = forward(as_vllm(packed, checkpoint)), decoded_model(load_model(checkpoint), packed)
+    switch_static(own, activations=True, kv_cache=False)
+    near, far = (float((np.abs(x - found.logits) < 1e-4).mean()) for x in (expected, forward(own)))
+    print(near, far, agreement(expected, found.logits, IDS), agreement(forward(own), found.logits, IDS))
+    assert near > 0.5 and far < 0.1
+    if rules:  # which vLLM's own kernel for a CPU computes, in 16 bits
+        real = vllm("vllm", tmp_path / "vllm", tmp_path / "b", "bfloat16")
+        assert real.kernels == ["CompressedTensorsWNA8O8Int in CPUWNA16LinearKernel"]
+        print(agreement(expected, real.logits, IDS))
+        assert agreement(expected, real.logits, IDS).kl_nats < 0.05
 
 
 @pytest.mark.environment

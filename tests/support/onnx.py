@@ -15,6 +15,7 @@ from intaglio.export.onnx_trace import trace_decoder
 from intaglio.plan.family import ModelSpec, describe
 
 DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
+CODES = ".codes"  # ends the name of what a QuantizeLinear of the exporter gives
 
 
 @functools.cache
@@ -31,10 +32,23 @@ class Sessions:
     """A folder in ONNX Runtime, with the cache that goes from step to step. B sequences, T tokens, V vocabulary."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.codes: dict[str, np.ndarray] = {}  # of a tapped decoder: int8 codes of the last step, by static scale
         where, provider = folder / "onnx", ["CPUExecutionProvider"]
         self.embeddings = onnxruntime.InferenceSession(where / "embed_tokens_q4.onnx", providers=provider)
         self.decoder = onnxruntime.InferenceSession(where / "decoder_model_merged_q4.onnx", providers=provider)
         self.past: dict[str, np.ndarray] = {}
+
+    def tap(self) -> None:
+        """Let the decoder say what it rounds, too. Its data lie beside it, so it is read from a file there."""
+        path = self.folder / "onnx" / "decoder_model_merged_q4.onnx"
+        model = onnx.load(path, load_external_data=False)
+        for name in [name for node in model.graph.node for name in node.output if name.endswith(CODES)]:
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT8, None))
+        tapped = path.with_name("tapped.onnx")
+        tapped.write_bytes(model.SerializeToString())
+        self.decoder = onnxruntime.InferenceSession(tapped, providers=["CPUExecutionProvider"])
+        tapped.unlink()
 
     def start(self, batch: int) -> None:
         """Forget all tokens."""
@@ -52,6 +66,7 @@ class Sessions:
         feed = _run(self.embeddings, {"input_ids": ids_BT})
         feed |= {"attention_mask": mask, "position_ids": positions, "num_logits_to_keep": np.array(keep)}
         found = _run(self.decoder, feed | self.past)
+        self.codes = {name.removesuffix(CODES): found.pop(name) for name in list(found) if name.endswith(CODES)}
         self.past = {f"past_key_values{n.removeprefix('present')}": x for n, x in found.items() if n != "logits"}
         return found["logits"]
 
