@@ -90,7 +90,7 @@ def test_vllm_computes_w4a16_as_it_does_the_decoded_weights(gemma4: Case, tmp_pa
     scales = load_file(tmp_path / "vllm" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight_scale"]
     assert 0.3 < float((scales < 0).float().mean()) < 0.7
     exact = simulated(gemma4.packed, gemma4.checkpoint)
-    for dtype, difference, kl in (("bfloat16", 0.15, 1e-4), ("float16", 0.02, 1e-6)):
+    for dtype, difference, kl in (("bfloat16", 0.15, 3e-5), ("float16", 0.02, 1e-6)):
         dense, found = (vllm("vllm", path, tmp_path / "out", dtype) for path in (gemma4.hf, tmp_path / "vllm"))
         assert found.kernels == ["CompressedTensorsWNA16 in CPUWNA16LinearKernel"] and not dense.kernels
         for a, b in ((dense.logits, found.logits), (exact, found.logits), (exact, dense.logits)):
@@ -151,12 +151,12 @@ def test_vllm_computes_the_mobile_format(rules: list[str], text: Path, tmp_path:
     switch_static(own, activations=True, kv_cache=False)
     near, far = (float((np.abs(x - found.logits) < 1e-4).mean()) for x in (expected, forward(own)))
     print(near, far, agreement(expected, found.logits, IDS), agreement(forward(own), found.logits, IDS))
-    assert near > 0.5 and far < 0.1
+    assert near > 0.9 and far < 0.1
     if rules:  # which vLLM's own kernel for a CPU computes, in 16 bits
         real = vllm("vllm", tmp_path / "vllm", tmp_path / "b", "bfloat16")
         assert real.kernels == ["CompressedTensorsWNA8O8Int in CPUWNA16LinearKernel"]
         print(agreement(expected, real.logits, IDS))
-        assert agreement(expected, real.logits, IDS).kl_nats < 0.05
+        assert agreement(expected, real.logits, IDS).kl_nats < 1e-4
 
 
 @pytest.mark.environment

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from intaglio.errors import WeightError
-from intaglio.export.folder import Part, Specs
+from intaglio.export.folder import Part, write_folder
 from intaglio.export.hf import decoded
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.codes import pack_codes
@@ -16,16 +18,26 @@ from intaglio.packed.model import PackedModel
 from intaglio.plan.affine import AffineTensor
 
 
-def specs_of(stored: list[AffineTensor]) -> Specs:
-    """Dtypes and shapes, as `write_folder` takes them."""
-    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in stored}
-
-
-def parts_of(packed: PackedModel, stored: list[AffineTensor], advice: str) -> Iterator[Part]:
-    """Everything a folder holds, a few rows at a time; each planned tensor is read once.
+def write_affine(
+    packed: PackedModel,
+    path: str | Path,
+    stored: list[AffineTensor],
+    config: dict[str, Any],
+    *,
+    advice: str,
+    **options: Any,
+) -> None:
+    """Write the folder `path` with these tensors of the packed model and this config.json.
 
     advice: what to do about a scale that its dtype does not hold, for the WeightError that says so.
+    options: `metadata`, `replace` and `on_progress` of `write_folder`.
     """
+    specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in stored}
+    write_folder(packed, path, config=config, specs=specs, parts=_parts(packed, stored, advice), **options)
+
+
+def _parts(packed: PackedModel, stored: list[AffineTensor], advice: str) -> Iterator[Part]:
+    """Everything a folder holds, a few rows at a time; each planned tensor is read once."""
     static = packed.read_static()
     by_source: dict[str, list[AffineTensor]] = {}
     for tensor in stored:

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from intaglio.export.affine import parts_of, specs_of
-from intaglio.export.folder import silent, write_folder
+from intaglio.export.affine import write_affine
+from intaglio.export.folder import silent
 from intaglio.export.hf import hf_config, whole_config
 from intaglio.packed.model import PackedModel
 from intaglio.plan.affine import Scheme, compressed_tensors, linears_of, schemes, stored_name
@@ -49,13 +49,12 @@ def export_vllm(
     grids that the format or vLLM does not have, WeightError for scales and floats that bfloat16 does not
     hold, OutputError if the folder cannot be written.
     """
-    stored = compressed_tensors(packed.plan)
-    write_folder(
+    write_affine(
         packed,
         path,
-        config=vllm_config(packed.plan),
-        specs=specs_of(stored),
-        parts=parts_of(packed, stored, ADVICE),
+        compressed_tensors(packed.plan),
+        vllm_config(packed.plan),
+        advice=ADVICE,
         replace=replace,
         on_progress=on_progress,
     )
