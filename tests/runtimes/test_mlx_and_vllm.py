@@ -17,17 +17,19 @@ from safetensors.torch import load_file
 
 from benchmarks.runners.start import HERE as RUNNERS
 from benchmarks.runners.start import Output, agreement, python_of, start
+from benchmarks.runners.vllm_scales import fuse_scales
 from intaglio.errors import InputError
 from intaglio.export.hf import export_hf
 from intaglio.export.mlx import export_mlx
-from intaglio.export.vllm import export_vllm
+from intaglio.export.vllm import export_vllm, vllm_config
 from intaglio.measure.evaluate import logits_of
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.train.static import fix_scales, switch_static
+from intaglio.planning import bundled_spec
+from intaglio.train.static import switch_static
 from intaglio.workflow import quantize_model
 from tests.support.cases import Case
 from tests.support.tiny import GEMMA4_MOE, VOCABULARY, make_checkpoint, pack
@@ -118,19 +120,6 @@ def test_vllm_loads_and_decodes_every_expert(tmp_path: Path) -> None:
 
 FOUR_BITS = [f"weights.{rule}.grid=int4" for rule in ("mlp_late", "ple_linear")]
 FOUR_BITS += [f"weights.{rule}.grid=bf16" for rule in ("token_embedding", "head", "ple_embedding")]
-LAST_LOADED = {"q_proj": "v_proj", "k_proj": "v_proj", "gate_proj": "up_proj"}
-
-
-def as_vllm(packed: PackedModel, checkpoint: Path) -> Any:
-    """The training forward with vLLM's one output scale for a fused linear, that of the shard which is loaded last."""
-    values, model = packed.read_static(), decoded_model(load_model(checkpoint), packed)
-    for scale in packed.plan.static_scales:
-        own = scale.module.rpartition(".")[2]
-        if scale.kind == "output" and own in LAST_LOADED:
-            values[scale.name] = values.get(scale.name.replace(own, LAST_LOADED[own]), values[scale.name])
-    fix_scales(model, packed.plan, values)
-    switch_static(model, activations=True, kv_cache=False)
-    return model
 
 
 def forward(model: Any) -> np.ndarray:
@@ -147,16 +136,44 @@ def test_vllm_computes_the_mobile_format(rules: list[str], text: Path, tmp_path:
     packed = PackedModel.open(tmp_path / "packed")
     export_vllm(packed, tmp_path / "vllm")
     found = vllm("vllm_decoded", tmp_path / "vllm", tmp_path / "a", "float32", kernels=False)
-    expected, own = forward(as_vllm(packed, checkpoint)), decoded_model(load_model(checkpoint), packed)
-    switch_static(own, activations=True, kv_cache=False)
-    near, far = (float((np.abs(x - found.logits) < 1e-4).mean()) for x in (expected, forward(own)))
-    print(near, far, agreement(expected, found.logits, IDS), agreement(forward(own), found.logits, IDS))
+    model = decoded_model(load_model(checkpoint), packed)
+    switch_static(model, activations=True, kv_cache=False)
+    own = forward(model)
+    assert fuse_scales(model, packed) > 5
+    expected = forward(model)
+    near, far = (float((np.abs(x - found.logits) < 1e-4).mean()) for x in (expected, own))
+    print(near, far, agreement(expected, found.logits, IDS), agreement(own, found.logits, IDS))
     assert near > 0.9 and far < 0.1
     if rules:  # which vLLM's own kernel for a CPU computes, in 16 bits
         real = vllm("vllm", tmp_path / "vllm", tmp_path / "b", "bfloat16")
         assert real.kernels == ["CompressedTensorsWNA8O8Int in CPUWNA16LinearKernel"]
         print(agreement(expected, real.logits, IDS))
         assert agreement(expected, real.logits, IDS).kl_nats < 1e-4
+
+
+def schemes_in_vllm(folder: Path, names: list[str]) -> dict[str, Any]:
+    command = [python_of("vllm"), RUNNERS / "vllm_schemes.py", folder, *names]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.environment
+def test_vllm_finds_the_experts_of_the_published_mixture(tmp_path: Path) -> None:
+    """Of which no weights are needed: its config says which method each module gets."""
+    (tmp_path / "config.json").write_text(json.dumps(vllm_config(make_plan(bundled_spec("gemma-4-26b-a4b"), "q4_0"))))
+    layer = "language_model.model.layers.29"  # as vLLM calls it within the multimodal model
+    linear = ["CompressedTensorsWNA16", 4, 32]
+    assert schemes_in_vllm(tmp_path, [f"{layer}.{name}" for name in MIXTURE]) == {
+        f"{layer}.experts": ["CompressedTensorsWNA16MoEMethod", 4, 32],
+        f"{layer}.router.proj": None,
+        f"{layer}.self_attn.qkv_proj": linear,
+        f"{layer}.mlp.gate_up_proj": linear,
+        f"{layer}.mlp.down_proj": linear,
+    }
+
+
+MIXTURE = ("experts", "router.proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
 
 @pytest.mark.environment
@@ -169,11 +186,9 @@ def test_vllm_finds_the_schemes_of_the_mobile_format(tmp_path: Path) -> None:
     names += ["model.layers.2.self_attn.q_proj", "model.layers.0.self_attn.o_proj", "model.layers.3.mlp.down_proj"]
     names += ["model.layers.1.per_layer_input_gate", "model.per_layer_model_projection", "lm_head"]
     names += ["model.embed_tokens", "model.embed_tokens_per_layer"]
-    command = [python_of("vllm"), RUNNERS / "vllm_schemes.py", tmp_path / "vllm", *names]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    found = schemes_in_vllm(tmp_path / "vllm", names)
     wna8o8 = {bits: ["CompressedTensorsWNA8O8Int", bits, None] for bits in (2, 4, 8)}
-    assert json.loads(done.stdout.splitlines()[-1]) == {
+    assert found == {
         "model.layers.0.self_attn.qkv_proj": wna8o8[4],
         "model.layers.0.mlp.gate_up_proj": wna8o8[4],
         "model.layers.2.self_attn.qkv_proj": wna8o8[4],
