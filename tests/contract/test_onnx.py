@@ -339,11 +339,12 @@ def test_what_the_files_cannot_say_is_refused(cases: dict[str, Case], tmp_path: 
 def test_missing_packages_and_tokenizers_are_named(
     packed_copy: PackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(onnx_decoder, "trace_decoder", trace_decoder)
-        patched.setitem(sys.modules, "onnxscript", None)
-        outcome = intaglio("export", packed_copy.path, "onnx", f"--out={tmp_path / 'x'}")
-    assert outcome.code == 2 and "pip install 'intaglio[onnx]'" in outcome.error
+    for package in ("onnx", "onnx_ir", "onnxscript"):
+        with monkeypatch.context() as patched:
+            patched.setattr(onnx_decoder, "trace_decoder", trace_decoder)
+            patched.setitem(sys.modules, package, None)
+            outcome = intaglio("export", packed_copy.path, "onnx", f"--out={tmp_path / 'x'}")
+        assert outcome.code == 2 and "pip install 'intaglio[onnx]'" in outcome.error
     (packed_copy.path / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         export_onnx(packed_copy, tmp_path / "x")
