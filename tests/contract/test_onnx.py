@@ -15,6 +15,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from benchmarks.runners.codes import Comparison
 from intaglio.errors import ConfigError, InputError, OutputError, RecipeError
 from intaglio.export import onnx_decoder
 from intaglio.export.onnx import export_onnx
@@ -28,7 +29,6 @@ from intaglio.plan.recipe import Recipe
 from intaglio.workflow import quantize_model
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
-from tests.support.codes import Comparison
 from tests.support.onnx import Sessions, traced
 from tests.support.tiny import GEMMA4, VOCABULARY, make_checkpoint, pack
 
@@ -127,7 +127,7 @@ def test_static_int8_is_that_of_the_training_forward(calibrated: PackedModel, mo
     """On ONNX Runtime's own int8 codes, the forward makes the same codes in every place, and the same logits.
 
     Two sums of other order differ in the last bit, so a code at a border may fall to the other side, once in many
-    thousand. Left to itself the forward would part from ONNX Runtime there: see `tests/support/codes.py`.
+    thousand. Left to itself the forward would part from ONNX Runtime there: see `benchmarks/runners/codes.py`.
     """
     assert sum(value != 0 for value in calibrated.read_static().values()) == len(calibrated.plan.static_scales)
     model = decoded_model(load_model(calibrated.path.parent / "checkpoint"), calibrated)

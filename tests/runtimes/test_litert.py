@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.runners.codes import Comparison, litert_codes
 from benchmarks.runners.start import HERE, agreement, python_of, start
 from intaglio.export.litert import export_litert
 from intaglio.measure.simulate import decoded_model
@@ -28,7 +29,6 @@ from intaglio.plan.recipe import Recipe
 from intaglio.proof import Evaluation
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.workflow import quantize_model, read_windows
-from tests.support.codes import Comparison
 
 pytestmark = pytest.mark.environment
 
@@ -124,24 +124,12 @@ def test_two_exports_are_the_same_file(mobile: Bundle, tmp_path: Path) -> None:
 
 def on_the_codes_of(bundle: Bundle, ids_NT: np.ndarray, folder: Path) -> tuple[Comparison, np.ndarray]:
     """The training forward on LiteRT's own int8 codes, and LiteRT's logits [N, T, V]."""
-    np.save(folder / "ids.npy", ids_NT)
-    command = [python_of(ENVIRONMENT), HERE / "litert_codes.py", bundle.path, folder / "ids.npy", folder / "codes.npz"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found, codes = dict(np.load(folder / "codes.npz")), {}
-    for scale in bundle.packed.plan.static_scales:
-        if scale.kind in ("input", "output"):
-            values = found[f"{scale.module}.{scale.kind}"]
-            assert np.array_equal(codes.setdefault(scale.owner, values), values), scale.name
-        elif scale.owned:
-            cache = found[f"kv_cache_{scale.kind[0]}_{scale.module.split('.')[2]}"][:, 0]
-            cache = cache if scale.kind == "k_cache" else cache.swapaxes(-1, -2)  # [N, heads, context, width]
-            codes[scale.owner] = np.ascontiguousarray(cache[:, :, : ids_NT.shape[1]])
-    return Comparison(bundle.forward, bundle.packed.plan, codes, ids_NT), found["logits"]
+    codes, logits = litert_codes(bundle.path, bundle.packed.plan, ids_NT, folder)
+    return Comparison(bundle.forward, bundle.packed.plan, codes, ids_NT), logits
 
 
 def test_on_litert_s_int8_codes_the_training_forward_computes_the_same(mobile: Bundle, tmp_path: Path) -> None:
-    """Every code in its place, all logits, and 40 greedy tokens: see `tests/support/codes.py`."""
+    """Every code in its place, all logits, and 40 greedy tokens: see `benchmarks/runners/codes.py`."""
     comparison, logits = on_the_codes_of(mobile, windows(), tmp_path)
     print(comparison)
     assert set(comparison.counts) == {scale.owner for scale in mobile.packed.plan.static_scales}

@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from benchmarks.runners.codes import ONNX_CODES, tapped_decoder
 from intaglio.export.onnx_trace import trace_decoder
 from intaglio.plan.family import ModelSpec, describe
 
 DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
-CODES = ".codes"  # ends the name of what a QuantizeLinear of the exporter gives
 
 
 @functools.cache
@@ -40,15 +40,8 @@ class Sessions:
         self.past: dict[str, np.ndarray] = {}
 
     def tap(self) -> None:
-        """Let the decoder say what it rounds, too. Its data lie beside it, so it is read from a file there."""
-        path = self.folder / "onnx" / "decoder_model_merged_q4.onnx"
-        model = onnx.load(path, load_external_data=False)
-        for name in [name for node in model.graph.node for name in node.output if name.endswith(CODES)]:
-            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT8, None))
-        tapped = path.with_name("tapped.onnx")
-        tapped.write_bytes(model.SerializeToString())
-        self.decoder = onnxruntime.InferenceSession(tapped, providers=["CPUExecutionProvider"])
-        tapped.unlink()
+        """Let the decoder say its codes, too."""
+        self.decoder = tapped_decoder(self.folder)
 
     def start(self, batch: int) -> None:
         """Forget all tokens."""
@@ -66,7 +59,9 @@ class Sessions:
         feed = _run(self.embeddings, {"input_ids": ids_BT})
         feed |= {"attention_mask": mask, "position_ids": positions, "num_logits_to_keep": np.array(keep)}
         found = _run(self.decoder, feed | self.past)
-        self.codes = {name.removesuffix(CODES): found.pop(name) for name in list(found) if name.endswith(CODES)}
+        self.codes = {
+            name.removesuffix(ONNX_CODES): found.pop(name) for name in list(found) if name.endswith(ONNX_CODES)
+        }
         self.past = {f"past_key_values{n.removeprefix('present')}": x for n, x in found.items() if n != "logits"}
         return found["logits"]
 

@@ -9,7 +9,9 @@ the next, and at the end the logits, in exact terms.
 
 from __future__ import annotations
 
+import subprocess
 from collections import Counter
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,8 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from intaglio.errors import InputError
 from intaglio.numerics.activation import encode
 from intaglio.plan.plan import Plan
+
+from .start import HERE, python_of
 
 
 class Comparison:
@@ -56,3 +61,47 @@ class Comparison:
         self.differing[name] += int(off.count_nonzero())
         self.furthest = max(self.furthest, int(off.max()))
         return theirs.to(x.dtype) * scale
+
+
+ONNX_CODES = ".codes"  # ends the name of what a QuantizeLinear of the exporter gives
+
+
+def tapped_decoder(folder: Path) -> Any:
+    """An ONNX folder's decoder in ONNX Runtime, which also says every int8 code that it rounds to.
+
+    Its data lie beside it, so it is read from a file there.
+    """
+    import onnx
+    import onnxruntime
+
+    path = folder / "onnx" / "decoder_model_merged_q4.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for name in [name for node in model.graph.node for name in node.output if name.endswith(ONNX_CODES)]:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT8, None))
+    tapped = path.with_name("tapped.onnx")
+    tapped.write_bytes(model.SerializeToString())
+    session = onnxruntime.InferenceSession(tapped, providers=["CPUExecutionProvider"])
+    tapped.unlink()
+    return session
+
+
+def litert_codes(
+    bundle: Path, plan: Plan, ids_NT: np.ndarray, folder: Path
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The int8 codes of a bundle's decoder, as `Comparison` takes them, and its logits [N, T, V]."""
+    np.save(folder / "ids.npy", ids_NT)
+    command = [python_of("litert"), HERE / "litert_codes.py", bundle, folder / "ids.npy", folder / "codes.npz"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"litert_codes.py failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+    found, codes = dict(np.load(folder / "codes.npz")), {}
+    for scale in plan.static_scales:
+        if scale.kind in ("input", "output"):
+            values = found[f"{scale.module}.{scale.kind}"]
+            if not np.array_equal(codes.setdefault(scale.owner, values), values):
+                raise InputError(f"{scale.name}: other codes than {scale.owner}, whose scale it has")
+        elif scale.owned:
+            cache = found[f"kv_cache_{scale.kind[0]}_{scale.module.split('.')[2]}"][:, 0]
+            cache = cache if scale.kind == "k_cache" else cache.swapaxes(-1, -2)  # [N, heads, context, width]
+            codes[scale.owner] = np.ascontiguousarray(cache[:, :, : ids_NT.shape[1]])
+    return codes, found["logits"]
