@@ -33,14 +33,17 @@ class Output:
 
 def python_of(environment: str) -> Path:
     """The interpreter of a runtime's environment. InputError, with the command that makes it, if it is missing."""
-    if environment == MAIN:
-        return Path(sys.executable)
-    python = ENVIRONMENTS / environment / "bin" / "python"
-    if not python.is_file():
+    return Path(sys.executable) if environment == MAIN else program_of(environment, "python")
+
+
+def program_of(environment: str, name: str) -> Path:
+    """A program of a runtime's environment. InputError as `python_of`."""
+    program = ENVIRONMENTS / environment / "bin" / name
+    if not program.is_file():
         raise InputError(
-            f"{python}: no such file: make the runtime's environment with `make .runtimes/{environment}/.done`"
+            f"{program}: no such file: make the runtime's environment with `make .runtimes/{environment}/.done`"
         )
-    return python
+    return program
 
 
 def start(

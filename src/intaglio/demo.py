@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
+from intaglio.drafter.report import DrafterReport
+from intaglio.drafter.run import Texts
+from intaglio.drafter.run import run as run_drafter
 from intaglio.errors import OutputError, RecipeError
 from intaglio.measure.report import Report
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.proof import Evaluation
-from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
+from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.loop import Options
 from intaglio.train.run_folder import RUN_FILE
 from intaglio.workflow import run
@@ -34,6 +37,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "q4_0": SHORT | {"tokens": 348_160, "lr": 1e-4},
     "mobile": SHORT | {"tokens": 204_800, "lr": 5e-4},
 }
+# Of either stage of the drafter: in floats, and on its grids.
+DRAFTER_SCHEDULE = {"tokens": 81_920, "batch_size": 4, "sequence_length": 256, "lr": 5e-4}
 PROMPTS = (
     "It was a bright morning, and the whole family",
     "The captain looked out over the sea and",
@@ -55,6 +60,21 @@ def run_demo(out: Path, *, recipe: str = "q4_0", replace: bool = False, progress
         out,
         data=TRAIN_TEXT,
         evaluation=Evaluation(text=HELDOUT_TEXT, tokens=12288, window=256, prompts=PROMPTS),
+        options=Options(precision=faster_precision(), compiled=False),
+        progress=progress,
+    )
+
+
+def run_demo_drafter(out: Path, *, recipe: str = "q4_0", progress: Progress | None = None) -> DrafterReport:
+    """Train the bundled drafter again for the model that `run_demo` has just left in `out`."""
+    return run_drafter(
+        out / "packed",
+        Recipe.load(f"drafter-{recipe}").with_schedule(**DRAFTER_SCHEDULE),
+        out / "drafter",
+        data=TRAIN_TEXT,
+        drafter_dir=DRAFTER_DIR,
+        original_dir=MODEL_DIR,
+        texts=Texts(text=HELDOUT_TEXT),
         options=Options(precision=faster_precision(), compiled=False),
         progress=progress,
     )

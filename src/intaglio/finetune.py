@@ -26,6 +26,7 @@ from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel, join_packed
 from intaglio.packed.store import new_path
 from intaglio.packed.verify import verify
+from intaglio.plan.family import check_runs_alone
 from intaglio.progress import Progress
 from intaglio.proof import Evaluation
 from intaglio.train.loop import Options, run_identity, train
@@ -68,6 +69,7 @@ def finetune(
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
     progress.stage("Loading the packed model")
     start = PackedModel.open(packed_dir)
+    check_runs_alone(start.plan.model, packed_dir)
     plan = plan_to_go_on(start, overrides)
     _check_loss(plan.recipe.schedule.loss, teacher_dir, data)
     check_run_dir(out, run_identity(plan, start), resume)

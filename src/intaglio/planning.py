@@ -156,7 +156,7 @@ def display_name(model: str | Path) -> str:
 
 
 def _drafter(drafter: str | Path, target: ModelSpec, recipe: Recipe, wishes: Wishes) -> tuple[str, Footprint]:
-    """A drafter's footprint on the recipe, or on q4_0 where the recipe is not for drafters."""
+    """A drafter's footprint on the recipe, or on that for drafters of mobile models where the recipe is not for any."""
     spec = find_spec(drafter)
     if not spec.family.drafter:
         raise ConfigError(f"{drafter}: model_type {spec.family.model_type} is no drafter: expected an assistant model")
@@ -165,7 +165,8 @@ def _drafter(drafter: str | Path, target: ModelSpec, recipe: Recipe, wishes: Wis
         raise ConfigError(
             f"{drafter}: drafts for a model of width {width}, this one's is {own}: choose its own drafter"
         )
-    fitting = recipe if not recipe.families else Recipe.load("q4_0")
+    fits = not recipe.families or spec.family.model_type in recipe.families
+    fitting = recipe if fits else Recipe.load("drafter-mobile")
     return display_name(drafter), footprint(make_plan(spec, fitting), wishes.metadata_bytes)
 
 

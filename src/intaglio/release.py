@@ -149,6 +149,8 @@ def make_release(
     what was packed.
     """
     progress, names, every = progress or Progress(), parse_targets(to), ALL in to.split(",")
+    if packed.plan.model.family.drafter:
+        raise InputError(f"{packed.path}: a drafter does not run by itself: export it to gguf, hf or vllm, one by one")
     options = options or {}
     release = Release({}, {})
     with new_path(Path(out), replace=replace, is_such=is_release) as temporary:

@@ -35,6 +35,7 @@ from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer, mo
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
+from intaglio.plan.family import check_runs_alone, read_spec
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
@@ -72,7 +73,9 @@ def run(
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
     began = time.perf_counter()
     progress.stage("Loading the original")
-    plan = make_plan(model_dir, recipe)
+    spec = read_spec(model_dir)
+    check_runs_alone(spec, model_dir)
+    plan = make_plan(spec, recipe)
     check_run_dir(out, {"plan": plan.digest}, resume)
     format_of(plan).check(plan, Path(model_dir))
     tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir)
@@ -112,7 +115,7 @@ def report(
     if evaluation.text is not None:
         windows_NT = read_windows(evaluation, bench.teacher.config.vocab_size, bench.tokenizer)
     else:
-        windows_NT = _saved_windows(out / HELD_OUT_FILE, bench.plan.model.config["vocab_size"])
+        windows_NT = _saved_windows(out / HELD_OUT_FILE, bench.plan.model.layer_config.vocab_size)
     return _measure(bench, windows_NT, evaluation, progress, began=None, replace=True)
 
 
@@ -151,7 +154,7 @@ def training_text(
     schedule = plan.recipe.schedule
     length = schedule.sequence_length
     if data is not None:
-        vocab_size = plan.model.config["vocab_size"]
+        vocab_size = plan.model.layer_config.vocab_size
         return load_corpus(data, tokenizer, sequence_length=length, vocab_size=vocab_size, max_tokens=schedule.tokens)
     return sample_corpus(
         teacher,
@@ -166,7 +169,7 @@ def training_text(
 def held_out(corpus: Corpus, evaluation: Evaluation, plan: Plan, tokenizer: Any) -> tuple[Corpus, NDArray[np.int32]]:
     """Training sequences, and evaluation windows [N, T] that training never sees."""
     if evaluation.text is not None:
-        return corpus, read_windows(evaluation, plan.model.config["vocab_size"], tokenizer)
+        return corpus, read_windows(evaluation, plan.model.layer_config.vocab_size, tokenizer)
     count = max(1, round(len(corpus.tokens) * SHARE_HELD_OUT))
     if count >= len(corpus.tokens):
         raise CorpusError(
@@ -270,7 +273,7 @@ def _quantize_on_text(
         data,
         tokenizer,
         sequence_length=schedule.sequence_length,
-        vocab_size=plan.model.config["vocab_size"],
+        vocab_size=plan.model.layer_config.vocab_size,
         max_tokens=schedule.calibration_tokens,
     )
     progress.stage("Fitting and calibrating")
@@ -302,11 +305,15 @@ def compare(
     """
     progress, artifact = progress or Progress(), Path(artifact)
     progress.stage("Loading")
+    packed = PackedModel.open(artifact) if (artifact / PACKED_FILE).is_file() else None
+    check_runs_alone(read_spec(original), original)
+    if packed is not None:
+        check_runs_alone(packed.plan.model, artifact)
     teacher, tokenizer = load_model(original), load_tokenizer(original)
     windows_NT = read_windows(evaluation, teacher.config.vocab_size, tokenizer)
     with ExitStack() as stack:
-        if (artifact / PACKED_FILE).is_file():
-            candidate = _packed_candidate(teacher, PackedModel.open(artifact), windows_NT, int8_cache)
+        if packed is not None:
+            candidate = _packed_candidate(teacher, packed, windows_NT, int8_cache)
         elif int8_cache:
             raise InputError(f"{artifact}: only a packed model knows the scales that an int8 cache needs")
         else:

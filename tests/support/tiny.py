@@ -150,6 +150,7 @@ ASSISTANT = {
     "centroid_intermediate_top_k": 4,
     "text_config": GEMMA4
     | {
+        "hidden_size": 512,  # llama.cpp takes no drafter of its target's width
         "num_kv_shared_layers": 4,
         "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
         "hidden_size_per_layer_input": 0,
@@ -161,7 +162,8 @@ ASSISTANT = {
 UNIFIED_ASSISTANT = ASSISTANT | {
     "model_type": "gemma4_unified_assistant",
     "use_ordered_embeddings": False,
-    "text_config": ASSISTANT["text_config"] | {"model_type": "gemma4_unified_text"},
+    "text_config": ASSISTANT["text_config"]
+    | {"model_type": "gemma4_unified_text", "attention_k_eq_v": True, "num_global_key_value_heads": 1},
 }
 
 # One of each kind that the family table knows.
@@ -231,6 +233,8 @@ def fill(model: nn.Module, seed: int) -> None:
             tensor.copy_((1 + 0.1 * noise) * gain - offset)
         elif tensor.ndim == 2:
             tensor.copy_(noise * 0.06)
+        elif name.endswith("token_ordering"):
+            tensor.copy_(torch.randperm(len(tensor), generator=generator))
 
 
 def complete_merges(tokenizer_json: Path) -> None:

@@ -36,13 +36,16 @@ MAY_IMPORT = {
     "proof": {"errors", "numerics", "plan", "packed", "train", "measure", "formats", "progress"},
     "workflow": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof"},
     "release": {"errors", "numerics", "plan", "packed", "export", "progress"},
-    "finetune": {"errors", "packed", "train", "measure", "formats", "progress", "proof", "workflow"},
-    "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow"},
+    "finetune": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof", "workflow"},
+    "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow", "drafter"},
+    "drafter": {
+        *("errors", "plan", "packed", "train", "export", "measure", "progress", "proof", "workflow"),
+    },
     "planning": {"errors", "plan", "packed", "export"},
     "cli": {
         *("errors", "plan", "packed", "train", "sources", "export", "measure", "demo", "proof", "workflow"),
         *("finetune", "release"),
-        *("numerics", "planning", "progress"),
+        *("numerics", "planning", "progress", "drafter"),
     },
     "__init__": set(),  # names its homes as strings
 }

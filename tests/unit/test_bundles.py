@@ -16,10 +16,9 @@ from tests.support.cases import Case
 
 
 def test_a_modelfile_names_all_that_ollama_needs(gemma4: Case, tmp_path: Path) -> None:
-    export_ollama(gemma4.packed, tmp_path / "ollama", gguf=gemma4.gguf, draft=gemma4.gguf)
+    export_ollama(gemma4.packed, tmp_path / "ollama", gguf=gemma4.gguf)
     assert parse_modelfile(tmp_path / "ollama" / "Modelfile") == {
         "FROM": "./model.gguf",
-        "DRAFT": "./draft.gguf",
         "RENDERER": "gemma4",
         "PARSER": "gemma4",
         "stop": "<turn|>",
@@ -27,7 +26,6 @@ def test_a_modelfile_names_all_that_ollama_needs(gemma4: Case, tmp_path: Path) -
         "top_p": "0.95",
         "top_k": "64",
     }
-    assert (tmp_path / "ollama" / "draft.gguf").read_bytes() == gemma4.gguf.read_bytes()
     assert verify(gemma4.packed, tmp_path / "ollama").exact
 
 

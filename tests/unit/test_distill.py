@@ -21,14 +21,14 @@ def random_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, T
     return tuple(x.to(dtype) for x in (hidden, head, *noisy))  # type: ignore[return-value]
 
 
-def naive_kl(hidden: Tensor, head: Tensor, t_hidden: Tensor, t_head: Tensor, softcap: float | None) -> Tensor:
-    """The definition, in float64."""
+def naive_kl(hidden: Tensor, head: Tensor, t_hidden: Tensor, t_head: Tensor, *softcaps: float | None) -> Tensor:
+    """The definition, in float64. softcaps: of the student, and of a teacher that has another."""
 
-    def log_softmax(hidden_TD: Tensor, head_VD: Tensor) -> Tensor:
+    def log_softmax(hidden_TD: Tensor, head_VD: Tensor, softcap: float | None) -> Tensor:
         logits = hidden_TD.double() @ head_VD.double().T
         return (logits if softcap is None else softcap * torch.tanh(logits / softcap)).log_softmax(-1)
 
-    log_p, log_q = log_softmax(t_hidden, t_head), log_softmax(hidden, head)
+    log_p, log_q = log_softmax(t_hidden, t_head, softcaps[-1]), log_softmax(hidden, head, softcaps[0])
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
@@ -52,6 +52,19 @@ def test_value_and_gradient_are_those_of_the_definition(softcap: float | None, c
     assert (ours[1] is None) == (not head_learns)
     if head_learns:
         torch.testing.assert_close(ours[1], head.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("softcap", "teacher_softcap"), [(None, 3.0), (3.0, None), (3.0, 30.0)])
+def test_a_teacher_may_be_capped_otherwise(softcap: float | None, teacher_softcap: float | None) -> None:
+    hidden, head, *teacher = random_inputs()
+    hidden.requires_grad_()
+    loss = chunked_kl(hidden, head, *teacher, softcap=softcap, teacher_softcap=teacher_softcap)
+    loss.backward()
+    ours, hidden.grad = hidden.grad, None
+    expected = naive_kl(hidden, head, *teacher, softcap, teacher_softcap)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ours, hidden.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -97,11 +110,11 @@ def test_one_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     shapes = []
     plain = distill._chunk_gradient
 
-    def watched(softcap: float | None, student: Tensor, teacher: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    def watched(softcaps: tuple, student: Tensor, teacher: Tensor, weight: float) -> tuple[Tensor, Tensor]:
         shapes.extend([student.shape, teacher.shape])
-        return plain(softcap, student, teacher, weight)
+        return plain(*softcaps, student, teacher, weight)
 
-    monkeypatch.setattr(distill, "_kernel", lambda kernel, softcap, compiled: lambda *rest: watched(softcap, *rest))
+    monkeypatch.setattr(distill, "_kernel", lambda kernel, softcaps, compiled: lambda *rest: watched(softcaps, *rest))
     chunked_kl(*random_inputs(), softcap=None, chunk_tokens=5)
     assert [tuple(s) for s in shapes] == [(5, VOCABULARY)] * 4 + [(3, VOCABULARY)] * 2
 

@@ -10,12 +10,14 @@ import pytest
 from intaglio.errors import RecipeError
 from intaglio.formats import MOBILE
 from intaglio.numerics.grid import F16, Q4_0, Q4_0_FREE, Q8_0
+from intaglio.plan.drafting import Drafting
 from intaglio.plan.family import ROLES
 from intaglio.plan.recipe import Recipe, WeightRule, preset_names
 from intaglio.plan.schedule import Schedule
 from intaglio.plan.static import Activations, KvCache
 
-PRESETS = ["mobile", "mobile-e2b", "mobile-e4b", "q4_0", "q4_0-free", "q4_0-litert", "q4_0-stock"]
+PRESETS = ["drafter", "drafter-mobile", "drafter-q4_0", "mobile", "mobile-e2b", "mobile-e4b"]
+PRESETS += ["q4_0", "q4_0-free", "q4_0-litert", "q4_0-stock"]
 RULE = '[weights.linear]\nroles = ["mlp"]\ngrid = "q4_0"\n'
 MINIMAL = f'name = "x"\n{RULE}'
 
@@ -46,6 +48,7 @@ def test_what_differs_from_every_default_comes_back() -> None:
     recipe = Recipe(
         name="x", rules=rules, schedule=schedule, families=("gemma4_text",), kv_cache=KvCache(),
         activations=Activations(roles=("mlp",), dropout=0.25),
+        drafter=Drafting(step_weights=(2.0, 0.5), clusters="keep"),
     )  # fmt: skip
     assert [rule.name for rule in Recipe.from_toml(recipe.to_toml()).rules] == ["b", "a"]
     assert Recipe.from_toml(recipe.to_toml()) == recipe
@@ -103,7 +106,7 @@ def test_the_last_override_wins() -> None:
         ("schedule.lr", r"--set 'schedule\.lr': expected key=value"),
         ("name.first=x", r"--set 'name\.first=x': 'name' of q4_0 is a value"),
         ("schedule.speed=3", "unknown key 'speed': expected one of batch_size"),
-        ("scedule.lr=3", "unknown key 'scedule': expected one of activations, channel_scales, families, fit"),
+        ("scedule.lr=3", "unknown key 'scedule': expected one of activations, channel_scales, drafter, families, fit"),
         ("weights.linear.grid=q5_0", r"\[weights\.linear\].*'q5_0': expected one of bf16, f16, f32, i64, int2"),
         ("=3", "unknown key ''"),
     ],
@@ -128,7 +131,7 @@ MALFORMED = {
     "a summary that is a number": (f'name = "x"\nsummary = 3\n{RULE}', "summary = 3: expected str"),
     "unknown key": (
         f'name = "x"\nversion = 3\n{RULE}',
-        "unknown key 'version': expected one of activations, channel_scales, families",
+        "unknown key 'version': expected one of activations, channel_scales, drafter, families",
     ),
     "unknown fit": (f'name = "x"\nfit = "best"\n{RULE}', "fit = 'best': expected one of mse, absmax, stock"),
     "a fit that is a list": (f'name = "x"\nfit = ["mse"]\n{RULE}', r"fit = \['mse'\]: expected one of mse, absmax"),
@@ -212,7 +215,10 @@ def test_malformed_schedules_are_named(line: str) -> None:
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no recipe 'q4': expected a TOML file or one of mobile, mobile-e2b"):
+    with pytest.raises(
+        RecipeError,
+        match="no recipe 'q4': expected a TOML file or one of drafter, drafter-mobile, drafter-q4_0, mobile, mobile-e2b",
+    ):
         Recipe.load("q4")
     with pytest.raises(RecipeError, match="no recipe"):
         Recipe.load(tmp_path)

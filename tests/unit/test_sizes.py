@@ -142,7 +142,7 @@ def test_a_w4a16_file_has_the_predicted_size(tmp_path: Path, config: dict[str, A
 def test_a_drafter_without_its_clustered_head() -> None:
     plan = make_plan(ASSISTANT, "q4_0")
     left_out = sum(t.size_bytes for t in plan if t.name.startswith("masked_embedding"))
-    assert left_out == 64 * 256 * 2 + 8 * 4096
+    assert left_out == 64 * 512 * 2 + 8 * 4096
     rope = 4 * 128 // 2
     assert gguf_size(plan).data == plan.size_bytes - left_out + rope
 

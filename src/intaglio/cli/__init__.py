@@ -7,11 +7,11 @@ from typing import NoReturn
 
 import typer
 
-from intaglio.cli import look, make, ship
+from intaglio.cli import draft, look, make, ship
 from intaglio.cli.options import app
 from intaglio.errors import IntaglioError
 
-__all__ = ["app", "look", "main", "make", "ship"]
+__all__ = ["app", "draft", "look", "main", "make", "ship"]
 
 
 def main() -> None:

@@ -30,15 +30,22 @@ if TYPE_CHECKING:
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.")] = Path("intaglio-demo"),
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="q4_0 or mobile.")] = "q4_0",
+    drafter: Annotated[bool, typer.Option("--drafter", help="Then train its drafter again for it.")] = False,
     replace: Replace = False,
 ) -> None:
     """Train the bundled tiny Gemma 4, export it, run it, and show the proof. A few minutes."""
     from intaglio.cli.terminal import Bars, print_report
-    from intaglio.demo import run_demo
+    from intaglio.demo import run_demo, run_demo_drafter
 
     with Bars() as bars:
         report = run_demo(out, recipe=recipe, replace=replace, progress=bars.progress)
     print_report(report, out)
+    if drafter:
+        from intaglio.cli.terminal_drafter import print_drafter
+
+        with Bars() as bars:
+            found = run_demo_drafter(out, recipe=recipe, progress=bars.progress)
+        print_drafter(found, out / "drafter")
 
 
 @app.command()

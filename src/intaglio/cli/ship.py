@@ -67,6 +67,8 @@ def export(
         if target == "gemma-mobile":
             print_towers_off(model)
         _verify(packed, out, as_json=False)
+        if target == "gguf" and any(tensor.role == "centroids" for tensor in model.plan.model.tensors):
+            typer.echo(f"{out} is without the clusters of the head: llama.cpp computes all of it")
         if target == "gguf" and model.plan.model.whole and not text_only:
             typer.echo(
                 f"{out} is the text model alone: for images and sound export the hf folder too, and make an mmproj "

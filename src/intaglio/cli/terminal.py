@@ -73,7 +73,7 @@ class Bars:
 
 def print_report(report: Report, out: Path) -> None:
     """The comparison table, the headline, and where the files are."""
-    table = _table(report.headline(), ("model", *_headers(), "size"))
+    table = new_table(report.headline(), ("model", *_headers(), "size"))
     for row in report.comparisons:
         bytes_ = "" if row.size_bytes is None else size(row.size_bytes)
         if row.comparison is None:
@@ -90,7 +90,7 @@ def print_report(report: Report, out: Path) -> None:
 
 def print_comparison(name: str, comparison: Comparison) -> None:
     """What was measured of one artifact, as a table."""
-    table = _table(f"{name} in {comparison.runtime}, {comparison.tokens:,} tokens", _headers())
+    table = new_table(f"{name} in {comparison.runtime}, {comparison.tokens:,} tokens", _headers())
     table.add_row(*_figures(comparison))
     console.print(table)
 
@@ -109,7 +109,8 @@ def _figures(c: Comparison) -> tuple[str, ...]:
     return (mean, *spread, percent(c.same_top_share, 1), f"{c.perplexity_candidate:.3f}")
 
 
-def _table(title: str, headers: tuple[str, ...]) -> Table:
+def new_table(title: str, headers: tuple[str, ...]) -> Table:
+    """A table with its title at the left, figures at the right."""
     table = Table(title=title, title_justify="left")
     for header in headers:
         words = header == "model"
@@ -125,7 +126,7 @@ portable: one set of codes is exact in GGUF and in bfloat16, and stock tools kee
 
 def print_inspection(found: Inspection, *, every: bool = False) -> None:
     """A table of tensors with what was found, those of one kind in a line."""
-    table = _table(
+    table = new_table(
         f"{found.path.name}: {found.kind}", ("tensors", "stored", "grid", "recovered", "scale", "stock", "Q4_0")
     )
     for column in (0, 2):

@@ -4,7 +4,7 @@ The file is complete: weights, hyperparameters and tokenizer. Nothing is fitted 
 nothing can differ from what was trained; `verify` reads the file back with another reader.
 
 Keys and tensor names are those of llama.cpp's `convert_hf_to_gguf.py`; what it computes with them is
-in its `src/models/gemma{3,4}.cpp`. What llama.cpp hard-codes is checked against the config, and a
+in its `src/models/gemma{3,4,4-assistant}.cpp`. What llama.cpp hard-codes is checked against the config, and a
 model it would compute differently is refused.
 """
 
@@ -29,8 +29,8 @@ from intaglio.numerics.grid import Quantized
 from intaglio.numerics.layout import row_chunks, to_blocks
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
-from intaglio.plan.family import ModelSpec, transformers_config
-from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors
+from intaglio.plan.family import ModelSpec
+from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors, in_gguf
 from intaglio.plan.plan import Plan, PlannedTensor
 
 FILE_TYPES = {
@@ -65,7 +65,7 @@ def export_gguf(
             _announce_tensors(writer, packed.plan)
             _add_general(writer, packed)
             _add_architecture(writer, spec)
-            add_tokenizer(writer, packed.path, spec.family.gguf_architecture, spec.config["vocab_size"])
+            add_tokenizer(writer, packed.path, spec.family.gguf_architecture, spec.layer_config.vocab_size)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -81,12 +81,12 @@ def check_exportable(spec: ModelSpec, folder: str | Path) -> None:
     """
     check_supported(spec)
     architecture = spec.family.gguf_architecture
-    add_tokenizer(GGUFWriter(None, architecture), Path(folder), architecture, spec.config["vocab_size"])
+    add_tokenizer(GGUFWriter(None, architecture), Path(folder), architecture, spec.layer_config.vocab_size)
 
 
 def check_grids(plan: Plan) -> None:
     """Raise RecipeError for a plan with grids that GGUF has no type for."""
-    for tensor in plan:
+    for tensor in filter(in_gguf, plan):
         if tensor.grid.ggml_type is None:
             raise RecipeError(
                 f"{tensor.name}: recipe {plan.recipe.name} puts it on grid {tensor.grid.name}, which GGUF does not "
@@ -96,13 +96,11 @@ def check_grids(plan: Plan) -> None:
 
 def check_supported(spec: ModelSpec) -> None:
     """Raise ConfigError where llama.cpp's code for this architecture does something else."""
-    if spec.family.drafter:
-        raise ConfigError(
-            f"{spec.family.model_type}: a drafter is planned and sized, not written as GGUF: export it to hf"
-        )
-    config = transformers_config(spec.config)
+    config = spec.layer_config
     required: dict[str, Any] = {"hidden_activation": ("gelu_pytorch_tanh",)}
-    if spec.family.gguf_architecture == "gemma4":
+    if spec.family.drafter:
+        _check_drafter(spec)
+    elif spec.family.gguf_architecture == "gemma4":
         required["use_bidirectional_attention"] = (None, "vision")
         if config.hidden_size_per_layer_input:
             required["vocab_size_per_layer_input"] = (config.vocab_size,)
@@ -118,6 +116,26 @@ def check_supported(spec: ModelSpec) -> None:
         if getattr(config, key) not in values:
             expected = " or ".join(repr(value) for value in values)
             raise ConfigError(f"{key} = {getattr(config, key)!r}: llama.cpp computes this model with {expected} only")
+
+
+def _check_drafter(spec: ModelSpec) -> None:
+    """What gemma4-assistant.cpp refuses, or reads of the target without looking."""
+    config = spec.layer_config
+    if config.hidden_size == target_width(spec):
+        raise ConfigError(
+            f"hidden_size = {config.hidden_size} is the target's too (backbone_hidden_size): llama.cpp takes only a "
+            "drafter of another width"
+        )
+    kinds = {"sliding_attention", "full_attention"}
+    if set(config.layer_types) != kinds:
+        raise ConfigError(
+            f"layer_types {config.layer_types}: llama.cpp needs layers of both kinds in a drafter, {sorted(kinds)}"
+        )
+
+
+def target_width(spec: ModelSpec) -> int:
+    """Of the hidden states that a drafter reads and hands on: the width of the model that it drafts for."""
+    return spec.tensor("post_projection.weight").shape[0]
 
 
 def _check_kv_donors(config: Any) -> None:
@@ -137,7 +155,7 @@ def _announce_tensors(writer: GGUFWriter, plan: Plan) -> None:
     factors = gguf_rope_factors(plan.model)
     if factors is not None:
         writer.add_tensor_info(GGUF_ROPE_FACTORS, [len(factors)], np.dtype(np.float32), 4 * len(factors))
-    for tensor in plan:
+    for tensor in filter(in_gguf, plan):
         shape, kind = tensor.spec.shape, _ggml_type(tensor)
         if kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32):
             dtype = np.dtype(np.float16 if kind is GGMLQuantizationType.F16 else np.float32)
@@ -157,7 +175,9 @@ def _ggml_type(tensor: PlannedTensor) -> GGMLQuantizationType:
 
 
 def _add_general(writer: GGUFWriter, packed: PackedModel) -> None:
-    matrices = Counter(str(tensor.grid.ggml_type) for tensor in packed.plan if len(tensor.spec.shape) > 1)
+    matrices = Counter(
+        str(tensor.grid.ggml_type) for tensor in filter(in_gguf, packed.plan) if len(tensor.spec.shape) > 1
+    )
     writer.add_type(GGUFType.MODEL)
     writer.add_name(str(packed.provenance.get("name") or packed.path.resolve().name))
     writer.add_size_label(size_label(*writer.get_total_parameter_count()))
@@ -170,7 +190,7 @@ def _add_general(writer: GGUFWriter, packed: PackedModel) -> None:
 
 
 def _add_architecture(writer: GGUFWriter, spec: ModelSpec) -> None:
-    config = transformers_config(spec.config)
+    config = spec.layer_config
     rope_full, rope_sliding = (config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -185,12 +205,16 @@ def _add_architecture(writer: GGUFWriter, spec: ModelSpec) -> None:
     writer.add_rope_freq_base(rope_full["rope_theta"])
     writer.add_rope_freq_base_swa(rope_sliding["rope_theta"])
     writer.add_sliding_window(config.sliding_window)
-    # without the key, llama.cpp caps Gemma 4 at 30; zero turns it off
-    writer.add_final_logit_softcapping(config.final_logit_softcapping or 0.0)
-    if spec.family.gguf_architecture == "gemma4":
-        _add_gemma4(writer, config)
-    else:
+    if config.final_logit_softcapping or not spec.family.drafter:
+        # without the key, llama.cpp caps Gemma 4 at 30; zero turns it off. A drafter's head is never capped
+        writer.add_final_logit_softcapping(config.final_logit_softcapping or 0.0)
+    if spec.family.gguf_architecture == "gemma3":
         _add_gemma3(writer, config, rope_full)
+    else:
+        _add_gemma4(writer, config)
+    if spec.family.drafter:
+        writer.add_embedding_length_out(target_width(spec))
+        writer.add_nextn_predict_layers(config.num_hidden_layers)
 
 
 def _add_gemma4(writer: GGUFWriter, config: Any) -> None:
@@ -243,8 +267,9 @@ def _write_tensors(writer: GGUFWriter, packed: PackedModel, on_progress: Callabl
     if factors is not None:
         done += _write(writer, np.array(factors, dtype=np.float32))
     for tensor, value in packed:
-        done += _write(writer, _stored(tensor, value, packed.plan.model.family.norm_offset))
-        on_progress(done, total)
+        if in_gguf(tensor):
+            done += _write(writer, _stored(tensor, value, packed.plan.model.family.norm_offset))
+            on_progress(done, total)
 
 
 def _stored(tensor: PlannedTensor, value: Quantized | Tensor, norm_offset: float) -> np.ndarray:

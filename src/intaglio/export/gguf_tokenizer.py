@@ -44,7 +44,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, architecture: str, vocab_siz
     vocabulary, merges, added = _load(folder / "tokenizer.json")
     ids = vocabulary | {text: token["id"] for text, token in added.items()}
     _check_ids(folder, ids, vocab_size, {text for text in added if added[text]["special"] and text not in vocabulary})
-    gemma4 = architecture == "gemma4"
+    gemma4 = architecture != "gemma3"
     scores = {} if gemma4 else sentencepiece_scores(vocabulary, merges, set(added), folder)
 
     texts = [f"[PAD{i}]" for i in range(vocab_size)]

@@ -19,7 +19,7 @@ from intaglio.numerics.layout import row_chunks
 from intaglio.packed.model import PackedModel, copy_assets
 from intaglio.packed.store import SafetensorsWriter, Specs, new_path
 from intaglio.plan.carried import whole_name
-from intaglio.plan.family import TOWER_ROLES, ModelSpec, build_meta_model, transformers_config
+from intaglio.plan.family import TOWER_ROLES, ModelSpec, build_meta_model
 from intaglio.plan.plan import Plan, PlannedTensor
 
 
@@ -71,17 +71,19 @@ def hf_config(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
     """The model's config as others expect it: with its class, its dtype, and both spellings.
 
     transformers writes what differs between layers as `per_layer_config`; mlx-lm and Ollama read
-    `global_head_dim` and `num_global_key_value_heads`.
+    `global_head_dim` and `num_global_key_value_heads`. A drafter's are in the config that it nests.
     """
     architecture = type(build_meta_model(spec.config)).__name__
-    config = spec.config | {"architectures": [architecture], "dtype": str(dtype).removeprefix("torch.")}
-    if spec.family.gguf_architecture == "gemma4":
-        layers = transformers_config(spec.config)
-        full = layers.per_layer_config[layers.layer_types.index("full_attention")]
-        config["global_head_dim"] = full.head_dim
-        own_heads = full.num_key_value_heads != spec.config["num_key_value_heads"]
-        config["num_global_key_value_heads"] = full.num_key_value_heads if own_heads else None
-    return config
+    name = str(dtype).removeprefix("torch.")
+    layers = (spec.config["text_config"] if spec.family.drafter else spec.config) | {"dtype": name}
+    if spec.family.gguf_architecture != "gemma3":
+        config = spec.layer_config
+        full = config.per_layer_config[config.layer_types.index("full_attention")]
+        layers["global_head_dim"] = full.head_dim
+        own_heads = full.num_key_value_heads != layers["num_key_value_heads"]
+        layers["num_global_key_value_heads"] = full.num_key_value_heads if own_heads else None
+    whole = spec.config | {"dtype": name, "text_config": layers} if spec.family.drafter else layers
+    return whole | {"architectures": [architecture]}
 
 
 def whole_config(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:

@@ -44,6 +44,10 @@ def export_mlx(
     OutputError if the folder cannot be written.
     """
     packed = packed.text_only()
+    if packed.plan.model.family.drafter:
+        raise ConfigError(
+            f"{packed.plan.model.family.model_type}: mlx-lm has no such drafters: export it to gguf or hf"
+        )
     write_affine(
         packed,
         path,

@@ -19,13 +19,12 @@ from intaglio.plan.affine import linears_of
 from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES
 from intaglio.plan.mobile import stored_tensors
-from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors
+from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors, in_gguf
 from intaglio.plan.plan import Plan
 
 GGUF_ALIGNMENT = 32  # gguf-py: GGUF_DEFAULT_ALIGNMENT
 GGUF_HEADER_BYTES = 24  # magic and version, 4 each; number of tensors and of keys, 8 each
 GEMMA_METADATA_BYTES = 15_800_000  # about; keys and values of a Gemma 4 GGUF, nearly all of it the tokenizer
-NOT_IN_GGUF = ("centroids", "token_ordering")  # llama.cpp's converter leaves a drafter's clustered head out
 W4A16_ROLES = ("attention", "mlp", "ple_linear", "expert")
 W4A16_GROUP = 32
 DTYPE_ORDER = (torch.int64, torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
@@ -47,7 +46,7 @@ class FileSize:
 
 def gguf_size(plan: Plan, metadata_bytes: int = GEMMA_METADATA_BYTES) -> FileSize:
     """The GGUF of a plan's text model. metadata_bytes: of its keys and values."""
-    tensors = [(gguf_name(t.name), len(t.spec.shape), t.size_bytes) for t in plan if t.spec.role not in NOT_IN_GGUF]
+    tensors = [(gguf_name(t.name), len(t.spec.shape), t.size_bytes) for t in plan if in_gguf(t)]
     factors = gguf_rope_factors(plan.model)
     if factors is not None:
         tensors.append((GGUF_ROPE_FACTORS, 1, 4 * len(factors)))

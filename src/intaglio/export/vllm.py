@@ -32,7 +32,10 @@ ADVICE = (
 PACKED = "pack-quantized"
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
 # Linears, beside those that a plan may leave in floats one by one.
-FLOAT_LINEARS = ("attention", "mlp", "ple_linear", "ple_model_projection", "router", "expert")
+FLOAT_LINEARS = (
+    *("attention", "mlp", "ple_linear", "ple_model_projection", "router", "expert"),
+    *("drafter_projection", "centroids"),
+)
 TOWERS = ("re:.*vision_tower.*", "re:.*audio_tower.*", "re:.*embed_vision.*", "re:.*embed_audio.*")
 
 

@@ -38,6 +38,11 @@ def render_plan(values: Mapping[str, Any]) -> str:
     return _environment("html").get_template("plan.html.j2").render(values)
 
 
+def render_drafter(values: Mapping[str, Any]) -> str:
+    """A drafter's acceptance as one self-contained page."""
+    return _environment("html").get_template("drafter.html.j2").render(values)
+
+
 def render_markdown(values: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     text = _environment("md").get_template("report.md.j2").render(values)

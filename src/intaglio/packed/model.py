@@ -91,7 +91,7 @@ def _static_names(plan: Plan) -> list[str]:
 def _parts_of(tensor: PlannedTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     grid, shape = tensor.grid, tensor.spec.shape
     if not isinstance(grid, BlockGrid):
-        return {tensor.name: (_float_dtype(tensor), shape)}
+        return {tensor.name: (tensor.stored_dtype, shape)}
     *lead, columns = shape
     packed = grid.code_bits in FIELDS
     codes = (torch.uint8, (*lead, columns * grid.code_bits // 8)) if packed else (torch.int8, shape)
@@ -102,10 +102,6 @@ def _parts_of(tensor: PlannedTensor) -> dict[str, tuple[torch.dtype, tuple[int, 
     if grid.super_block is not None:
         parts[f"{tensor.name}.super_scale"] = (torch.float16, (*lead, columns // grid.super_block))
     return parts
-
-
-def _float_dtype(tensor: PlannedTensor) -> torch.dtype:
-    return torch.float32 if tensor.full_floats else torch.bfloat16
 
 
 class PackedWriter:
@@ -130,9 +126,9 @@ class PackedWriter:
             if value.super_scale is not None:
                 self.writer.write(f"{name}.super_scale", value.super_scale, rows)
             return
-        stored = value.to(_float_dtype(tensor))
+        stored = value.to(tensor.stored_dtype)
         if isinstance(grid, BlockGrid) or not torch.equal(stored.float(), value.float()):
-            raise ValueError(f"{name}: float values that are not on grid {grid.name}")
+            raise ValueError(f"{name}: values that are not on grid {grid.name}")
         self.writer.write(name, stored, rows)
 
     def add_static(self, name: str, value: float) -> None:

@@ -33,7 +33,7 @@ from intaglio.packed.verify_mobile import compare_mobile
 from intaglio.packed.verify_onnx import compare_onnx
 from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES, load_config
-from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors
+from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors, in_gguf
 from intaglio.plan.onnx import is_onnx
 from intaglio.plan.plan import PlannedTensor
 
@@ -114,13 +114,14 @@ def verify(packed: PackedModel, artifact: str | Path) -> Verification:
 def _compare_gguf(packed: PackedModel, path: Path, tally: Tally) -> None:
     found = {tensor.name: tensor for tensor in read_gguf(path).tensors}
     factors = gguf_rope_factors(packed.plan.model)
-    expected = {gguf_name(tensor.name) for tensor in packed.plan} | ({GGUF_ROPE_FACTORS} if factors else set())
+    named = {gguf_name(tensor.name) for tensor in packed.plan if in_gguf(tensor)}
+    expected = named | ({GGUF_ROPE_FACTORS} if factors else set())
     tally.missing += sorted(expected - set(found))
     tally.extra += sorted(set(found) - expected)
     if factors and GGUF_ROPE_FACTORS in found:
         _compare_floats(torch.tensor(factors), found[GGUF_ROPE_FACTORS], tally)
     for tensor, value in packed:
-        stored = found.get(gguf_name(tensor.name))
+        stored = found.get(gguf_name(tensor.name)) if in_gguf(tensor) else None
         if stored is None:
             continue
         if isinstance(value, Quantized):

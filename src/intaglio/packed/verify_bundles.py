@@ -54,7 +54,10 @@ def parse_modelfile(path: Path) -> dict[str, str]:
 def bundled_gguf(folder: Path) -> Path:
     """The one GGUF file that such a folder is about. ConfigError if it is missing or not the only one."""
     if is_ollama(folder):
-        return folder / parse_modelfile(folder / MODELFILE)["FROM"]
+        named = parse_modelfile(folder / MODELFILE)
+        if "DRAFT" in named and not (folder / named["DRAFT"]).is_file():
+            raise ConfigError(f"{folder / named['DRAFT']}: no such file: {MODELFILE} names it as the drafter")
+        return folder / named["FROM"]
     files = sorted(folder.rglob("*.gguf"))
     if len(files) != 1:
         raise ConfigError(f"{folder}: {len(files)} GGUF files: expected one")

@@ -217,8 +217,7 @@ def compressed_tensors(plan: Plan) -> list[AffineTensor]:
     for tensor in (*plan.tensors, *towers):
         name = stored_name(plan, tensor.name)
         if tensor.spec.role in TOWER_ROLES or _scheme(plan, tensor) is None:
-            dtype = torch.float32 if tensor.full_floats else torch.bfloat16
-            stored.append(AffineTensor(name, "values", tensor.name, dtype, tensor.spec.shape))
+            stored.append(AffineTensor(name, "values", tensor.name, tensor.stored_dtype, tensor.spec.shape))
             continue
         for module, matrix, piece in linears_of(name, tensor.spec):
             stored += _compressed_parts(module, tensor.name, matrix, piece, found[module])

@@ -166,15 +166,24 @@ def load_config(model_dir: str | Path) -> dict[str, Any]:
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The text part of a multimodal config; a text config as it is."""
+    """The text part of a multimodal config; a text model's or a drafter's config as it is."""
     nested = config.get("text_config")
-    return nested if isinstance(nested, dict) else config
+    return nested if isinstance(nested, dict) and not is_drafter(config) else config
 
 
 def is_drafter(config: dict[str, Any]) -> bool:
     """Whether this is a drafter's config, whose nested `text_config` is no model by itself."""
     family = FAMILIES.get(str(config.get("model_type")))
     return family is not None and family.drafter
+
+
+def check_runs_alone(model: ModelSpec, where: str | Path) -> None:
+    """Raise ConfigError for a drafter, which says nothing without its target."""
+    if model.family.drafter:
+        raise ConfigError(
+            f"{where}: {model.family.model_type}: a drafter is trained and measured beside its target: use "
+            "`intaglio train-drafter`"
+        )
 
 
 def read_spec(model_dir: str | Path) -> ModelSpec:
@@ -192,7 +201,7 @@ def describe(config: dict[str, Any]) -> ModelSpec:
     The model is built by transformers on the meta device, so its names and shapes are the
     library's own. Raises ConfigError for a model_type that no family covers.
     """
-    config = config if is_drafter(config) else text_config(config)
+    config = text_config(config)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = sorted({*FAMILIES, *WHOLES})

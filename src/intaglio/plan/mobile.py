@@ -92,7 +92,7 @@ def _parts(plan: Plan, tensor: PlannedTensor, ours: str) -> list[StoredTensor]:
     name, source, shape = stored_name(plan, ours), tensor.name, tensor.spec.shape
     grid = tensor.grid
     if not isinstance(grid, BlockGrid):
-        return [StoredTensor(name, "values", source, torch.float32 if tensor.full_floats else torch.bfloat16, shape)]
+        return [StoredTensor(name, "values", source, tensor.stored_dtype, shape)]
     module = name.removesuffix(".weight")
     rows, columns = shape
     codes = torch.int8 if grid.code_bits == 8 else torch.uint8

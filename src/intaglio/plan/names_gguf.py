@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from intaglio.errors import ConfigError
-from intaglio.plan.family import ModelSpec, transformers_config
+from intaglio.plan.family import ModelSpec
+from intaglio.plan.plan import PlannedTensor
 
 # What llama.cpp calls the tensors of these families (gguf-py: TENSOR_NAMES).
 GGUF_MODEL_NAMES = {
@@ -46,6 +47,14 @@ GGUF_LAYER_NAMES = {
     "post_feedforward_layernorm_2.weight": "post_ffw_norm_2.weight",
 }
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
+# A drafter's clustered head: llama.cpp's converter leaves it out, and its graph computes the tied head over the
+# whole vocabulary instead.
+NOT_IN_GGUF = ("centroids", "token_ordering")
+
+
+def in_gguf(tensor: PlannedTensor) -> bool:
+    """Whether a GGUF holds this tensor of a text model or drafter."""
+    return tensor.spec.role not in NOT_IN_GGUF
 
 
 def gguf_name(tensor_name: str) -> str:
@@ -65,7 +74,7 @@ def gguf_rope_factors(spec: ModelSpec) -> list[float] | None:
     """
     if not spec.family.gguf_architecture.startswith("gemma4"):
         return None
-    config = transformers_config(spec.config).get_text_config()
+    config = spec.layer_config
     width = config.per_layer_config[config.layer_types.index("full_attention")].head_dim
     share = config.rope_parameters["full_attention"].get("partial_rotary_factor", 1.0)
     rotated = int(share * width // 2)

@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from intaglio.errors import RecipeError
-from intaglio.numerics.grid import BF16, F32, WHOLE_ROW, BlockGrid, Grid
+from intaglio.numerics.grid import BF16, F32, WHOLE_ROW, BlockGrid, Grid, IndexGrid
 from intaglio.plan.family import TOWER_ROLES, ModelSpec, TensorSpec, describe, read_spec
 from intaglio.plan.recipe import Recipe, WeightRule
 from intaglio.plan.static import StaticScale, activation_scales, kv_scales
@@ -56,6 +58,13 @@ class PlannedTensor:
     def full_floats(self) -> bool:
         """Whether float32 values are kept as they are; other floats are rounded to bfloat16 (see `FloatGrid`)."""
         return self.grid == F32 and self.spec.role in TOWER_ROLES
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of values that are no codes: int64 for numbers of tokens, bfloat16 for floats that are rounded to it."""
+        if isinstance(self.grid, IndexGrid):
+            return torch.int64
+        return torch.float32 if self.full_floats else torch.bfloat16
 
     @property
     def quantized_linear(self) -> bool:

@@ -3,7 +3,8 @@
 A recipe has ordered weight rules. Each names roles (see `family`) or a regular expression over
 tensor names, or both, and may keep to some layers; the first rule that fits a tensor wins. A rule
 that fits no tensor of the model is an error unless it says `optional = true`, and so is any key that
-is not known here. What a recipe says of activations and of the KV cache is in `static`, of training in `schedule`.
+is not known here. What a recipe says of activations and of the KV cache is in `static`, of training in `schedule`
+and, for drafters, in `drafting`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tomli_w
 from intaglio.errors import RecipeError
 from intaglio.numerics.grid import INT2, INT4, INT8, BlockGrid, Grid, grid_named
 from intaglio.plan.checks import check_keys, one_of, typed
+from intaglio.plan.drafting import Drafting, parse_drafting
 from intaglio.plan.family import FAMILIES, ROLES, TOWER_ROLES
 from intaglio.plan.schedule import Schedule, parse_schedule
 from intaglio.plan.static import Activations, KvCache, parse_activations, parse_kv_cache
@@ -75,7 +77,7 @@ class Recipe:
     """A name, a line of prose, the rules, how to fit first scales, and the schedule.
 
     families: model types that the recipe is for; empty for any.
-    activations, kv_cache: None where these stay floats.
+    activations, kv_cache: None where these stay floats. drafter: how a drafter is trained; None for other models.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Recipe:
     rules: tuple[WeightRule, ...] = ()
     activations: Activations | None = None
     kv_cache: KvCache | None = None
+    drafter: Drafting | None = None
     schedule: Schedule = field(default_factory=Schedule)
 
     @classmethod
@@ -119,6 +122,8 @@ class Recipe:
             table["activations"] = asdict(self.activations) | {"roles": list(self.activations.roles)}
         if self.kv_cache is not None:
             table["kv_cache"] = asdict(self.kv_cache)
+        if self.drafter is not None:
+            table["drafter"] = asdict(self.drafter) | {"step_weights": list(self.drafter.step_weights)}
         return table | {"schedule": schedule}
 
     def with_schedule(self, **changes: Any) -> Recipe:
@@ -168,7 +173,8 @@ def _apply_override(table: dict[str, Any], override: str, source: str) -> None:
 
 
 def _parse(table: dict[str, Any], source: str) -> Recipe:
-    known = {"name", "summary", "fit", "families", "channel_scales", "weights", "activations", "kv_cache", "schedule"}
+    known = {"name", "summary", "fit", "families", "channel_scales", "weights", "activations", "kv_cache"}
+    known |= {"drafter", "schedule"}
     check_keys(table, known, source)
     rules = table.get("weights")
     if not isinstance(rules, dict) or not rules:
@@ -181,6 +187,7 @@ def _parse(table: dict[str, Any], source: str) -> Recipe:
         rules=_with_scales(table, tuple(_parse_rule(name, body, source) for name, body in rules.items()), source),
         activations=parse_activations(table.get("activations"), source),
         kv_cache=parse_kv_cache(table.get("kv_cache"), source),
+        drafter=parse_drafting(table.get("drafter"), source),
         schedule=parse_schedule(table.get("schedule", {}), source),
     )
     _check_fit(recipe, source)

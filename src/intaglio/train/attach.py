@@ -38,6 +38,7 @@ from intaglio.train.start import begin_with, check_begins
 from intaglio.train.static import StaticLinear, StaticScales, bare_path, modules_by_name, put_scales
 
 Fit = Callable[[Tensor, BlockGrid], Quantized]
+STORED_BUFFERS = ("layer_scalar", "token_ordering")  # what a checkpoint holds beside parameters
 
 
 def prepare(
@@ -150,7 +151,7 @@ def owners_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     for path, module in model.named_modules():
         path = bare_path(path)
         names = [n for n, p in module._parameters.items() if p is not None]
-        names += [n for n in module._buffers if n == "layer_scalar"]
+        names += [n for n in module._buffers if n in STORED_BUFFERS]
         names += ["weight"] if isinstance(module, FrozenEmbedding) else []
         for name in names:
             owners.setdefault(f"{path}.{name}" if path else name, (module, name))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,11 +33,13 @@ def cap(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _chunk_gradient(softcap: float | None, student_TV: Tensor, teacher_TV: Tensor, weight: float):
+def _chunk_gradient(
+    softcap: float | None, teacher_softcap: float | None, student_TV: Tensor, teacher_TV: Tensor, weight: float
+):
     """Summed KL of a chunk (float32 scalar) and weight x its gradient by the student's logits."""
     capped = cap(student_TV, softcap)
     log_q = capped.log_softmax(-1)
-    log_p = cap(teacher_TV, softcap).log_softmax(-1)
+    log_p = cap(teacher_TV, teacher_softcap).log_softmax(-1)
     p = log_p.exp()
     slope = 1.0 if softcap is None else 1 - (capped / softcap).square()
     grad = (log_q.exp() - p) * slope * weight
@@ -54,8 +57,8 @@ def _chunk_gradient_of_labels(softcap: float | None, student_TV: Tensor, labels_
 
 
 @functools.cache
-def _kernel(function: Callable, softcap: float | None, compiled: bool) -> Callable:
-    kernel = functools.partial(function, softcap)
+def _kernel(function: Callable, softcaps: tuple[float | None, ...], compiled: bool) -> Callable:
+    kernel = functools.partial(function, *softcaps)
     return torch.compile(kernel, dynamic=False) if compiled else kernel
 
 
@@ -92,16 +95,19 @@ def chunked_kl(
     teacher_head_VD: Tensor,
     *,
     softcap: float | None,
+    teacher_softcap: float | Literal["same"] | None = "same",
     chunk_tokens: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
     """Mean KL(teacher || student) over tokens, in nats, float32 scalar.
 
     hidden_TD, teacher_hidden_TD: outputs of the final norm. head_VD, teacher_head_VD: output
-    embeddings, in the same dtype as the hidden states. Gradients reach hidden_TD and head_VD.
+    embeddings, in the same dtype as the hidden states; their widths may differ. Gradients reach hidden_TD and head_VD.
+    softcap, teacher_softcap: of the final logits; None for none.
     chunk_tokens: tokens whose logits exist at once; None picks by device and vocabulary.
     """
-    kernel, weight = _kernel(_chunk_gradient, softcap, compiled), 1.0 / hidden_TD.shape[0]
+    softcaps = (softcap, softcap if teacher_softcap == "same" else teacher_softcap)
+    kernel, weight = _kernel(_chunk_gradient, softcaps, compiled), 1.0 / hidden_TD.shape[0]
 
     def of_rows(student_TV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return kernel(student_TV, teacher_hidden_TD[rows] @ teacher_head_VD.T, weight)
@@ -123,7 +129,7 @@ def chunked_cross_entropy(
 
     The other arguments are those of `chunked_kl`.
     """
-    kernel = _kernel(_chunk_gradient_of_labels, softcap, compiled)
+    kernel = _kernel(_chunk_gradient_of_labels, (softcap,), compiled)
     weight_T = counted_T.float() / counted_T.sum().clamp_min(1)
 
     def of_rows(student_TV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:

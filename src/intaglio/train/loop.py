@@ -98,6 +98,25 @@ class Distiller(nn.Module):
         return chunked_cross_entropy(hidden, head, labels.flatten(), counted.flatten(), **how)  # type: ignore[arg-type]
 
 
+# What a lesson needs beside the text, from input_ids and positions [B, T].
+Teach = Callable[[Tensor, Tensor], tuple[Any, ...]]
+
+
+def _nothing(input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
+    return ()
+
+
+class Teacher:
+    """What `Distiller` learns from a teacher: its final hidden states [B x T, D] and its head [V, D]."""
+
+    def __init__(self, model: TextModel, dtype: torch.dtype):
+        self.model, self.dtype = model, dtype
+        self.head = model.get_output_embeddings().weight.to(dtype)
+
+    def __call__(self, input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
+        return final_hidden(self.model, input_ids, positions).to(self.dtype).flatten(0, 1), self.head
+
+
 def final_hidden(model: TextModel, input_ids: Tensor, positions: Tensor) -> Tensor:
     """Output of the final norm, [B, T, D]. Positions that restart keep documents apart."""
     return model.model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
@@ -167,7 +186,10 @@ def train(
     if compiled:
         for layer in (*(teacher.model.layers if teacher is not None else ()), *student.model.layers):
             layer.compile(dynamic=False)
-    session = Session(teacher, student, plan, corpus, run_dir, accelerator, compiled, options)
+    softcap = getattr(student.config, "final_logit_softcapping", None)
+    lesson = Distiller(student, softcap, compiled)
+    teach = _nothing if teacher is None else Teacher(teacher, session_dtype(accelerator))
+    session = Session(student, lesson, teach, plan, corpus, run_dir, accelerator, compiled, options)
     claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
     if options.tensorboard:
         accelerator.init_trackers("tensorboard")
@@ -191,13 +213,23 @@ def make_accelerator(options: Options, run_dir: Path | None) -> Accelerator:
     return Accelerator(mixed_precision=precision, log_with=log_with, project_dir=run_dir)
 
 
+def session_dtype(accelerator: Accelerator) -> torch.dtype:
+    """What products are computed in."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
 class Session:
-    """The state of one training run between its steps."""
+    """The state of one training run between its steps.
+
+    lesson: the student with its loss: called with input_ids and positions [B, T], a dtype, and what `teach` makes
+    of these input_ids and positions without gradients.
+    """
 
     def __init__(
         self,
-        teacher: TextModel | None,
         student: TextModel,
+        lesson: nn.Module,
+        teach: Teach,
         plan: Plan,
         corpus: Corpus,
         run_dir: Path,
@@ -207,13 +239,11 @@ class Session:
     ):
         self.schedule = plan.recipe.schedule
         self.phases = Phases.of(self.schedule)
-        self.teacher, self.student, self.corpus = teacher, student, corpus
+        self.student, self.teach, self.corpus = student, teach, corpus
         self.run_dir, self.accelerator, self.options = run_dir, accelerator, options
         self.compiled = compiled
-        softcap = getattr(student.config, "final_logit_softcapping", None)
-        self.dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        self.teacher_head = None if teacher is None else teacher.get_output_embeddings().weight.to(self.dtype)
-        self.distiller = accelerator.prepare(Distiller(student, softcap, compiled))
+        self.dtype = session_dtype(accelerator)
+        self.lesson = accelerator.prepare(lesson)
         self.optimizer = make_optimizer(student, self.schedule)
         self.dropout = plan.recipe.activations.dropout if plan.recipe.activations else 0.0
         self.seconds_before = 0.0
@@ -273,17 +303,14 @@ class Session:
     def backward(self, input_ids: Tensor, positions: Tensor, weight: float) -> Tensor:
         """Loss of one micro-batch, its gradients times `weight` added to the parameters'."""
         with self.accelerator.autocast():
-            arguments: tuple[Any, ...] = (input_ids, positions, self.dtype)
-            if self.teacher is not None:
-                with torch.no_grad():
-                    teacher_hidden = final_hidden(self.teacher, input_ids, positions).to(self.dtype).flatten(0, 1)
-                arguments += (teacher_hidden, self.teacher_head)
+            with torch.no_grad():
+                arguments = (input_ids, positions, self.dtype, *self.teach(input_ids, positions))
             if not self.compiled:
-                loss = self.distiller(*arguments) * weight
+                loss = self.lesson(*arguments) * weight
                 self.accelerator.backward(loss)
                 return loss.detach()
             with decoded_in_graph(self.student, self.dtype):
-                loss = self.distiller(*arguments) * weight
+                loss = self.lesson(*arguments) * weight
                 self.accelerator.backward(loss)
             return loss.detach()
 

@@ -1,0 +1,75 @@
+"""Verbs for drafters: train-drafter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intaglio.cli.options import Json, Overrides, Text, app, print_json
+
+
+@app.command("train-drafter")
+def train_drafter(
+    target: Annotated[
+        Path, typer.Argument(help="Packed model that it drafts for, or a float checkpoint.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.", show_default=False)],
+    drafter: Annotated[
+        Path | None, typer.Option(help="Drafter to begin with; None for a new one.", show_default=False)
+    ] = None,
+    original: Annotated[
+        Path | None, typer.Option(help="Float checkpoint that --drafter was made for, to compare.", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="drafter (bfloat16), drafter-q4_0, drafter-mobile, or a TOML file.")
+    ] = "drafter-q4_0",
+    overrides: Overrides = (),  # type: ignore[assignment]
+    data: Annotated[str | None, typer.Option(help="Text, as for train. None: the target writes it.")] = None,
+    width: Annotated[int | None, typer.Option(min=32, help="Of a new drafter; by default Google's.")] = None,
+    mlp: Annotated[int | None, typer.Option(min=32, help="Width of its MLPs.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Heads of its queries.")] = None,
+    clusters: Annotated[int, typer.Option(min=0, help="Clusters of its head; 0: none.")] = 0,
+    text: Text = None,
+    prompts: Annotated[int, typer.Option(help="Prompts to measure acceptance on.")] = 32,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 32,
+    written_tokens: Annotated[int, typer.Option(help="Tokens that the target writes after each.")] = 96,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
+    checkpoint_every: Annotated[int, typer.Option(help="Optimizer steps between checkpoints; 0: none.")] = 100,
+    precision: Annotated[str | None, typer.Option(help="bf16 or no; by default bf16 on a GPU.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a drafter on a quantized model, export it, and measure what the model accepts of its drafts."""
+    from intaglio.cli.terminal import Bars
+    from intaglio.cli.terminal_drafter import print_drafter
+    from intaglio.drafter.model import Shape, target_config
+    from intaglio.drafter.run import Texts, run
+    from intaglio.plan.recipe import Recipe
+    from intaglio.train.loop import Options
+
+    changes = {"width": width, "mlp": mlp, "heads": heads, "clusters": clusters or None}
+    asked = {name: value for name, value in changes.items() if value is not None}
+    if drafter is not None and asked:
+        raise typer.BadParameter(f"--drafter has its shape: leave out --{next(iter(asked))}")
+    if original is not None and drafter is None:
+        raise typer.BadParameter("--original is compared with the drafter that was made for it: name that by --drafter")
+    shape = None if drafter is not None else Shape.official(target_config(target), **asked)
+    with Bars() as bars:
+        report = run(
+            target,
+            Recipe.load(recipe, overrides),
+            out,
+            data=data,
+            drafter_dir=drafter,
+            shape=shape,
+            original_dir=original,
+            texts=Texts(text=text, prompts=prompts, prompt_tokens=prompt_tokens, tokens=written_tokens),
+            options=Options(precision=precision, checkpoint_every=checkpoint_every),
+            resume=resume,
+            progress=bars.progress,
+        )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print_drafter(report, out)

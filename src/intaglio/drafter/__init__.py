@@ -1,0 +1,1 @@
+"""Drafters for multi-token prediction: made for a target, trained on it as it is quantized, and measured with it."""

@@ -1,0 +1,29 @@
+"""Text that a target writes by itself: what drafters are measured on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def written(
+    target: Any, prompts: Tensor, tokens: int, *, sampled: bool = False, seed: int = 0, batch: int = 32
+) -> Tensor:
+    """`prompts` [N, P] and `tokens` more of each: greedy, or sampled at temperature 1; int64 [N, P + tokens].
+
+    The end of a text is not heeded: what follows is text like any other to a drafter.
+    """
+    from transformers import GenerationConfig
+
+    how = {"do_sample": True, "top_k": 0, "top_p": 1.0} if sampled else {"do_sample": False}
+    config = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0, **how)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        parts = [
+            target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            for ids in prompts.split(batch)
+        ]
+    return torch.cat(parts)
