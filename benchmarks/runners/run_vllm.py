@@ -22,7 +22,7 @@ from runner import Runtime, run
 def load(path: Path) -> Runtime:
     model = vllm.LLM(
         model=str(path),
-        dtype="bfloat16",
+        dtype=os.environ.get("INTAGLIO_VLLM_DTYPE", "bfloat16"),
         skip_tokenizer_init=True,
         enforce_eager=True,
         enable_prefix_caching=False,

@@ -15,11 +15,27 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_embedding import (
     CompressedTensorsEmbeddingWNA16Int,
 )
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+    compressed_tensors_moe_wna16,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe import (
+    CompressedTensorsMoEMethod,
+)
 from vllm.model_executor.models.gemma4 import Gemma4ForCausalLM
 
 
+class RoutedExperts(torch.nn.Module):
+    """A module with the name of vLLM's class, and what its choice of a method reads."""
+
+    moe_config = None
+    ckpt_gate_proj_name, ckpt_up_proj_name, ckpt_down_proj_name = "gate_proj", "up_proj", "down_proj"
+
+
 def scheme_of(config: CompressedTensorsConfig, name: str) -> list[Any] | None:
-    """As `get_quant_method` goes about it for a linear, or an embedding, of this name."""
+    """As `get_quant_method` goes about it for a linear, an embedding or a layer's experts of this name."""
+    if name.endswith(".experts"):
+        method: Any = CompressedTensorsMoEMethod.get_moe_method(config, RoutedExperts(), name)
+        return [type(method).__name__, method.num_bits, method.group_size]
     if "embed_tokens" in name:
         found = config.get_scheme_dict(torch.nn.Embedding(1, 1), name)
         method = found and CompressedTensorsEmbeddingWNA16Int(found["weights"])
@@ -30,6 +46,10 @@ def scheme_of(config: CompressedTensorsConfig, name: str) -> list[Any] | None:
     bits = method.num_bits if hasattr(method, "num_bits") else 32 // method.pack_factor
     group = method.group_size if method.group_size != -1 else None
     return [type(method).__name__, bits, group]
+
+
+# which asks for a kernel on this machine; the method is the same with any
+compressed_tensors_moe_wna16.select_wna16_moe_backend = lambda **config: (None, None)
 
 
 def main() -> None:

@@ -74,6 +74,8 @@ def _vllm_note(plan: Plan) -> str:
             "vLLM 0.32 computes q, k and v, and gate and up, as one linear, and gives all of it the output scale of "
             "the last (v, up), although the file has one for each."
         )
+    if any(t.spec.role == "expert" and isinstance(t.grid, BlockGrid) for t in plan):
+        notes.append("Each expert is three linears; transformers does not read them, and would make random ones.")
     if plan.recipe.kv_cache is not None:
         notes.append("The format has no place for scales of an int8 KV cache: it stays in floats.")
     return " ".join(notes)

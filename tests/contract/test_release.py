@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from intaglio.errors import InputError
 from intaglio.export import EXPORTERS
+from intaglio.packed.model import PackedModel
 from intaglio.release import MANIFEST, RUNTIMES, make_release, parse_targets
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
@@ -50,6 +53,35 @@ def test_the_manifest_is_what_sha256sum_reads(release: Path) -> None:
     assert done.returncode == 0
     listed = {line.split("  ")[1] for line in (release / MANIFEST).read_text().splitlines()}
     assert listed == set(contents(release)) - {MANIFEST}
+
+
+@pytest.mark.parametrize(
+    "names", ["gguf,hf,vllm,mlx,ollama,lmstudio", pytest.param("onnx", marks=pytest.mark.environment)]
+)
+def test_another_process_writes_the_same_bytes(gemma4: Case, release: Path, tmp_path: Path, names: str) -> None:
+    """In which sets and hashes have another order. LiteRT's bundle and the page have tests of their own."""
+    command = [
+        sys.executable,
+        "-c",
+        "from intaglio.cli import main; main()",
+        "export",
+        gemma4.packed.path,
+        "--to",
+        names,
+        "-o",
+        tmp_path / "out",
+    ]
+    subprocess.run(list(map(str, command)), env=os.environ | {"PYTHONHASHSEED": "7"}, check=True, capture_output=True)
+    found = contents(tmp_path / "out")
+    for name in names.split(","):
+        mine = {path: data for path, data in found.items() if path.startswith(f"{name}/")}
+        assert mine and mine == {path: data for path, data in contents(release).items() if path.startswith(f"{name}/")}
+
+
+def test_the_mobile_folder_is_the_same_bytes_twice(mobile_packed: PackedModel, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_release(mobile_packed, tmp_path / name, "gemma-mobile,mlx")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_verify_reads_all_of_it_back(gemma4: Case, release: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.runners.codes import Comparison, litert_codes
 from benchmarks.runners.start import HERE, agreement, python_of, start
 from intaglio.export.litert import export_litert
 from intaglio.measure.simulate import decoded_model
@@ -119,6 +120,25 @@ def test_a_single_code_that_differs_is_found(mobile: Bundle, tmp_path: Path) -> 
 def test_two_exports_are_the_same_file(mobile: Bundle, tmp_path: Path) -> None:
     export(mobile.packed, tmp_path / "again.litertlm")
     assert filecmp.cmp(mobile.path, tmp_path / "again.litertlm", shallow=False)
+
+
+def on_the_codes_of(bundle: Bundle, ids_NT: np.ndarray, folder: Path) -> tuple[Comparison, np.ndarray]:
+    """The training forward on LiteRT's own int8 codes, and LiteRT's logits [N, T, V]."""
+    codes, logits = litert_codes(bundle.path, bundle.packed.plan, ids_NT, folder)
+    return Comparison(bundle.forward, bundle.packed.plan, codes, ids_NT), logits
+
+
+def test_on_litert_s_int8_codes_the_training_forward_computes_the_same(mobile: Bundle, tmp_path: Path) -> None:
+    """Every code in its place, all logits, and 40 greedy tokens: see `benchmarks/runners/codes.py`."""
+    comparison, logits = on_the_codes_of(mobile, windows(), tmp_path)
+    print(comparison)
+    assert set(comparison.counts) == {scale.owner for scale in mobile.packed.plan.static_scales}
+    assert comparison.equal_share > 0.9999 and comparison.furthest == 1
+    assert (np.abs(comparison.logits - logits) < 1e-4).all()
+    out = start("litert", ENVIRONMENT, mobile.path, windows()[:1], prompt_ids()[None], tmp_path / "out", NEW_TOKENS)
+    ids = np.concatenate([prompt_ids(), out.tokens[0]])
+    comparison, _ = on_the_codes_of(mobile, ids[None], tmp_path)
+    assert (comparison.logits[0, len(prompt_ids()) - 1 : -1].argmax(-1) == out.tokens[0]).all()
 
 
 def test_static_int8_computes_the_training_forward(mobile: Bundle, tmp_path: Path) -> None:

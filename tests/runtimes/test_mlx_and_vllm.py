@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,17 +17,22 @@ from safetensors.torch import load_file
 
 from benchmarks.runners.start import HERE as RUNNERS
 from benchmarks.runners.start import Output, agreement, python_of, start
+from benchmarks.runners.vllm_scales import fuse_scales
 from intaglio.errors import InputError
+from intaglio.export.hf import export_hf
 from intaglio.export.mlx import export_mlx
-from intaglio.export.vllm import export_vllm
+from intaglio.export.vllm import export_vllm, vllm_config
 from intaglio.measure.evaluate import logits_of
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model
 from intaglio.packed.model import PackedModel
+from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
+from intaglio.planning import bundled_spec
 from intaglio.train.static import switch_static
+from intaglio.workflow import quantize_model
 from tests.support.cases import Case
-from tests.support.tiny import VOCABULARY, make_checkpoint, pack
+from tests.support.tiny import GEMMA4_MOE, VOCABULARY, make_checkpoint, pack
 
 IDS = np.random.default_rng(0).integers(3, VOCABULARY, (2, 80)).astype(np.int32)  # two windows and a half
 PROMPTS = IDS[:, :16]
@@ -71,17 +77,103 @@ def test_mlx_computes_two_four_and_eight_bits(mobile_packed: PackedModel, tmp_pa
     assert agreement(expected, found.logits, IDS).max_difference < 1e-3
 
 
+def vllm(name: str, artifact: Path, out: Path, dtype: str, *, kernels: bool = True) -> Output:
+    """name: of the runner. dtype: of activations. kernels: whether vLLM's own for 4-bit linears are used."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INTAGLIO_VLLM_DTYPE", dtype)
+        patch.setenv("VLLM_DISABLED_KERNELS", "" if kernels else "CPUWNA16LinearKernel")
+        return start(name, "vllm", artifact, IDS, PROMPTS, out, new_tokens=8)
+
+
 @pytest.mark.environment
 def test_vllm_computes_w4a16_as_it_does_the_decoded_weights(gemma4: Case, tmp_path: Path) -> None:
-    """Half of the groups have negative scales. In bfloat16 two kernels differ by its rounding, not more."""
+    """Half of the groups have negative scales. In 16 bits runs differ by the rounding of activations, not more."""
     export_vllm(gemma4.packed, tmp_path / "vllm")
     scales = load_file(tmp_path / "vllm" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight_scale"]
     assert 0.3 < float((scales < 0).float().mean()) < 0.7
-    dense, found = run("vllm", gemma4.hf, tmp_path / "a"), run("vllm", tmp_path / "vllm", tmp_path / "b")
-    assert found.kernels == ["CompressedTensorsWNA16 in CPUWNA16LinearKernel"] and not dense.kernels
-    agreed = agreement(dense.logits, found.logits, IDS)
-    assert agreed.max_difference < 0.15 and agreed.kl_nats < 1e-4
+    exact = simulated(gemma4.packed, gemma4.checkpoint)
+    for dtype, difference, kl in (("bfloat16", 0.15, 3e-5), ("float16", 0.02, 1e-6)):
+        dense, found = (vllm("vllm", path, tmp_path / "out", dtype) for path in (gemma4.hf, tmp_path / "vllm"))
+        assert found.kernels == ["CompressedTensorsWNA16 in CPUWNA16LinearKernel"] and not dense.kernels
+        for a, b in ((dense.logits, found.logits), (exact, found.logits), (exact, dense.logits)):
+            agreed = agreement(a, b, IDS)
+            print(dtype, agreed)
+            assert agreed.max_difference < difference and agreed.kl_nats < kl
+        assert np.array_equal(dense.tokens, found.tokens)
+
+
+@pytest.mark.environment
+def test_vllm_loads_and_decodes_every_expert(tmp_path: Path) -> None:
+    """Its kernels for W4A16 experts are a GPU's; names, order and decoding are vLLM's own, multiplied in floats."""
+    packed = pack(make_checkpoint(tmp_path / "checkpoint", GEMMA4_MOE), tmp_path / "packed")
+    export_vllm(packed, tmp_path / "vllm")
+    export_hf(packed, tmp_path / "hf")
+    found = vllm("vllm_decoded", tmp_path / "vllm", tmp_path / "a", "float16")
+    dense = vllm("vllm", tmp_path / "hf", tmp_path / "b", "float16")
+    exact = simulated(packed, tmp_path / "checkpoint")
+    print(agreement(exact, dense.logits, IDS), agreement(exact, found.logits, IDS))
+    for logits in (found.logits, dense.logits):
+        agreed = agreement(exact, logits, IDS)
+        assert agreed.max_difference < 0.05 and agreed.kl_nats < 1e-5
     assert np.array_equal(dense.tokens, found.tokens)
+
+
+FOUR_BITS = [f"weights.{rule}.grid=int4" for rule in ("mlp_late", "ple_linear")]
+FOUR_BITS += [f"weights.{rule}.grid=bf16" for rule in ("token_embedding", "head", "ple_embedding")]
+
+
+def forward(model: Any) -> np.ndarray:
+    return np.stack([logits[:-1].numpy() for logits in logits_of(model, torch.from_numpy(IDS).long())])
+
+
+@pytest.mark.environment
+@pytest.mark.parametrize("rules", [FOUR_BITS, []], ids=["four bits", "mobile"])
+def test_vllm_computes_the_mobile_format(rules: list[str], text: Path, tmp_path: Path) -> None:
+    """In float32, with multiplication by decoded weights: but for flipped int8 codes every logit is the same."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    settings = ["channel_scales=bf16", "schedule.calibration_tokens=512", "schedule.sequence_length=64", *rules]
+    quantize_model(checkpoint, make_plan(checkpoint, Recipe.load("mobile", settings)), tmp_path / "packed", data=text)
+    packed = PackedModel.open(tmp_path / "packed")
+    export_vllm(packed, tmp_path / "vllm")
+    found = vllm("vllm_decoded", tmp_path / "vllm", tmp_path / "a", "float32", kernels=False)
+    model = decoded_model(load_model(checkpoint), packed)
+    switch_static(model, activations=True, kv_cache=False)
+    own = forward(model)
+    assert fuse_scales(model, packed) > 5
+    expected = forward(model)
+    near, far = (float((np.abs(x - found.logits) < 1e-4).mean()) for x in (expected, own))
+    print(near, far, agreement(expected, found.logits, IDS), agreement(own, found.logits, IDS))
+    assert near > 0.9 and far < 0.1
+    if rules:  # which vLLM's own kernel for a CPU computes, in 16 bits
+        real = vllm("vllm", tmp_path / "vllm", tmp_path / "b", "bfloat16")
+        assert real.kernels == ["CompressedTensorsWNA8O8Int in CPUWNA16LinearKernel"]
+        print(agreement(expected, real.logits, IDS))
+        assert agreement(expected, real.logits, IDS).kl_nats < 1e-4
+
+
+def schemes_in_vllm(folder: Path, names: list[str]) -> dict[str, Any]:
+    command = [python_of("vllm"), RUNNERS / "vllm_schemes.py", folder, *names]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.environment
+def test_vllm_finds_the_experts_of_the_published_mixture(tmp_path: Path) -> None:
+    """Of which no weights are needed: its config says which method each module gets."""
+    (tmp_path / "config.json").write_text(json.dumps(vllm_config(make_plan(bundled_spec("gemma-4-26b-a4b"), "q4_0"))))
+    layer = "language_model.model.layers.29"  # as vLLM calls it within the multimodal model
+    linear = ["CompressedTensorsWNA16", 4, 32]
+    assert schemes_in_vllm(tmp_path, [f"{layer}.{name}" for name in MIXTURE]) == {
+        f"{layer}.experts": ["CompressedTensorsWNA16MoEMethod", 4, 32],
+        f"{layer}.router.proj": None,
+        f"{layer}.self_attn.qkv_proj": linear,
+        f"{layer}.mlp.gate_up_proj": linear,
+        f"{layer}.mlp.down_proj": linear,
+    }
+
+
+MIXTURE = ("experts", "router.proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
 
 @pytest.mark.environment
@@ -94,11 +186,9 @@ def test_vllm_finds_the_schemes_of_the_mobile_format(tmp_path: Path) -> None:
     names += ["model.layers.2.self_attn.q_proj", "model.layers.0.self_attn.o_proj", "model.layers.3.mlp.down_proj"]
     names += ["model.layers.1.per_layer_input_gate", "model.per_layer_model_projection", "lm_head"]
     names += ["model.embed_tokens", "model.embed_tokens_per_layer"]
-    command = [python_of("vllm"), RUNNERS / "vllm_schemes.py", tmp_path / "vllm", *names]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    found = schemes_in_vllm(tmp_path / "vllm", names)
     wna8o8 = {bits: ["CompressedTensorsWNA8O8Int", bits, None] for bits in (2, 4, 8)}
-    assert json.loads(done.stdout.splitlines()[-1]) == {
+    assert found == {
         "model.layers.0.self_attn.qkv_proj": wna8o8[4],
         "model.layers.0.mlp.gate_up_proj": wna8o8[4],
         "model.layers.2.self_attn.qkv_proj": wna8o8[4],

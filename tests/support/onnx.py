@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from benchmarks.runners.codes import ONNX_CODES, tapped_decoder
 from intaglio.export.onnx_trace import trace_decoder
 from intaglio.plan.family import ModelSpec, describe
 
@@ -31,10 +32,16 @@ class Sessions:
     """A folder in ONNX Runtime, with the cache that goes from step to step. B sequences, T tokens, V vocabulary."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.codes: dict[str, np.ndarray] = {}  # of a tapped decoder: int8 codes of the last step, by static scale
         where, provider = folder / "onnx", ["CPUExecutionProvider"]
         self.embeddings = onnxruntime.InferenceSession(where / "embed_tokens_q4.onnx", providers=provider)
         self.decoder = onnxruntime.InferenceSession(where / "decoder_model_merged_q4.onnx", providers=provider)
         self.past: dict[str, np.ndarray] = {}
+
+    def tap(self) -> None:
+        """Let the decoder say its codes, too."""
+        self.decoder = tapped_decoder(self.folder)
 
     def start(self, batch: int) -> None:
         """Forget all tokens."""
@@ -52,6 +59,9 @@ class Sessions:
         feed = _run(self.embeddings, {"input_ids": ids_BT})
         feed |= {"attention_mask": mask, "position_ids": positions, "num_logits_to_keep": np.array(keep)}
         found = _run(self.decoder, feed | self.past)
+        self.codes = {
+            name.removesuffix(ONNX_CODES): found.pop(name) for name in list(found) if name.endswith(ONNX_CODES)
+        }
         self.past = {f"past_key_values{n.removeprefix('present')}": x for n, x in found.items() if n != "logits"}
         return found["logits"]
 

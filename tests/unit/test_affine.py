@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,13 @@ from intaglio.packed.checkpoint import checkpoint_spec, load_quantized
 from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import verify
 from intaglio.packed.verify_affine import words_unpacked
+from intaglio.plan.affine import compressed_tensors
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
+from intaglio.planning import bundled_spec
 from intaglio.train.quantize import quantize
 from tests.support.cases import Case
-from tests.support.tiny import GEMMA4, GEMMA4_DENSE, MULTIMODAL, make_checkpoint, pack
+from tests.support.tiny import GEMMA4, GEMMA4_DENSE, GEMMA4_MOE, MULTIMODAL, make_checkpoint, pack
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 SMALL = GEMMA4 | {"vocab_size": 256, "vocab_size_per_layer_input": 256}
@@ -40,6 +44,15 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
     folder = tmp_path_factory.mktemp("narrow")
     recipe = Recipe.load("mobile", ["channel_scales=bf16"])
     return pack(make_checkpoint(folder / "checkpoint", SMALL), folder / "packed", recipe)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[PackedModel, Path]:
+    """A random mixture of experts by recipe q4_0, and its folder. Shared: not to be changed."""
+    folder = tmp_path_factory.mktemp("experts")
+    packed = pack(make_checkpoint(folder / "checkpoint", GEMMA4_MOE | {"vocab_size": 256}), folder / "packed")
+    export_vllm(packed, folder / "vllm")
+    return packed, folder / "vllm"
 
 
 def edit(folder: Path, name: str, change: Callable[[Tensor], Any]) -> None:
@@ -180,6 +193,81 @@ def test_transformers_computes_the_same_bits(gemma4: Case, tmp_path: Path, dtype
     ids = torch.randint(3, 4000, (2, 40), generator=torch.Generator().manual_seed(0))
     floats = AutoModelForCausalLM.from_pretrained(gemma4.hf, dtype=dtype).eval()(input_ids=ids).logits
     assert load_quantized(tmp_path / "vllm", dtype)(input_ids=ids).logits.equal(floats)
+
+
+# Experts
+
+
+@pytest.mark.parametrize(
+    ("linear", "source", "rows"),
+    [
+        ("gate_proj", "gate_up_proj", slice(0, 64)),
+        ("up_proj", "gate_up_proj", slice(64, 128)),
+        ("down_proj", "down_proj", slice(0, 256)),
+    ],
+)
+def test_each_expert_is_three_linears(experts: tuple[PackedModel, Path], linear: str, source: str, rows: slice) -> None:
+    packed, folder = experts
+    assert verify(packed, folder).exact
+    tensors = load_file(folder / "model.safetensors")
+    value = packed.read(f"model.layers.2.experts.{source}")
+    assert isinstance(value, Quantized)
+    for expert in range(16):
+        module = f"model.layers.2.experts.{expert}.{linear}"
+        shape = torch.Size(tensors[f"{module}.weight_shape"].tolist())
+        assert unpack_from_int32(tensors[f"{module}.weight_packed"], 4, shape).equal(value.codes[expert, rows])
+        assert tensors[f"{module}.weight_scale"].float().equal(value.step[expert, rows])
+    assert not any("experts.gate_up_proj" in name or "experts.down_proj" in name for name in tensors)
+
+
+@pytest.mark.parametrize(("part", "kind"), [("weight_packed", "codes"), ("weight_scale", "scales")])
+@pytest.mark.parametrize("module", ["model.layers.0.experts.0.gate_proj", "model.layers.3.experts.15.down_proj"])
+def test_one_bit_of_one_expert_is_found(
+    experts: tuple[PackedModel, Path], tmp_path: Path, module: str, part: str, kind: str
+) -> None:
+    packed, folder = experts
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    edit(copy, f"{module}.{part}", flip)
+    result = verify(packed, copy)
+    differing = {k: getattr(result, f"differing_{k}") for k in ("codes", "scales", "values")}
+    assert differing == {"codes": 0, "scales": 0, "values": 0} | {kind: 1} and not result.exact
+
+
+def test_gate_and_up_that_are_exchanged_are_found(experts: tuple[PackedModel, Path], tmp_path: Path) -> None:
+    packed, folder = experts
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    tensors, expert = load_file(copy / "model.safetensors"), "model.layers.1.experts.7"
+    for part in ("weight_packed", "weight_scale"):
+        gate, up = f"{expert}.gate_proj.{part}", f"{expert}.up_proj.{part}"
+        tensors[gate], tensors[up] = tensors[up], tensors[gate]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    assert verify(packed, copy).differing_codes > 1000
+
+
+def test_experts_that_stay_floats_are_one_tensor(experts: tuple[PackedModel, Path], tmp_path: Path) -> None:
+    packed = pack(experts[0].path.parent / "checkpoint", tmp_path / "packed", _with_rule("expert", "bf16"))
+    export_vllm(packed, tmp_path / "vllm")
+    assert verify(packed, tmp_path / "vllm").exact
+    assert load_file(tmp_path / "vllm" / "model.safetensors")["model.layers.0.experts.down_proj"].shape == (16, 256, 64)
+    patterns = QuantizationConfig.model_validate(vllm_config(packed.plan)["quantization_config"]).ignore
+    assert r"re:.*\blayers\.(0|1|2|3)\.experts\.\d+\.(gate|up)_proj$" in patterns
+
+
+def test_experts_of_one_layer_must_be_of_one_kind() -> None:
+    table = '[weights.odd]\nmatch = "layers.1.experts.down_proj"\ngrid = "bf16"\n\n'
+    text = Recipe.load("q4_0").to_toml().replace("[weights.", table + "[weights.", 1)
+    with pytest.raises(RecipeError, match=r"experts\.0\.gate_proj and .*experts\.0\.down_proj are quantized diff"):
+        vllm_config(make_plan(GEMMA4_MOE, Recipe.from_toml(text)))
+
+
+def test_the_published_mixture_has_a_name_for_each_linear_of_each_expert() -> None:
+    plan = make_plan(bundled_spec("gemma-4-26b-a4b"), "q4_0")
+    names = {tensor.name for tensor in compressed_tensors(plan)}
+    experts = [name for name in names if re.search(r"\.layers\.\d+\.experts\.\d+\.\w+_proj\.weight_packed$", name)]
+    assert len(experts) == 30 * 128 * 3
+    quantization = vllm_config(plan)["quantization_config"]
+    assert [group["targets"] for group in quantization["config_groups"].values()] == [["Linear"]]
+    assert any(r"\.router\.proj$" in pattern for pattern in quantization["ignore"])
 
 
 # MLX

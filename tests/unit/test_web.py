@@ -10,7 +10,7 @@ import pytest
 from intaglio.errors import InputError
 from intaglio.export.web import BUILDS, LIBRARY, LIBRARY_VERSION, RUNTIME, copy_library, export_web, node_modules
 from tests.support.cases import Case
-from tests.support.cli import intaglio
+from tests.support.cli import contents, intaglio
 
 
 @pytest.fixture
@@ -36,6 +36,12 @@ def test_each_device_has_its_build_of_onnx_runtime(modules: Path, tmp_path: Path
         text = (tmp_path / "vendor" / f"transformers.{device}.js").read_text()
         assert text == f'import*as a from"./{script}";import{{Tensor as b}}from"./{script}";'
         assert (tmp_path / "vendor" / binary).read_bytes() == binary.encode()
+
+
+def test_two_pages_are_the_same_bytes(gemma4: Case, modules: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        export_web(gemma4.packed, tmp_path / name, transformers_js=modules)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_node_modules_are_found_in_a_folder_or_as_one(modules: Path) -> None:

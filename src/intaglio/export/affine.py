@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from intaglio.errors import WeightError
-from intaglio.export.folder import Part, Specs
+from intaglio.export.folder import Part, write_folder
 from intaglio.export.hf import decoded
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.codes import pack_codes
@@ -16,29 +18,44 @@ from intaglio.packed.model import PackedModel
 from intaglio.plan.affine import AffineTensor
 
 
-def specs_of(stored: list[AffineTensor]) -> Specs:
-    """Dtypes and shapes, as `write_folder` takes them."""
-    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in stored}
-
-
-def parts_of(packed: PackedModel, stored: list[AffineTensor], advice: str) -> Iterator[Part]:
-    """Everything a folder holds, a few rows at a time; each planned tensor is read once.
+def write_affine(
+    packed: PackedModel,
+    path: str | Path,
+    stored: list[AffineTensor],
+    config: dict[str, Any],
+    *,
+    advice: str,
+    **options: Any,
+) -> None:
+    """Write the folder `path` with these tensors of the packed model and this config.json.
 
     advice: what to do about a scale that its dtype does not hold, for the WeightError that says so.
+    options: `metadata`, `replace` and `on_progress` of `write_folder`.
     """
+    specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in stored}
+    write_folder(packed, path, config=config, specs=specs, parts=_parts(packed, stored, advice), **options)
+
+
+def _parts(packed: PackedModel, stored: list[AffineTensor], advice: str) -> Iterator[Part]:
+    """Everything a folder holds, a few rows at a time; each planned tensor is read once."""
     static = packed.read_static()
     by_source: dict[str, list[AffineTensor]] = {}
     for tensor in stored:
         if tensor.part == "static":
             yield tensor.name, None, torch.tensor([static[tensor.source]], dtype=torch.float32)
         elif tensor.part == "shape":
-            yield tensor.name, None, torch.tensor(packed.plan[tensor.source].spec.shape)
+            yield tensor.name, None, torch.tensor(tensor.matrix)
         else:
             by_source.setdefault(tensor.source, []).append(tensor)
     for source, tensors in by_source.items():
         for rows, value in packed.chunks(source):
             for tensor in tensors:
-                yield tensor.name, rows, _data(tensor, value, advice)
+                if tensor.piece is None:
+                    yield tensor.name, rows, _data(tensor, value, advice)
+                elif rows is None or tensor.piece.expert in range(rows.start, rows.stop):
+                    assert isinstance(value, Quantized)
+                    piece = tensor.piece.of(value, rows.start if rows else 0)
+                    yield tensor.name, None, _data(tensor, piece, advice)
 
 
 def _data(tensor: AffineTensor, value: Quantized | Tensor, advice: str) -> Tensor:

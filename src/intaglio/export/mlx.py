@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from intaglio.errors import ConfigError
-from intaglio.export.affine import parts_of, specs_of
-from intaglio.export.folder import silent, write_folder
+from intaglio.export.affine import write_affine
+from intaglio.export.folder import silent
 from intaglio.export.gguf import sliding_period
 from intaglio.export.hf import hf_config
 from intaglio.numerics.grid import BlockGrid
@@ -48,13 +48,12 @@ def export_mlx(
         raise ConfigError(
             f"{packed.plan.model.family.model_type}: mlx-lm has no such drafters: export it to gguf or hf"
         )
-    stored = mlx_tensors(packed.plan)
-    write_folder(
+    write_affine(
         packed,
         path,
-        config=mlx_config(packed.plan),
-        specs=specs_of(stored),
-        parts=parts_of(packed, stored, ADVICE),
+        mlx_tensors(packed.plan),
+        mlx_config(packed.plan),
+        advice=ADVICE,
         metadata="mlx",
         replace=replace,
         on_progress=on_progress,

@@ -21,9 +21,9 @@ LAST = np.iinfo(np.int64).max
 
 def decoder_graph(packed: PackedModel, placed: dict[str, Matrix], data: DataFiles) -> Any:
     """inputs_embeds, per_layer_inputs, attention_mask, position_ids and the past -> logits and the new past."""
+    model = trace_decoder(packed.plan.model)  # which says how to install what is missing
     from onnx import helper
 
-    model = trace_decoder(packed.plan.model)
     graph = model.graph
     constants = [_traced(packed, tensor, data) for tensor in graph.initializer]
     filling = _Filling(packed, placed, data)

@@ -15,11 +15,12 @@ from intaglio.export.hf import hf_tensors
 from intaglio.export.mobile import mobile_tensors
 from intaglio.numerics.grid import BlockGrid
 from intaglio.packed.store import Specs, safetensors_header
+from intaglio.plan.affine import linears_of
 from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES
 from intaglio.plan.mobile import stored_tensors
 from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors, in_gguf
-from intaglio.plan.plan import Plan, PlannedTensor
+from intaglio.plan.plan import Plan
 
 GGUF_ALIGNMENT = 32  # gguf-py: GGUF_DEFAULT_ALIGNMENT
 GGUF_HEADER_BYTES = 24  # magic and version, 4 each; number of tensors and of keys, 8 each
@@ -91,7 +92,7 @@ def w4a16_tensors(plan: Plan) -> Specs:
     for tensor in plan.everything:
         name = whole_name(tensor.name) if plan.model.whole else tensor.name
         four_bits = isinstance(tensor.grid, BlockGrid) and tensor.spec.role in W4A16_ROLES
-        for module, (rows, columns) in _linears(name, tensor) if four_bits else ():
+        for module, (rows, columns), _ in linears_of(name, tensor.spec) if four_bits else ():
             specs[f"{module}.weight_packed"] = (torch.int32, (rows, columns // 8))
             specs[f"{module}.weight_scale"] = (torch.bfloat16, (rows, columns // W4A16_GROUP))
             specs[f"{module}.weight_shape"] = (torch.int64, (2,))
@@ -103,17 +104,6 @@ def w4a16_tensors(plan: Plan) -> Specs:
 def in_file_order(specs: Specs) -> Specs:
     """These tensors as safetensors' own writer puts them: wider types first, then by name."""
     return dict(sorted(specs.items(), key=lambda item: (DTYPE_ORDER.index(item[1][0]), item[0])))
-
-
-def _linears(name: str, tensor: PlannedTensor) -> list[tuple[str, tuple[int, int]]]:
-    """Modules of a linear, or of all experts, with the shapes of their weights."""
-    if tensor.spec.role != "expert":
-        rows, columns = tensor.spec.shape
-        return [(name.removesuffix(".weight"), (rows, columns))]
-    experts, rows, columns = tensor.spec.shape
-    folder, _, kind = name.rpartition(".")
-    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
-    return [(f"{folder}.{i}.{part}", (rows // len(parts), columns)) for i in range(experts) for part in parts]
 
 
 def bf16_bytes(plan: Plan, *, text_only: bool = False) -> int:

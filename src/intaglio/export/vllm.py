@@ -3,6 +3,7 @@
 From a Q4_0 recipe it is W4A16: 4-bit codes in groups of 32 with signed scales, embeddings as the floats of
 16 bits that they decode to exactly. From a mobile recipe it is "mobile-ct": 2-, 4- and 8-bit codes with a
 scale for each row, static int8 inputs and outputs of linears, and packed embeddings with a head of its own.
+Experts, which a Gemma 4 holds in two tensors a layer, are linears of their own, as vLLM's loader expects them.
 
 vLLM keeps scales in the model's dtype, bfloat16: scales that need more bits are refused, since it would
 round them while loading. It has no place for the static scales of an int8 KV cache; they are left out.
@@ -17,11 +18,11 @@ from typing import Any
 
 import torch
 
-from intaglio.export.affine import parts_of, specs_of
-from intaglio.export.folder import silent, write_folder
+from intaglio.export.affine import write_affine
+from intaglio.export.folder import silent
 from intaglio.export.hf import hf_config, whole_config
 from intaglio.packed.model import PackedModel
-from intaglio.plan.affine import Scheme, compressed_tensors, schemes, stored_name
+from intaglio.plan.affine import Scheme, compressed_tensors, linears_of, schemes, stored_name
 from intaglio.plan.plan import HEAD, Plan
 
 ADVICE = (
@@ -31,7 +32,10 @@ ADVICE = (
 PACKED = "pack-quantized"
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
 # Linears, beside those that a plan may leave in floats one by one.
-FLOAT_LINEARS = ("attention", "mlp", "ple_linear", "ple_model_projection", "drafter_projection", "centroids")
+FLOAT_LINEARS = (
+    *("attention", "mlp", "ple_linear", "ple_model_projection", "router", "expert"),
+    *("drafter_projection", "centroids"),
+)
 TOWERS = ("re:.*vision_tower.*", "re:.*audio_tower.*", "re:.*embed_vision.*", "re:.*embed_audio.*")
 
 
@@ -48,13 +52,12 @@ def export_vllm(
     grids that the format or vLLM does not have, WeightError for scales and floats that bfloat16 does not
     hold, OutputError if the folder cannot be written.
     """
-    stored = compressed_tensors(packed.plan)
-    write_folder(
+    write_affine(
         packed,
         path,
-        config=vllm_config(packed.plan),
-        specs=specs_of(stored),
-        parts=parts_of(packed, stored, ADVICE),
+        compressed_tensors(packed.plan),
+        vllm_config(packed.plan),
+        advice=ADVICE,
         replace=replace,
         on_progress=on_progress,
     )
@@ -112,7 +115,12 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 def _ignored(plan: Plan, found: dict[str, Scheme]) -> list[str]:
     """Linears that stay floats, by expressions."""
-    linears = [stored_name(plan, t.name).removesuffix(".weight") for t in plan if t.spec.role in FLOAT_LINEARS]
+    linears = [
+        module
+        for tensor in plan
+        if tensor.spec.role in FLOAT_LINEARS and len(tensor.spec.shape) > 1
+        for module, _, _ in linears_of(stored_name(plan, tensor.name), tensor.spec)
+    ]
     head = HEAD.removesuffix(".weight")
     floats = [name for name in (head, *linears) if name not in found]
     return [head] * (head in floats) + _patterns([name for name in floats if name != head]) + list(TOWERS)
@@ -136,5 +144,6 @@ def _patterns(modules: list[str]) -> list[str]:
 
 
 def _fused(kind: str) -> str:
+    kind = re.sub(r"\bexperts\\\.\d+\b", r"experts\\.\\d+", kind)
     kind = re.sub(r"\b[qkv]_proj$", "[qkv]_proj", kind)
     return re.sub(r"\b(gate|up)_proj$", "(gate|up)_proj", kind)

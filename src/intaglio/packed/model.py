@@ -231,10 +231,13 @@ class PackedModel:
         """The same without towers and their embedders."""
         return dataclasses.replace(self, plan=self.plan.text_only())
 
-    def read(self, name: str) -> Quantized | Tensor:
-        """A Quantized for a tensor on a BlockGrid, a float tensor, as stored, for one on a FloatGrid."""
+    def read(self, name: str, rows: slice | None = None) -> Quantized | Tensor:
+        """A Quantized for a tensor on a BlockGrid, a float tensor, as stored, for one on a FloatGrid.
+
+        rows: which of them, or of which experts, if not all.
+        """
         with self._reader() as file:
-            return self._read(file, self.plan[name])
+            return self._read(file, self.plan[name], rows)
 
     def chunks(self, name: str) -> Iterator[tuple[slice | None, Quantized | Tensor]]:
         """What `read` gives, a few rows at a time, with their numbers; None and all of a tensor that is small."""

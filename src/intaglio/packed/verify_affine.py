@@ -6,6 +6,7 @@ Shared with the exporters are only the lists of tensors in `plan/affine.py`. Eve
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import SafetensorsReader
 from intaglio.packed.tally import Tally, stored_as_listed
-from intaglio.plan.affine import AffineTensor, Scheme, compressed_tensors, mlx_tensors, schemes, stored_name
+from intaglio.plan.affine import (
+    AffineTensor,
+    Scheme,
+    compressed_tensors,
+    linears_of,
+    mlx_tensors,
+    schemes,
+    stored_name,
+)
 from intaglio.plan.family import load_config
 
 
@@ -60,7 +69,12 @@ def _check_schemes(packed: PackedModel, folder: Path, tally: Tally) -> None:
     """Count modules that config.json gives other bits, groups or activations than planned."""
     plan, quantization = packed.plan, load_config(folder)["quantization_config"]
     planned = schemes(plan)
-    matrices = {stored_name(plan, t.name).removesuffix(".weight"): t for t in plan if len(t.spec.shape) == 2}
+    matrices = {
+        module: tensor
+        for tensor in plan
+        if len(tensor.spec.shape) == 2 or tensor.spec.role == "expert"
+        for module, _, _ in linears_of(stored_name(plan, tensor.name), tensor.spec)
+    }
     for module in {**matrices, **planned}:
         linear = module not in matrices or "embedding" not in matrices[module].spec.role
         if _scheme_of(module, linear, quantization) != planned.get(module):
@@ -89,14 +103,14 @@ def _compare(packed: PackedModel, folder: Path, stored: list[AffineTensor], tall
         if tensor.part == "static":
             tally.compare("static_scales", torch.tensor([static[tensor.source]]), file.read(tensor.name))
         elif tensor.part == "shape":
-            if file.read(tensor.name).tolist() != list(packed.plan[tensor.source].spec.shape):
+            if file.read(tensor.name).tolist() != list(tensor.matrix or ()):
                 tally.unlike.append(tensor.name)
         else:
             _compare_rows(packed, tensor, file, tally)
 
 
 def _compare_rows(packed: PackedModel, tensor: AffineTensor, file: SafetensorsReader, tally: Tally) -> None:
-    for rows, value in packed.chunks(tensor.source):
+    for rows, value in _pieces(packed, tensor):
         data = file.read(tensor.name, rows)
         if not isinstance(value, Quantized):
             tally.compare("values", value.float(), data.float())
@@ -110,6 +124,17 @@ def _compare_rows(packed: PackedModel, tensor: AffineTensor, file: SafetensorsRe
             factor = -middle if tensor.part == "bias" else 1
             each = np.repeat(value.step.numpy() * np.float32(factor), tensor.repeat, axis=1)
             tally.compare("scales", torch.from_numpy(each), data.float())
+
+
+def _pieces(packed: PackedModel, tensor: AffineTensor) -> Iterator[tuple[slice | None, Quantized | Tensor]]:
+    """What a tensor of the folder should hold, a few rows at a time."""
+    if tensor.piece is None:
+        yield from packed.chunks(tensor.source)
+        return
+    expert = tensor.piece.expert
+    value = packed.read(tensor.source, slice(expert, expert + 1))
+    assert isinstance(value, Quantized)
+    yield None, tensor.piece.of(value, expert)
 
 
 def words_unpacked(words: Tensor, bits: int) -> Tensor:

@@ -15,16 +15,32 @@ from typing import Literal
 import torch
 
 from intaglio.errors import RecipeError
-from intaglio.numerics.grid import BFLOAT16_SIGNIFICANT_BITS, BlockGrid, Grid
+from intaglio.numerics.grid import BFLOAT16_SIGNIFICANT_BITS, BlockGrid, Grid, Quantized
 from intaglio.plan.carried import whole_name
-from intaglio.plan.family import TOWER_ROLES
+from intaglio.plan.family import TOWER_ROLES, TensorSpec
 from intaglio.plan.plan import HEAD, Plan, PlannedTensor
 
 WORD_BITS = 32
 BITS = (2, 4, 8)
 MLX_GROUPS = (128, 64, 32)
-# vLLM computes each of these in one kernel, under one scheme.
+# vLLM computes each of these in one kernel, under one scheme; and all experts of a layer.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+EXPERT_GROUP = ("gate_proj", "up_proj", "down_proj")
+EXPERT_LINEARS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of one expert, of a tensor [E, R, C] of all of them: what is a linear of its own elsewhere."""
+
+    expert: int
+    rows: slice
+
+    def of(self, value: Quantized, first: int = 0) -> Quantized:
+        """These rows, a matrix, of a value whose first expert is number `first`."""
+        parts = (value.codes, value.scale, value.super_scale)
+        mine = (None if part is None else part[self.expert - first, self.rows] for part in parts)
+        return Quantized(value.grid, *mine)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,8 @@ class AffineTensor:
 
     part: "codes", "scale", "bias" and "shape" of a planned tensor that stays on its grid, "values" of one that
     is written as floats, or a "static" scale. source: our name of the planned tensor or of the scale.
-    repeat: how many times in a row each scale of the grid stands.
+    repeat: how many times in a row each scale of the grid stands. matrix: for a "shape", what it says.
+    piece: which part of the planned tensor it is, if not all.
     """
 
     name: str
@@ -42,6 +59,8 @@ class AffineTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     repeat: int = 1
+    matrix: tuple[int, int] | None = None
+    piece: Piece | None = None
 
 
 def float_dtype(grid: Grid) -> torch.dtype:
@@ -119,20 +138,42 @@ def schemes(plan: Plan) -> dict[str, Scheme]:
             f"{tower.name}: recipe {plan.recipe.name} quantizes it, and vLLM reads towers as floats only: leave them "
             "out with --text-only, or quantize by a recipe that leaves them alone"
         )
-    found = {_module(plan, tensor.name): scheme for tensor in plan if (scheme := _scheme(plan, tensor)) is not None}
+    found = {
+        module: scheme
+        for tensor in plan
+        if (scheme := _scheme(plan, tensor)) is not None
+        for module, _, _ in linears_of(stored_name(plan, tensor.name), tensor.spec)
+    }
     embedding = _embedding(plan)
     if plan.model.tied_head and _scheme(plan, embedding) is not None:
         found[HEAD.removesuffix(".weight")] = found[_module(plan, embedding.name)]
-    for module, scheme in found.items():
-        _check_fused(plan, module, scheme, found)
+    _check_fused(plan, found)
     return found
+
+
+def linears_of(name: str, spec: TensorSpec) -> list[tuple[str, tuple[int, int], Piece | None]]:
+    """The modules that compressed-tensors makes of a matrix, or of all experts: name, shape, and which part each is.
+
+    name: the folder's, of the tensor. Of experts, gate_up_proj [E, 2I, H] is two linears for each, gate first.
+    """
+    if spec.role != "expert":
+        rows, columns = spec.shape
+        return [(name.removesuffix(".weight"), (rows, columns), None)]
+    experts, rows, columns = spec.shape
+    folder, _, kind = name.rpartition(".")
+    own = rows // len(EXPERT_LINEARS[kind])
+    return [
+        (f"{folder}.{expert}.{linear}", (own, columns), Piece(expert, slice(i * own, (i + 1) * own)))
+        for expert in range(experts)
+        for i, linear in enumerate(EXPERT_LINEARS[kind])
+    ]
 
 
 def _scheme(plan: Plan, tensor: PlannedTensor) -> Scheme | None:
     grid = tensor.grid
     if not isinstance(grid, BlockGrid) or not packable(grid) or (grid.portable and not tensor.quantized_linear):
         return None
-    columns = tensor.spec.shape[1]
+    columns = tensor.spec.shape[-1]
     if columns * grid.code_bits % WORD_BITS:
         raise RecipeError(
             f"{tensor.name}: {columns} codes of {grid.code_bits} bits do not fill words of {WORD_BITS} bits, as "
@@ -143,16 +184,22 @@ def _scheme(plan: Plan, tensor: PlannedTensor) -> Scheme | None:
     return Scheme(grid.code_bits, None if grid.block_size == columns else grid.block_size, static)
 
 
-def _check_fused(plan: Plan, module: str, scheme: Scheme, found: dict[str, Scheme]) -> None:
-    parent, _, own = module.rpartition(".")
-    linears = {_module(plan, t.name) for t in plan if t.spec.role in ("attention", "mlp")}
-    for other in next((group for group in FUSED if own in group), ()):
-        name = f"{parent}.{other}"
-        if name in linears and found.get(name) != scheme:
-            raise RecipeError(
-                f"{module} and {name} are quantized differently ({_words(scheme)}, {_words(found.get(name))}): vLLM "
-                f"computes them as one: give {other} and {own} the same grid"
-            )
+def _check_fused(plan: Plan, found: dict[str, Scheme]) -> None:
+    linears = {
+        module: tensor.spec.role
+        for tensor in plan
+        if tensor.spec.role in ("attention", "mlp", "expert")
+        for module, _, _ in linears_of(stored_name(plan, tensor.name), tensor.spec)
+    }
+    for module, role in linears.items():
+        parent, _, own = module.rpartition(".")
+        group = EXPERT_GROUP if role == "expert" else next((group for group in FUSED if own in group), ())
+        for name in (f"{parent}.{other}" for other in group):
+            if module in found and name in linears and found.get(name) != found[module]:
+                raise RecipeError(
+                    f"{module} and {name} are quantized differently ({_words(found[module])}, "
+                    f"{_words(found.get(name))}): vLLM computes them as one: give them the same grid"
+                )
 
 
 def _words(scheme: Scheme | None) -> str:
@@ -168,27 +215,30 @@ def compressed_tensors(plan: Plan) -> list[AffineTensor]:
     towers = [t for t in plan.carried if t.spec.role in TOWER_ROLES]
     stored = []
     for tensor in (*plan.tensors, *towers):
-        scheme = found.get(_module(plan, tensor.name))
-        if scheme is None:
-            name = stored_name(plan, tensor.name)
+        name = stored_name(plan, tensor.name)
+        if tensor.spec.role in TOWER_ROLES or _scheme(plan, tensor) is None:
             stored.append(AffineTensor(name, "values", tensor.name, tensor.stored_dtype, tensor.spec.shape))
-        else:
-            stored += _compressed_parts(plan, tensor, tensor.name, scheme)
-    head = found.get(HEAD.removesuffix(".weight"))
-    if plan.model.tied_head and head is not None:
-        stored += _compressed_parts(plan, _embedding(plan), HEAD, head)
+            continue
+        for module, matrix, piece in linears_of(name, tensor.spec):
+            stored += _compressed_parts(module, tensor.name, matrix, piece, found[module])
+    embedding, head = _embedding(plan), HEAD.removesuffix(".weight")
+    if plan.model.tied_head and head in found:
+        ((_, matrix, _),) = linears_of(embedding.name, embedding.spec)
+        stored += _compressed_parts(head, embedding.name, matrix, None, found[head])
     return stored
 
 
-def _compressed_parts(plan: Plan, tensor: PlannedTensor, ours: str, scheme: Scheme) -> list[AffineTensor]:
-    """The tensors that hold a planned one under our name `ours`, which for a tied head is not its own."""
-    module, source, (rows, columns) = _module(plan, ours), tensor.name, tensor.spec.shape
+def _compressed_parts(
+    module: str, source: str, matrix: tuple[int, int], piece: Piece | None, scheme: Scheme
+) -> list[AffineTensor]:
+    """The tensors that hold a planned one, or a piece of it, as this module of the folder."""
+    rows, columns = matrix
     words = columns * scheme.bits // WORD_BITS
     scales = 1 if scheme.group_size is None else columns // scheme.group_size
     parts = [
-        AffineTensor(f"{module}.weight_packed", "codes", source, torch.int32, (rows, words)),
-        AffineTensor(f"{module}.weight_scale", "scale", source, torch.bfloat16, (rows, scales)),
-        AffineTensor(f"{module}.weight_shape", "shape", source, torch.int64, (2,)),
+        AffineTensor(f"{module}.weight_packed", "codes", source, torch.int32, (rows, words), piece=piece),
+        AffineTensor(f"{module}.weight_scale", "scale", source, torch.bfloat16, (rows, scales), piece=piece),
+        AffineTensor(f"{module}.weight_shape", "shape", source, torch.int64, (2,), matrix=matrix),
     ]
     for kind in ("input", "output") if scheme.static else ():
         static = f"{source.removesuffix('weight')}{kind}_activation_scale"
