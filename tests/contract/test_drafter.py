@@ -81,8 +81,9 @@ def test_what_it_refuses(gemma4: Case, text: Path, tmp_path: Path) -> None:
         ([f"--drafter={gemma4.checkpoint}"], "is no drafter: expected an assistant model"),
         ([f"--drafter={first / 'hf'}", "--width=64"], "--drafter has its shape: leave out --width"),
         (["--original=x"], "--original is compared with the drafter that was made for it"),
+        (["--width=256"], "llama.cpp"),
         (["--clusters=7"], "7 clusters: expected a divisor of the vocabulary's 4096 tokens"),
-        (["--set=schedule.sequence_length=4"], "sequences of 4 tokens: expected 5 or more for 3 draft steps"),
+        (["--set=schedule.sequence_length=4", *SMALL], "sequences of 4 tokens: expected 5 or more for 3 draft steps"),
         (["--recipe=q4"], "no recipe 'q4'"),
         (["--written-tokens=4"], "expected one or more prompts of one or more tokens, and 10 or more behind them"),
     ]

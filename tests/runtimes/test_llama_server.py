@@ -18,9 +18,9 @@ from intaglio.packed.checkpoint import load_tokenizer
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.proof import Evaluation
-from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
+from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR
 from intaglio.workflow import read_windows
-from tests.support.drafter import DRAFTER_DIR, cluster_head
+from tests.support.drafter import cluster_head
 from tests.support.tiny import pack
 
 pytestmark = pytest.mark.environment

@@ -11,10 +11,9 @@ import torch
 from intaglio.drafter.clusters import assign_clusters
 from intaglio.packed.checkpoint import load_model
 from intaglio.plan.family import load_config
-from intaglio.tiny import MODEL_DIR
+from intaglio.tiny import DRAFTER_DIR, MODEL_DIR
 from tests.support.tiny import build
 
-DRAFTER_DIR = MODEL_DIR.parent / "drafter"
 CLUSTERS, TOP_CLUSTERS = 64, 8
 
 

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "finetune": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof", "workflow"},
     "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow", "drafter"},
     "drafter": {
-        *("errors", "plan", "packed", "train", "export", "measure", "progress", "proof", "workflow"),
+        *("errors", "plan", "packed", "train", "export", "measure", "formats", "progress", "proof", "workflow"),
     },
     "planning": {"errors", "plan", "packed", "export"},
     "cli": {

@@ -24,6 +24,7 @@ from intaglio.drafter.train import train_drafter
 from intaglio.errors import InputError, MismatchError, OutputError
 from intaglio.export.gguf import export_gguf
 from intaglio.export.hf import export_hf
+from intaglio.formats import format_of
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer, model_name
 from intaglio.packed.decoded import load_packed
@@ -93,6 +94,8 @@ def run(
     check_fits(first, target)
     plans = {FLOAT: make_plan(first.config.to_dict(), _kept_float(recipe))}
     plans |= {QUANTIZED: make_plan(first.config.to_dict(), recipe)} if recipe.name != FLOAT_RECIPE else {}
+    for plan in plans.values():
+        format_of(plan).check(plan, Path(target_dir))  # what an export would refuse after training
     progress.stage("Reading text")
     corpus, prompts = _texts(target, plans[FLOAT], load_tokenizer(target_dir), data, texts, progress)
     record = {
