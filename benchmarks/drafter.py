@@ -2,7 +2,8 @@
 
     python benchmarks/drafter.py --targets RUN/packed [RUN/packed ...] --seeds 0 1 2 --out benchmarks/results/drafter.json
 
-Each target is the packed model of a run of `intaglio demo`. For each seed the bundled drafter is trained again on it, in
+Each target is the packed model of a run of `intaglio demo`; a float checkpoint instead is the control, in which the drafter
+is trained on for as long, and only that. For each seed the bundled drafter is trained again on it, in
 floats and then on its grids, and all four pairs are measured on the same prompts. Simulated: decoded weights in
 transformers, float32.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 from common import environment, write_result
 
 from intaglio.drafter.run import Texts, run
-from intaglio.packed.model import PackedModel
+from intaglio.packed.model import FILE_NAME, PackedModel
 from intaglio.plan.recipe import Recipe
 from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.loop import Options
@@ -33,8 +34,9 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for number, path in enumerate(options.targets):
-        plan = PackedModel.open(path).plan
-        name = options.recipes[number] if options.recipes else "drafter-mobile" if plan.mobile else "drafter-q4_0"
+        plan = PackedModel.open(path).plan if (path / FILE_NAME).is_file() else None
+        own = "drafter-mobile" if plan is not None and plan.mobile else "drafter-q4_0"
+        name, target = options.recipes[number] if options.recipes else own, plan.recipe.name if plan else "float"
         for seed in options.seeds:
             recipe = Recipe.load(name).with_schedule(
                 tokens=options.tokens, batch_size=options.batch, sequence_length=256, lr=options.lr, seed=seed
@@ -50,10 +52,10 @@ def main() -> None:
                     texts=Texts(text=HELDOUT_TEXT, prompts=options.prompts),
                     options=Options(precision="no", compiled=False),
                 )
-            rows.append({"target": plan.recipe.name, "recipe": name, "seed": seed, **report.to_dict()})
+            rows.append({"target": target, "recipe": name, "seed": seed, **report.to_dict()})
             for pair in report.pairs:
                 a = pair.greedy[3]
-                print(f"{plan.recipe.name} {seed} {pair.label}: {a.accepted:.4f}, {a.length:.3f}", flush=True)
+                print(f"{target} {seed} {pair.label}: {a.accepted:.4f}, {a.length:.3f}", flush=True)
             write_result(options.out, environment() | {"tokens_a_stage": options.tokens, "runs": rows})
 
 
