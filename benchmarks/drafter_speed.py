@@ -19,6 +19,7 @@ from runners.start import program_of
 
 from intaglio.drafter.decode import speculate
 from intaglio.drafter.run import open_target
+from intaglio.drafter.text import end_tokens
 from intaglio.measure.llama_server import LlamaServer
 from intaglio.packed.checkpoint import load_tokenizer
 from intaglio.packed.decoded import load_packed
@@ -83,12 +84,14 @@ def timed(work: Any) -> tuple[Any, float]:
 
 
 def in_transformers(target: Any, drafter: Any, prompts: list[list[int]], tokens: int) -> list[dict[str, Any]]:
-    rows = []
+    rows, ends = [], end_tokens(target)
     for length in LENGTHS:
         ratios, accepted, library, same = [], [], [], True
         for prompt in prompts:
-            plain, slow = timed(lambda prompt=prompt: speculate(target, None, prompt, tokens, 0))
-            fast, quick = timed(lambda prompt=prompt, n=length: speculate(target, drafter, prompt, tokens, n))
+            plain, slow = timed(lambda prompt=prompt: speculate(target, None, prompt, tokens, 0, without=ends))
+            fast, quick = timed(
+                lambda prompt=prompt, n=length: speculate(target, drafter, prompt, tokens, n, without=ends)
+            )
             theirs, reads = by_library(target, drafter, prompt, tokens, length)
             same = same and plain.tokens == fast.tokens == theirs
             ratios.append(slow / quick)

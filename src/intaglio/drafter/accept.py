@@ -14,6 +14,7 @@ Shape suffixes: N texts, Q places, S steps, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -57,26 +58,34 @@ def check_draft_length(draft_length: int) -> None:
 
 @torch.no_grad()
 def chances(
-    target: Any, drafter: Any, texts: Tensor, prompt: int, *, sampled: bool = False, batch: int = 8
+    target: Any,
+    drafter: Any,
+    texts: Tensor,
+    prompt: int,
+    *,
+    sampled: bool = False,
+    without: Sequence[int] = (),
+    batch: int = 8,
 ) -> NDArray[np.float32]:
     """Probability [N, Q, LONGEST] that a draft is accepted if those before it were; in greedy mode 0 or 1.
 
     texts: int64 [N, T], `prompt` tokens and what the target wrote. Place 0 is that where the first token after the
-    prompt is known; a draft beyond the text's end has 0.
+    prompt is known; a draft beyond the text's end has 0. without: tokens that the target was not to write.
     """
     length = texts.shape[1]
     if length - prompt < 2:
         raise InputError(f"texts of {length} tokens, {prompt} of them prompt: expected two or more that were written")
-    rows = [_chances(target, drafter, ids, sampled)[:, prompt - 1 :] for ids in texts.split(batch)]
+    rows = [_chances(target, drafter, ids, sampled, list(without))[:, prompt - 1 :] for ids in texts.split(batch)]
     return torch.cat(rows).numpy()
 
 
-def _chances(target: Any, drafter: Any, ids: Tensor, sampled: bool) -> Tensor:
+def _chances(target: Any, drafter: Any, ids: Tensor, sampled: bool, without: list[int]) -> Tensor:
     """`chances` [N, T - 1, LONGEST] from the first token on."""
     places = ids.shape[1] - 1
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
     states = target_states(target, ids, positions)
     target_logits = cap(target.get_output_embeddings()(states.hidden), softcap_of(target))
+    target_logits[..., without] = -torch.inf
     beyond = states.embeds[:, :1].expand(-1, LONGEST, -1)  # what drafts beyond the end are fed with counts for nothing
     padded = replace(states, embeds=torch.cat((states.embeds, beyond), 1))
     chances = torch.zeros(len(ids), places, LONGEST)

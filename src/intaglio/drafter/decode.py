@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +33,9 @@ class Written:
 class _Reader:
     """A target with its cache: reads tokens, hands out states and logits, forgets what was rejected."""
 
-    def __init__(self, target: Any):
+    def __init__(self, target: Any, without: Sequence[int] = ()):
         self.target, self.cache, self.length = target, DynamicCache(), 0
+        self.without = list(without)
         self.states: TargetStates | None = None
 
     def read(self, tokens: list[int]) -> Tensor:
@@ -43,7 +45,9 @@ class _Reader:
         self.states = target_states(self.target, ids, at, self.cache)
         self.length += len(tokens)
         logits = self.target.get_output_embeddings()(self.states.hidden[0])
-        return cap(logits, softcap_of(self.target))
+        logits = cap(logits, softcap_of(self.target))
+        logits[:, self.without] = -torch.inf
+        return logits
 
     def crop(self, length: int) -> None:
         if length < self.length:
@@ -90,18 +94,26 @@ def _judge(pairs: list[Any], logits: Tensor, sampled: bool) -> list[int]:
 
 @torch.no_grad()
 def speculate(
-    target: Any, drafter: Any | None, prompt: list[int], tokens: int, draft_length: int, *, sampled: bool = False
+    target: Any,
+    drafter: Any | None,
+    prompt: list[int],
+    tokens: int,
+    draft_length: int,
+    *,
+    sampled: bool = False,
+    without: Sequence[int] = (),
 ) -> Written:
     """Write `tokens` tokens after the prompt, `draft_length` drafts a round; without a drafter one at a time.
 
     The text is the target's own, whatever the drafter says: token for token where it is greedy, in distribution
-    (temperature 1) where it is sampled. Raises InputError for a draft length that is not 1 to 8.
+    (temperature 1) where it is sampled. without: tokens that are not to be written, such as those that end a text;
+    here none ends it. Raises InputError for a draft length that is not 1 to 8.
     """
     count = 0
     if drafter is not None:
         check_draft_length(draft_length)
         count = draft_length
-    reader, written = _Reader(target), Written()
+    reader, written = _Reader(target, without), Written()
     written.tokens += _judge([], reader.read(prompt)[-1:], sampled)
     behind = 0
     while len(written.tokens) < tokens:

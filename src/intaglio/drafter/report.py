@@ -11,7 +11,7 @@ from torch import Tensor
 
 from intaglio.drafter.accept import LONGEST, Acceptance, chances, rounds
 from intaglio.drafter.decode import Costs, measure_costs
-from intaglio.drafter.text import written
+from intaglio.drafter.text import end_tokens, written
 from intaglio.measure.charts import rosette
 from intaglio.measure.render import render_drafter
 from intaglio.packed.store import new_path
@@ -78,7 +78,7 @@ def measure_pair(
     for sampled in (False, True):
         if sampled not in texts:
             texts[sampled] = written(target, prompts, tokens, sampled=sampled)
-        chance = chances(target, drafter, texts[sampled], prompts.shape[1], sampled=sampled)
+        chance = chances(target, drafter, texts[sampled], prompts.shape[1], sampled=sampled, without=end_tokens(target))
         modes[sampled] = tuple(rounds(chance, length) for length in range(1, LONGEST + 1) if length < tokens)
     return Pair(target_name, drafter_name, modes[False], modes[True], measure_costs(target, drafter))
 

@@ -14,7 +14,7 @@ def written(
 ) -> Tensor:
     """`prompts` [N, P] and `tokens` more of each: greedy, or sampled at temperature 1; int64 [N, P + tokens].
 
-    The end of a text is not heeded: what follows is text like any other to a drafter.
+    A text does not end: the tokens that would end it are left out of what may be written.
     """
     from transformers import GenerationConfig
 
@@ -27,3 +27,9 @@ def written(
             for ids in prompts.split(batch)
         ]
     return torch.cat(parts)
+
+
+def end_tokens(target: Any) -> list[int]:
+    """The tokens that end a text of this target."""
+    ids = target.generation_config.eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
