@@ -3,8 +3,8 @@
     python benchmarks/drafter_speed.py --target RUN --drafter RUN/drafter --out benchmarks/results/drafter_speed.json
 
 RUN is what `intaglio demo --drafter` leaves. In llama.cpp the server's own statistics count; in transformers our loop
-and the library's `generate(assistant_model=...)` run side by side: its cache keeps what was rejected, which costs
-acceptance. Greedy, the same prompts everywhere, each way in turn.
+and the library's `generate(assistant_model=...)` run side by side: its drafter sees keys of rejected drafts. Greedy, the
+same prompts everywhere, each way in turn.
 """
 
 import argparse
