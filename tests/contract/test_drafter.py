@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import verify
+from intaglio.tiny import DRAFTER_DIR
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
 from tests.support.tiny import GEMMA4, make_checkpoint
@@ -94,8 +93,17 @@ def test_what_it_refuses(gemma4: Case, text: Path, tmp_path: Path) -> None:
         assert not out.exists() or not any(out.iterdir())
 
 
-@pytest.mark.parametrize("recipe", ["q4_0", "mobile"])
-def test_a_recipe_for_models_is_none_for_drafters(recipe: str, gemma4: Case, text: Path, tmp_path: Path) -> None:
-    outcome = intaglio(*train(gemma4.packed.path, text, tmp_path / "out", f"--recipe={recipe}", *SMALL))
+def test_a_recipe_for_models_is_none_for_drafters(gemma4: Case, text: Path, tmp_path: Path) -> None:
+    outcome = intaglio(*train(gemma4.packed.path, text, tmp_path / "out", "--recipe=mobile", *SMALL))
     assert outcome.code == 2
-    assert "model.embed_tokens.weight" in outcome.error or "is for gemma4_text" in outcome.error
+    assert "recipe mobile is for gemma4_text, this model is gemma4_assistant" in outcome.error
+
+
+def test_a_target_that_is_none(gemma4: Case, text: Path, tmp_path: Path) -> None:
+    sliding = make_checkpoint(tmp_path / "sliding", GEMMA4 | {"layer_types": ["sliding_attention"] * 4})
+    for target, says in (
+        (DRAFTER_DIR, "is a drafter itself: expected the model that it is to draft for"),
+        (sliding, "the target has no full_attention layer with keys and values of its own"),
+    ):
+        outcome = intaglio(*train(target, text, tmp_path / "out", *SMALL))
+        assert outcome.code == 2 and says in outcome.error, outcome.err

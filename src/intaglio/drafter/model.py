@@ -19,7 +19,7 @@ from intaglio.packed.checkpoint import TextModel, load_model
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel
-from intaglio.plan.family import FAMILIES, build_meta_model, load_config, text_config, transformers_config
+from intaglio.plan.family import build_meta_model, is_drafter, load_config, text_config, transformers_config
 
 LAYER_TYPES = ("sliding_attention", "sliding_attention", "sliding_attention", "full_attention")
 SMALL_TARGET = 2560  # E4B's width; drafters up to there are 256 wide, those of larger models 1024
@@ -57,10 +57,15 @@ class Shape:
 def drafter_config(target: dict[str, Any], shape: Shape) -> dict[str, Any]:
     """The config of a drafter for a text model's config. ConfigError where a target cannot have this one."""
     target = text_config(target)
-    kind = FAMILIES[target["model_type"]].model_type
+    kind = target["model_type"]
     if not kind.startswith("gemma4"):
         raise ConfigError(f"{kind}: only Gemma 4 models hand out the keys and values that a drafter reads")
     layers = transformers_config(target)
+    for needed in set(LAYER_TYPES):
+        if needed not in _stored(layers):
+            raise ConfigError(
+                f"the target has no {needed} layer with keys and values of its own, which a drafter reads"
+            )
     full = layers.per_layer_config[layers.layer_types.index("full_attention")]
     own_heads = full.num_key_value_heads != target["num_key_value_heads"]
     text = {key: target[key] for key in TAKEN if key in target} | {
@@ -96,21 +101,26 @@ def drafter_config(target: dict[str, Any], shape: Shape) -> dict[str, Any]:
     }
 
 
-def target_config(path: str | Path) -> dict[str, Any]:
-    """The text model's config of a packed model or a checkpoint folder."""
+def config_of(path: str | Path) -> dict[str, Any]:
+    """The config of a packed model or of a checkpoint folder."""
     packed = (Path(path) / PACKED_FILE).is_file()
-    return PackedModel.open(path).plan.model.config if packed else text_config(load_config(path))
+    return PackedModel.open(path).plan.model.config if packed else load_config(path)
+
+
+def target_config(path: str | Path) -> dict[str, Any]:
+    """The text model's config of what drafts are for. ConfigError for a drafter."""
+    config = config_of(path)
+    if is_drafter(config):
+        raise ConfigError(f"{path}: is a drafter itself: expected the model that it is to draft for")
+    return text_config(config)
 
 
 def load_drafter(path: str | Path) -> TextModel:
     """A drafter of a transformers folder or of a packed model, float32, in eval mode. ConfigError for another model."""
-    path = Path(path)
-    packed = (path / PACKED_FILE).is_file()
-    config = PackedModel.open(path).plan.model.config if packed else load_config(path)
-    family = FAMILIES.get(str(config.get("model_type")))
-    if family is None or not family.drafter:
+    config = config_of(path)
+    if not is_drafter(config):
         raise ConfigError(f"{path}: model_type {config.get('model_type')!r} is no drafter: expected an assistant model")
-    return load_packed(PackedModel.open(path)) if packed else load_model(path)
+    return load_packed(PackedModel.open(path)) if (Path(path) / PACKED_FILE).is_file() else load_model(path)
 
 
 def check_fits(drafter: TextModel, target: TextModel) -> None:

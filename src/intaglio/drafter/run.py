@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intaglio.drafter.model import Shape, check_fits, load_drafter, new_drafter
+from intaglio.drafter.model import Shape, check_fits, load_drafter, new_drafter, target_config
 from intaglio.drafter.report import DrafterReport, Pair, measure_pair, write_report
 from intaglio.drafter.train import train_drafter
 from intaglio.errors import InputError, MismatchError, OutputError
@@ -30,6 +30,7 @@ from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer, mo
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel
+from intaglio.packed.store import new_path
 from intaglio.packed.verify import verify
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
@@ -98,25 +99,13 @@ def run(
         format_of(plan).check(plan, Path(target_dir))  # what an export would refuse after training
     progress.stage("Reading text")
     corpus, prompts = _texts(target, plans[FLOAT], load_tokenizer(target_dir), data, texts, progress)
-    record = {
-        "name": f"{model_name(target_dir)}-assistant",
-        "method": "drafter, trained",
-        "data": str(data or "its own"),
-    }
+    name = f"{model_name(target_dir)}-assistant"
+    record = {"name": name, "method": "drafter, trained", "data": str(data or "its own")}
     trained: dict[str, TextModel] = {}
     for name, plan in plans.items():
         progress.stage(f"Training {name}")
-        student = train_drafter(
-            target,
-            first,
-            plan,
-            corpus,
-            out / name,
-            target_digest=identity,
-            options=options,
-            resume=resume,
-            on_step=progress.step,
-        )
+        how: dict[str, Any] = {"target_digest": identity, "options": options, "resume": resume}
+        student = train_drafter(target, first, plan, corpus, out / name, on_step=progress.step, **how)
         pack_model(student, plan, out / name / "packed", assets=target_dir, provenance=record, replace=resume)
         first = trained[name] = load_packed(PackedModel.open(out / name / "packed"))
     progress.stage("Exporting")
@@ -129,6 +118,7 @@ def run(
 def open_target(path: str | Path) -> tuple[TextModel, str]:
     """A packed model as it computes, or a float checkpoint; with what tells it from others."""
     path = Path(path)
+    target_config(path)  # refuses what cannot be a target
     if not (path / PACKED_FILE).is_file():
         return load_model(path), str(path.resolve())
     packed = PackedModel.open(path)
@@ -152,9 +142,8 @@ def _kept_float(recipe: Recipe) -> Recipe:
 def export(packed: PackedModel, out: Path, *, replace: bool = False) -> tuple[Path, ...]:
     """Put the result into `out`: packed model, transformers folder, and a GGUF where its grids allow; each is read
     back, and MismatchError raised for one that does not hold what was trained."""
-    if (out / "packed").exists() and replace:
-        shutil.rmtree(out / "packed")
-    shutil.copytree(packed.path, out / "packed")
+    with new_path(out / "packed", replace=replace) as temporary:
+        shutil.copytree(packed.path, temporary)
     files = [out / "hf"]
     export_hf(packed, out / "hf", replace=replace)
     if not packed.plan.mobile:

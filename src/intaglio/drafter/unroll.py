@@ -89,18 +89,17 @@ def steps(
 
 
 def draft_step(
-    drafter: Any, embeds: Tensor, state: Tensor, at: Tensor, kv: KeysAndValues, allowed: dict[str, Tensor] | None
+    drafter: Any, embeds: Tensor, state: Tensor, at: Tensor, kv: KeysAndValues, allowed: dict[str, Tensor]
 ) -> Tensor:
     """One step [B, Q, W]. embeds, state: [B, Q, D]; at: positions [B, Q]; allowed: masks as `masks` makes them.
 
-    transformers' own forward makes masks for a single query only; this calls its layers with ours. Without any,
-    all keys are seen.
+    transformers' own forward makes masks for a single query only; this calls its layers with ours.
     """
     # 5.23 fails to cut queries short where no layer has keys of its own and there are no per-layer embeddings;
     # asked for hidden states it does not try to.
     return drafter.model(
         inputs_embeds=drafter.pre_projection(torch.cat((embeds, state), -1)),
-        attention_mask=allowed or dict.fromkeys(kv),
+        attention_mask=allowed,
         position_ids=at,
         shared_kv_states=dict(kv),
         use_cache=False,

@@ -173,14 +173,8 @@ def train(
         teacher = (teacher or original).to(accelerator.device).requires_grad_(False)
     student = build_student(original.to(accelerator.device), plan, start=start, compiled=compiled)
     saved = checkpoint.latest(run_dir)
-    if plan.recipe.schedule.gptq_tokens and saved is None and start is None:
-        gptq_start(student, plan.recipe.schedule, corpus, accelerator)
-    if start is not None:
-        pass  # the static scales are the packed model's
-    elif saved is None:
-        calibrate_student(student, plan, corpus, accelerator, on_calibration)
-    else:  # the checkpoint knows the scales; they must only be there
-        put_scales(student, plan, {scale.name: 1.0 for scale in plan.static_scales if scale.owned})
+    if start is None:  # else its codes and static scales are the packed model's
+        _first_values(student, plan, corpus, accelerator, saved, on_calibration)
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compiled:
@@ -197,6 +191,23 @@ def train(
     switch_static(student, activations=True, kv_cache=True)
     accelerator.end_training()
     return student
+
+
+def _first_values(
+    student: TextModel,
+    plan: Plan,
+    corpus: Corpus,
+    accelerator: Accelerator,
+    saved: Path | None,
+    on_calibration: Callable[[int, int], None],
+) -> None:
+    """Codes by GPTQ, if the schedule wants it, and static scales; or what a checkpoint will fill."""
+    if saved is not None:  # the checkpoint knows the scales; they must only be there
+        put_scales(student, plan, {scale.name: 1.0 for scale in plan.static_scales if scale.owned})
+        return
+    if plan.recipe.schedule.gptq_tokens:
+        gptq_start(student, plan.recipe.schedule, corpus, accelerator)
+    calibrate_student(student, plan, corpus, accelerator, on_calibration)
 
 
 def run_identity(plan: Plan, start: PackedModel | None) -> dict[str, str]:
