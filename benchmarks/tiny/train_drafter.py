@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from sweep import positions_of, sequences
+from torch import Tensor
 
 from intaglio.drafter.model import Shape, new_drafter
 from intaglio.drafter.report import measure_pair
@@ -41,6 +42,18 @@ def corpus_of(stream: np.ndarray, tokens: int, batch: int) -> Corpus:
     rows = sequences(stream, LENGTH)
     chosen = rows[np.random.default_rng(0).permutation(len(rows))[: tokens // LENGTH + batch]]
     return Corpus(chosen, positions_of(chosen, documents=True), "corpus of the bundled model")
+
+
+def prompts() -> Tensor:
+    """int64 [PROMPTS, PROMPT_TOKENS], held out."""
+    windows = held_out_windows(
+        HELDOUT_TEXT,
+        load_tokenizer(MODEL_DIR),
+        length=PROMPT_TOKENS,
+        vocab_size=4096,
+        max_tokens=PROMPTS * PROMPT_TOKENS,
+    )
+    return torch.from_numpy(windows).long()
 
 
 def main() -> None:
@@ -75,15 +88,8 @@ def main() -> None:
     pack_model(student, plan, packed_dir, assets=MODEL_DIR, provenance=record, replace=True)
     export_hf(PackedModel.open(packed_dir), options.out, replace=True)
 
-    windows = held_out_windows(
-        HELDOUT_TEXT,
-        load_tokenizer(MODEL_DIR),
-        length=PROMPT_TOKENS,
-        vocab_size=4096,
-        max_tokens=PROMPTS * PROMPT_TOKENS,
-    )
     trained = load_packed(PackedModel.open(packed_dir))
-    pair = measure_pair("float", "float", target, trained, torch.from_numpy(windows).long(), WRITTEN_TOKENS, {})
+    pair = measure_pair("float", "float", target, trained, prompts(), WRITTEN_TOKENS, {})
     made = {
         "parameters": sum(p.numel() for p in trained.parameters()),
         "tokens": options.tokens,

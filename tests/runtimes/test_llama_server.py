@@ -19,8 +19,8 @@ from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.proof import Evaluation
 from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR
+from intaglio.tiny.clustered import write_clustered_drafter
 from intaglio.workflow import read_windows
-from tests.support.drafter import cluster_head
 from tests.support.tiny import pack
 
 pytestmark = pytest.mark.environment
@@ -55,7 +55,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Packed:
 def drafter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Packed:
     """The bundled one, as it is and with a clustered head, of which llama.cpp knows nothing."""
     folder = tmp_path_factory.mktemp("drafter")
-    source = DRAFTER_DIR if request.param == "tied" else cluster_head(folder / "source")
+    source = DRAFTER_DIR if request.param == "tied" else write_clustered_drafter(folder / "source")
     return made(folder, source, "drafter-q4_0")
 
 

@@ -11,19 +11,11 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from intaglio.errors import RecipeError, WeightError
-from intaglio.numerics.fit import check_finite, fit_mse, fit_stock
-from intaglio.numerics.grid import (
-    GRIDS,
-    Q4_0,
-    BlockGrid,
-    FloatGrid,
-    Quantized,
-    from_steps,
-    grid_named,
-    round_half,
-    round_significant,
-)
+from intaglio.numerics.fit import check_finite, fit_mse
+from intaglio.numerics.fit_stock import fit_stock
+from intaglio.numerics.grid import GRIDS, Q4_0, Q8_0, BlockGrid, FloatGrid, Quantized, from_steps, grid_named
 from intaglio.numerics.layout import to_blocks
+from intaglio.numerics.rounding import round_half, round_significant
 from tests.support import ggml
 from tests.support.samples import samples
 
@@ -213,6 +205,22 @@ def test_q4_0_is_found_again_wherever_a_block_has_its_lowest_code(data: st.DataO
     codes[..., place] = Q4_0.code_min
     codes = torch.where((step == 0).unsqueeze(-1), 0, codes).flatten(-2).to(torch.int8)
     assert_canonical(from_steps(Q4_0, codes, torch.where(step == 0, -0.0, step)))
+
+
+@pytest.mark.parametrize("grid", [Q4_0, Q8_0], ids=lambda grid: grid.name)
+def test_no_step_of_a_coarse_grid_is_better_than_the_one_found(grid: BlockGrid) -> None:
+    """Every step is tried that maps the extremum on its last code or clips no more than the search may."""
+    values = torch.randn(64, 32) * torch.logspace(-4, 4, 64).unsqueeze(1)
+    found = fit_mse(values, grid)
+    error = (found.decode() - values).square().sum(-1)
+    base = values.abs().amax(-1, keepdim=True) / -grid.code_min
+    halves = torch.arange(1, 0x7C00, dtype=torch.int16).view(torch.float16).float()
+    steps = halves[round_half(halves, grid.step_bits) == halves]
+    for step in (*steps, *-steps):
+        tried = (step.abs() >= 0.62 * base) & (step.abs() <= base)
+        tried &= torch.full_like(base, not grid.canonical, dtype=torch.bool) | (step * found.step > 0)
+        other = grid.decode(grid.encode(values, step.expand(64, 1)), step.expand(64, 1))
+        assert (~tried.squeeze(1) | ((other - values).square().sum(-1) >= error * (1 - 1e-6))).all(), float(step)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

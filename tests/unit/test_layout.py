@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from transformers.integrations import gemma_quant
 
-from intaglio.numerics.fit import fit_stock
+from intaglio.numerics.fit_stock import fit_stock
 from intaglio.numerics.grid import INT2, INT4, INT8, Q4_0_FREE, Q6_K_FREE, Q8_0_FREE, BlockGrid, Quantized
 from intaglio.numerics.layout import CHUNK_ELEMENTS, from_blocks, row_chunks, to_blocks
 from intaglio.packed.codes import pack_codes, unpack_codes

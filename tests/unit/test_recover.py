@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from intaglio.numerics.fit import fit_stock
+from intaglio.numerics.fit_stock import fit_stock
 from intaglio.numerics.grid import INT2, INT4, INT8, Q4_0, Q4_0_FREE
 from intaglio.numerics.identify import BLOCK_RULE, ROW_RULES, identify
 from intaglio.numerics.recover import ANY, NOTHING, Rule, recover

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,9 +21,6 @@ from intaglio.cli.options import (
     print_json,
     print_towers_off,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()

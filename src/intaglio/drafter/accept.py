@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from intaglio.drafter.clusters import clustered_logits
 from intaglio.drafter.unroll import steps, target_states
 from intaglio.errors import InputError
 from intaglio.train.distill import cap
@@ -114,7 +115,7 @@ def draft_logits(drafter: Any, hidden: Tensor) -> Tensor:
     """Logits [..., V] of the drafter's head, clustered or not."""
     if not drafter.config.use_ordered_embeddings:
         return drafter.lm_head(hidden)
-    return drafter.masked_embedding(hidden, drafter.lm_head.weight)
+    return clustered_logits(drafter.masked_embedding, hidden, drafter.lm_head(hidden))
 
 
 def rounds(chance: NDArray[np.float32], draft_length: int, seed: int = 0) -> Acceptance:

@@ -40,6 +40,22 @@ def _halves(group: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
     return order[: len(order) // 2], order[len(order) // 2 :]
 
 
+def clustered_logits(embedder: Any, hidden: Tensor, logits: Tensor) -> Tensor:
+    """The logits [..., V] that the whole head gives, with all but the likeliest clusters' at their least less 1.
+
+    transformers takes the least of a whole batch, where one text changes another's; for a single place it is the
+    same. It gathers the head's rows for each place, which takes many times as long for many of them.
+    """
+    best = embedder.centroids(hidden).topk(embedder.centroid_intermediate_top_k).indices
+    open_clusters = torch.zeros(*hidden.shape[:-1], embedder.num_centroids, dtype=torch.bool, device=hidden.device)
+    open_clusters.scatter_(-1, best, True)
+    cluster_of = torch.empty_like(embedder.token_ordering)
+    cluster_of[embedder.token_ordering] = torch.arange(len(cluster_of), device=hidden.device)
+    counted = open_clusters[..., cluster_of // embedder.vocab_size_per_centroid]
+    least = logits.masked_fill(~counted, torch.inf).amin(-1, keepdim=True)
+    return torch.where(counted, logits, least - 1)
+
+
 def cluster_loss(hidden: Tensor, embedder: Any, target_hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
     """Mean cross-entropy of the centroids' ratings with the target's probability of each cluster, float32 scalar.
 

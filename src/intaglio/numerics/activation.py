@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from intaglio.numerics.grid import BFLOAT16_SIGNIFICANT_BITS, round_significant
+from intaglio.numerics.rounding import BFLOAT16_SIGNIFICANT_BITS, round_significant
 
 CODE_MIN, CODE_MAX = -128, 127
 SMALLEST_LOG_SCALE, LARGEST_LOG_SCALE = -80.0, 80.0  # normal float32 numbers, and times a code too

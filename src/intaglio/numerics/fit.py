@@ -8,19 +8,15 @@ A fit returns codes and scales; training then learns from the steps. Nothing out
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from intaglio.errors import WeightError
 from intaglio.numerics.fit_channel import absmax_steps, search_steps
-from intaglio.numerics.grid import (
-    HALF_LARGEST,
-    BlockGrid,
-    Quantized,
-    from_steps,
-    power_of_two_below,
-    round_significant,
-)
+from intaglio.numerics.grid import BlockGrid, Quantized, from_steps
+from intaglio.numerics.rounding import HALF_LARGEST, power_of_two_below, round_significant
 
 # The search tries steps between these multiples of the one that maps the extremum to the last code.
 # Below 0.6 more than a quarter of a Gaussian block would be clipped; above 1.1 the range is wasted,
@@ -28,7 +24,7 @@ from intaglio.numerics.grid import (
 LOWEST_RATIO = 0.6
 HIGHEST_RATIO = 1.1
 CANDIDATES = 26
-Q6_K_EMPTY = 1e-15  # ggml: GROUP_MAX_EPS
+COARSE_BITS = 5  # steps of so few bits are further apart than candidates: all of them are tried, each once
 CHUNK_ELEMENTS = 1 << 18  # a chunk and its temporaries stay in the processor's cache
 
 
@@ -53,24 +49,14 @@ def extremum(values_RSK: Tensor) -> Tensor:
     return values_RSK.gather(-1, first).squeeze(-1)
 
 
-def fit_stock(values_RC: Tensor, grid: BlockGrid) -> Quantized:
-    """What llama.cpp's quantizer would write, bit for bit (without an importance matrix).
-
-    Source of the rules: ggml-quants.c, quantize_row_{q4_0,q8_0,q6_K}_ref.
-    """
-    rule = {"Q4_0": _stock_q4_0, "Q8_0": _stock_q8_0, "Q6_K": _stock_q6_k}[str(grid.ggml_type)]
-    parts = [rule(chunk.float(), grid) for chunk in _row_chunks(values_RC)]
-    return _concatenate(parts)
-
-
 def fit_absmax(values_RC: Tensor, grid: BlockGrid) -> Quantized:
     """Channel grids: the largest magnitude of each block on code_max, as quantizers do without data."""
     parts = []
-    for chunk in _row_chunks(values_RC):
+    for chunk in row_chunks(values_RC):
         values = chunk.float()
         step = absmax_steps(values, grid)
         parts.append(from_steps(grid, grid.encode(values, step), step))
-    return _concatenate(parts)
+    return concatenate(parts)
 
 
 def fit_mse(values_RC: Tensor, grid: BlockGrid, importance_C: Tensor | None = None) -> Quantized:
@@ -79,22 +65,24 @@ def fit_mse(values_RC: Tensor, grid: BlockGrid, importance_C: Tensor | None = No
     importance_C: optional weight of each column, for example its mean squared activation.
     """
     parts = []
-    for chunk in _row_chunks(values_RC):
+    for chunk in row_chunks(values_RC):
         values = chunk.float()
         search = search_steps if grid.positive else _search_steps
         step = search(values, grid, importance_C)
         if grid.super_block is not None:
             step = _join_super_blocks(step, grid)
         parts.append(from_steps(grid, grid.encode(values, step), _signed_zero(step)))
-    return _concatenate(parts)
+    return concatenate(parts)
 
 
-def _row_chunks(values_RC: Tensor) -> tuple[Tensor, ...]:
+def row_chunks(values_RC: Tensor) -> tuple[Tensor, ...]:
+    """Views of rows, so few that one chunk's search stays in the processor's cache."""
     rows = max(1, CHUNK_ELEMENTS // values_RC.shape[-1])
     return values_RC.split(rows)
 
 
-def _concatenate(parts: list[Quantized]) -> Quantized:
+def concatenate(parts: list[Quantized]) -> Quantized:
+    """One tensor of what was fitted by `row_chunks`."""
     if len(parts) == 1:
         return parts[0]
     supers = [p.super_scale for p in parts if p.super_scale is not None]
@@ -124,17 +112,37 @@ def _search_steps(values_RC: Tensor, grid: BlockGrid, importance_C: Tensor | Non
     importance = None if importance_C is None else grid.blocks(importance_C.float())
     best_step = torch.zeros_like(base)
     best_error = torch.full_like(base, torch.inf)
-    highest = 1.0 if grid.canonical else max(HIGHEST_RATIO, 1 + 2.0 ** (1 - grid.step_bits))
-    for ratio in torch.linspace(LOWEST_RATIO, highest, CANDIDATES).tolist():
-        for step in (base * ratio,) if grid.canonical else (base * ratio, base * -ratio):
-            step = _round_search_step(step, grid)
-            error = grid.decode(grid.encode_float(values_RC, step), step).sub_(values_RC).square_()
-            error = grid.blocks(error)
-            error = (error if importance is None else error * importance).sum(-1)
-            better = error < best_error
-            best_step = torch.where(better, step, best_step)
-            best_error = torch.where(better, error, best_error)
+    scratch = torch.empty_like(blocks)
+    for step in _candidates(base, grid):
+        divisor = torch.where(step == 0, 1.0, step).unsqueeze(-1)
+        error = torch.div(blocks, divisor, out=scratch).round_().clamp_(grid.code_min, grid.code_max)
+        error = error.mul_(step.unsqueeze(-1)).sub_(blocks).square_()
+        error = (error if importance is None else error.mul_(importance)).sum(-1)
+        better = error < best_error
+        best_step = torch.where(better, step, best_step)
+        best_error = torch.where(better, error, best_error)
     return best_step
+
+
+def _candidates(base: Tensor, grid: BlockGrid) -> Iterator[Tensor]:
+    """Steps to try for each block, float32 like `base`, of both signs unless the grid settles that."""
+    highest = 1.0 if grid.canonical else max(HIGHEST_RATIO, 1 + 2.0 ** (1 - grid.step_bits))
+    if grid.step_bits <= COARSE_BITS:
+        steps = _steps_between(base * LOWEST_RATIO, base * highest, grid)
+    else:
+        steps = (base * ratio for ratio in torch.linspace(LOWEST_RATIO, highest, CANDIDATES).tolist())
+    for step in steps:
+        for signed in (step,) if grid.canonical else (step, -step):
+            yield _round_search_step(signed, grid)
+
+
+def _steps_between(low: Tensor, high: Tensor, grid: BlockGrid) -> Iterator[Tensor]:
+    """Every step of so few significant bits between two; where a block has fewer than others, its last again."""
+    successor = 1 << (24 - grid.step_bits)  # of the bit pattern, for either sign
+    step, last = (round_significant(x, grid.step_bits).view(torch.int32) for x in (low, high))
+    for _ in range(int((last - step).max()) // successor + 1 if step.numel() else 0):
+        yield step.view(torch.float32)
+        step = torch.minimum(step + successor, last)
 
 
 def _round_search_step(step: Tensor, grid: BlockGrid) -> Tensor:
@@ -152,95 +160,3 @@ def _join_super_blocks(step_RS: Tensor, grid: BlockGrid) -> Tensor:
     scale = (step_RS / unit).round()
     scale = torch.where((scale == 0) & (step_RS != 0), step_RS.sign(), scale)
     return round_significant(scale, min(grid.step_bits, 7)).clamp(-127, 127) * unit
-
-
-def _stock_q4_0(values_RC: Tensor, grid: BlockGrid) -> Quantized:
-    blocks = grid.blocks(values_RC)
-    peak = extremum(blocks)
-    step = torch.where(peak == 0, 0.0, peak) / -8  # the scale of an empty block is -0.0, whatever its zeros' signs
-    inverse = _inverse(step)
-    # trunc(x / step + 8.5) with the float32 inverse, before the scale is rounded to float16
-    codes = (blocks * inverse.unsqueeze(-1) + 8.5).trunc().clamp(max=15) - 8
-    return Quantized(grid, codes.flatten(-2).to(torch.int8), _to_half(step, grid))
-
-
-def _stock_q8_0(values_RC: Tensor, grid: BlockGrid) -> Quantized:
-    blocks = grid.blocks(values_RC)
-    step = blocks.abs().amax(-1) / 127
-    inverse = _inverse(step)
-    scaled = blocks * inverse.unsqueeze(-1)
-    # C's roundf: halves away from zero. Adding 0.5 in float32 would round 0.49999997 up.
-    codes = scaled.trunc() + ((scaled - scaled.trunc()).abs() >= 0.5) * scaled.sign()
-    return Quantized(grid, codes.flatten(-2).to(torch.int8), _to_half(step, grid))
-
-
-def _inverse(step: Tensor) -> Tensor:
-    """1 / step in float32; 0 where that is infinite, for steps that are zero in float16 all the same."""
-    inverse = 1.0 / step
-    return torch.where(torch.isfinite(inverse), inverse, 0.0)
-
-
-def _to_half(step: Tensor, grid: BlockGrid) -> Tensor:
-    scale = step.to(torch.float16)
-    if not bool(torch.isfinite(scale).all()):
-        raise WeightError(
-            f"a scale of {float(step.abs().max()):.3g} overflows float16 in grid {grid.name}: "
-            "the weights are too large for this format"
-        )
-    return scale
-
-
-def _stock_q6_k(values_RC: Tensor, grid: BlockGrid) -> Quantized:
-    step, search_codes = _q6_k_search(grid.blocks(values_RC))
-    per_super = step.unflatten(-1, (-1, 16))  # [R, C / 256, 16]
-    peak = extremum(per_super)
-    empty = peak.abs() < Q6_K_EMPTY
-    inverse = torch.where(empty, torch.zeros_like(peak), -128.0 / peak)
-    super_scale = torch.where(empty, torch.zeros_like(peak), 1.0 / inverse).to(torch.float16)
-    scale = (inverse.unsqueeze(-1) * per_super).round().clamp(max=127)
-    scale = scale.flatten(-2)
-    rounded = super_scale.float().repeat_interleave(16, dim=-1) * scale
-    # where the rounded step is zero, ggml leaves the codes of the search in place, and those of an
-    # empty block or super-block at the lowest: they decode to zero all the same
-    empty_super = empty.repeat_interleave(16, dim=-1).unsqueeze(-1)
-    search_codes = torch.where(empty_super, torch.full_like(search_codes, -32), search_codes).flatten(-2)
-    is_zero = (rounded == 0).repeat_interleave(16, dim=-1)
-    codes = torch.where(is_zero, search_codes.to(torch.int8), grid.encode(values_RC, rounded))
-    return Quantized(grid, codes, scale.to(torch.int8), super_scale)
-
-
-def _q6_k_search(blocks_RSK: Tensor) -> tuple[Tensor, Tensor]:
-    """ggml's make_qx_quants with nmax 32 and weights x^2, for blocks of 16.
-
-    Returns the steps, float32 [R, S], and the codes they were found with, float32 [R, S, 16].
-    """
-    peak = extremum(blocks_RSK)
-    empty = peak.abs() < Q6_K_EMPTY
-    safe_peak = torch.where(empty, torch.ones_like(peak), peak)
-    columns = [c.contiguous() for c in blocks_RSK.unbind(-1)]
-
-    def sums(inverse: Tensor) -> tuple[Tensor, Tensor]:
-        # one column after the other, as the C loop adds them: float32 sums depend on the order
-        along_x, along_code = torch.zeros_like(peak), torch.zeros_like(peak)
-        for x in columns:
-            code = (inverse * x).round().clamp(-32, 31)
-            weight = x * x
-            along_x = along_x + weight * x * code
-            along_code = along_code + weight * code * code
-        return along_x, along_code
-
-    best_inverse = -32.0 / safe_peak
-    along_x, along_code = sums(best_inverse)
-    step = torch.where(along_code > 0, along_x / along_code, torch.zeros_like(peak))
-    best = step * along_x
-    for nudge in (n for n in range(-9, 10) if n != 0):
-        numerator = torch.tensor(32.0, dtype=torch.float32) + torch.tensor(0.1, dtype=torch.float32) * nudge
-        inverse = -numerator.to(peak.device) / safe_peak
-        along_x, along_code = sums(inverse)
-        better = (along_code > 0) & (along_x * along_x > best * along_code)
-        best_inverse = torch.where(better, inverse, best_inverse)
-        step = torch.where(better, along_x / along_code, step)
-        best = torch.where(better, step * along_x, best)
-    codes = (blocks_RSK * best_inverse.unsqueeze(-1)).round().clamp(-32, 31)
-    empty = empty.unsqueeze(-1)
-    return torch.where(empty.squeeze(-1), 0.0, step), torch.where(empty, -32.0, codes)

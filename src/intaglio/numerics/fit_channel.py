@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import WeightError
-from intaglio.numerics.grid import CHANNEL_STEP_LARGEST, EMPTY_STEP, FLOAT_SMALLEST, BlockGrid
+from intaglio.numerics.grid import EMPTY_STEP, BlockGrid
+from intaglio.numerics.rounding import CHANNEL_STEP_LARGEST, FLOAT_SMALLEST
 
 CANDIDATES = 14
 # Where the search begins to clip, in root mean squares of the row, for one bit beside the sign and for

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intaglio.numerics.grid import round_half, round_significant
+from intaglio.numerics.rounding import round_half, round_significant
 
 # Width of the scale that explains a block; the lower the better for whoever has to store it.
 ANY, BFLOAT16, HALF, FLOAT, NOTHING = 0, 1, 2, 3, 4

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError, InputError, WeightError
-from intaglio.numerics.grid import BlockGrid, Quantized, check_steps, is_normal_positive
+from intaglio.numerics.grid import BlockGrid, Quantized, check_steps
+from intaglio.numerics.rounding import is_normal_positive
 from intaglio.packed.codes import FIELDS, pack_codes, unpack_codes
 from intaglio.packed.store import (
     SAFETENSORS_DTYPES,

@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 
 from intaglio.errors import RecipeError
-from intaglio.numerics.grid import BFLOAT16_SIGNIFICANT_BITS, BlockGrid, Grid, Quantized
+from intaglio.numerics.grid import BlockGrid, Grid, Quantized
+from intaglio.numerics.rounding import BFLOAT16_SIGNIFICANT_BITS
 from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES, TensorSpec
 from intaglio.plan.plan import HEAD, Plan, PlannedTensor

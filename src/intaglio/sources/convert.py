@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError, QualityError, RecipeError, WeightError
-from intaglio.numerics.grid import EMPTY_STEP, HALF_LARGEST, BlockGrid, FloatGrid, Quantized, round_half
+from intaglio.numerics.grid import EMPTY_STEP, BlockGrid, FloatGrid, Quantized
 from intaglio.numerics.identify import NAMES
+from intaglio.numerics.rounding import HALF_LARGEST, round_half
 from intaglio.packed.checkpoint import model_name
 from intaglio.packed.import_mobile import import_mobile
 from intaglio.packed.model import PackedModel, write_packed

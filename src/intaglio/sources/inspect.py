@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intaglio.numerics.grid import Q4_0, Q6_K, Q8_0, BlockGrid, Quantized, round_half, round_significant
+from intaglio.numerics.grid import Q4_0, Q6_K, Q8_0, BlockGrid, Quantized
 from intaglio.numerics.identify import EXCEPTIONS, LATENT, NAMES, Hypothesis, identify
 from intaglio.numerics.recover import ANY, FLOAT, HALF, NOTHING, SCALE_NAMES, Recovered, blocks_of, recover
+from intaglio.numerics.rounding import round_half, round_significant
 from intaglio.packed.model import PackedModel
 from intaglio.plan.family import text_config
 from intaglio.sources.open import open_source

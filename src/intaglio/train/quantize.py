@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from intaglio.errors import ConfigError, WeightError
-from intaglio.numerics.fit import check_finite, fit_absmax, fit_mse, fit_stock
+from intaglio.numerics.fit import check_finite, fit_absmax, fit_mse
+from intaglio.numerics.fit_stock import fit_stock
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.packed.checkpoint import model_name, stream_chunks
 from intaglio.packed.model import PackedModel, PackedWriter, write_packed
