@@ -34,8 +34,8 @@ SHORT = {
     "tail_lr": 0.5,
 }
 SCHEDULES: dict[str, dict[str, Any]] = {
-    "q4_0": SHORT | {"tokens": 348_160, "lr": 1e-4},
-    "mobile": SHORT | {"tokens": 204_800, "lr": 5e-4},
+    "q4_0": SHORT | {"tokens": 143_360, "lr": 1e-4},
+    "mobile": SHORT | {"tokens": 163_840, "lr": 5e-4},
 }
 # Of either stage of the drafter: in floats, and on its grids.
 DRAFTER_SCHEDULE = {"tokens": 81_920, "batch_size": 4, "sequence_length": 256, "lr": 5e-4}

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from intaglio.errors import InputError
 from intaglio.numerics.fit import fit_mse
-from intaglio.numerics.gptq import DAMPING, gptq_codes, gptq_latents
-from intaglio.numerics.grid import Q4_0, Q4_0_FREE, BlockGrid
+from intaglio.numerics.gptq import DAMPING, corrected_weight, gptq_codes, gptq_latents, ridge_of
+from intaglio.numerics.grid import F16, Q4_0, Q4_0_FREE, BlockGrid
+from intaglio.packed.checkpoint import load_model, load_tokenizer
+from intaglio.plan.plan import make_plan
+from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.attach import prepare
+from intaglio.train.corpus import held_out_windows
 from intaglio.train.fakequant import WeightQuantizer
 from intaglio.train.gptq import start_from_gptq
 from intaglio.train.loop import Options, StepInfo, train
@@ -102,14 +106,38 @@ def test_latents_decode_to_the_codes_under_unchanged_steps(grid: BlockGrid) -> N
     weight[0, :32] = 0  # an empty block
     quantizer = WeightQuantizer(grid, weight, fit_mse(weight, grid), learned=True)
     step = quantizer.compute(weight)[1].view(8, -1)
-    latents = gptq_latents(weight, step, x.T @ x, grid)
+    wanted = weight + 0.2 * step.repeat_interleave(32, -1)
+    latents = gptq_latents(weight, wanted, step, x.T @ x, grid)
     values, after = quantizer.compute(latents)
     assert torch.equal(after.view(8, -1), step)
     blocks = weight.view(8, -1, 32)
     keep = ((blocks.abs() == blocks.abs().amax(-1, keepdim=True)) & grid.canonical).view(8, -1)
     spread = step.repeat_interleave(32, -1)
-    assert torch.equal(values, gptq_codes(weight, spread, x.T @ x, grid, keep) * spread)
+    aim = torch.where(keep, weight, wanted)
+    assert torch.equal(values, gptq_codes(aim, spread, x.T @ x, grid, keep) * spread)
     assert ((latents - values).abs() <= 0.41 * spread.abs())[~keep].all()
+
+
+def test_the_corrected_weight_is_the_ridge_regressions() -> None:
+    weight, y = weights(), correlated_inputs(256)
+    x = y + 0.3 * torch.randn(y.shape, generator=generator(5))
+    moments, cross = x.T @ x, x.T @ y
+    found = corrected_weight(weight, cross, moments, len(x)).double()
+    strength = ridge_of(256, len(x)) * moments.double().diagonal().mean()
+
+    def loss(candidate: Tensor) -> Tensor:
+        missed = x.double() @ candidate.T - y.double() @ weight.double().T
+        return missed.square().sum() + strength * (candidate - weight).square().sum()
+
+    least = loss(found)
+    assert least < 0.99 * loss(weight.double())
+    for seed in range(5):
+        nudge = 1e-3 * torch.randn(weight.shape, generator=generator(seed), dtype=torch.float64)
+        assert min(loss(found + nudge), loss(found - nudge)) > least
+    same = corrected_weight(weight, y.T @ y, y.T @ y, len(y))
+    torch.testing.assert_close(same, weight, atol=1e-5, rtol=0)
+    nothing = torch.zeros(256, 256)
+    assert torch.equal(corrected_weight(weight, nothing, nothing, 9), weight)
 
 
 def kl(teacher: nn.Module, student: nn.Module, tokens: Tensor) -> float:
@@ -122,18 +150,42 @@ def hooks(student: nn.Module) -> list[nn.Module]:
     return [m for m in student.modules() if isinstance(m, QuantLinear) and m._forward_pre_hooks]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def teacher() -> nn.Module:
     return small_model()
 
 
 def test_a_student_starts_closer_to_its_teacher(teacher: nn.Module) -> None:
-    student = prepare(copy.deepcopy(teacher).requires_grad_(True), small_plan())
+    for value in teacher.state_dict().values():  # so that float leftovers are not rounded
+        value.copy_(F16.round(value))
+    student = prepare(copy.deepcopy(teacher).requires_grad_(True), small_plan(), compact=True)
     corpus, fresh = small_corpus(64, 32), torch.from_numpy(small_corpus(16, 32, seed=1).tokens).long()
     before = kl(teacher, student, fresh)
-    start_from_gptq(student, torch.from_numpy(corpus.tokens).long(), torch.from_numpy(corpus.positions).long())
+    tokens, positions = torch.from_numpy(corpus.tokens).long(), torch.from_numpy(corpus.positions).long()
+    seen = []
+    student.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    teacher.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    start_from_gptq(student, teacher, tokens, positions)
+    with torch.no_grad():
+        teacher.model(input_ids=tokens, position_ids=positions, use_cache=False)
+    both, floats = seen[:2]
+    torch.testing.assert_close(both[:64], floats, atol=1e-3, rtol=0)  # what the original computes
+    assert float((both[64:] - floats).abs().max()) > 1
     assert kl(teacher, student, fresh) < 0.8 * before
     assert not hooks(student)
+
+
+def test_what_layers_before_lost_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model that has learned something: of a random one no layer knows what another lost."""
+    original = load_model(MODEL_DIR)
+    windows = held_out_windows(HELDOUT_TEXT, load_tokenizer(MODEL_DIR), length=128, vocab_size=4096, max_tokens=12288)
+    tokens, plan, found = torch.from_numpy(windows).long(), make_plan(MODEL_DIR, "q4_0"), []
+    for ridge in (ridge_of, lambda columns, tokens: 1e9):  # by which nothing is corrected
+        monkeypatch.setattr("intaglio.numerics.gptq.ridge_of", ridge)
+        student = prepare(copy.deepcopy(original).requires_grad_(True), plan)
+        start_from_gptq(student, original, tokens[:64], torch.arange(128).expand(64, -1))
+        found.append(kl(original, student, tokens[64:]))
+    assert found[0] < 0.97 * found[1], found
 
 
 def test_inputs_that_are_not_finite_are_named(teacher: nn.Module) -> None:
@@ -141,7 +193,7 @@ def test_inputs_that_are_not_finite_are_named(teacher: nn.Module) -> None:
     student.model.layers[0].layer_scalar.fill_(torch.inf)
     tokens = torch.from_numpy(small_corpus().tokens).long()
     with pytest.raises(InputError, match=r"layers\.1\.self_attn\.[qkv]_proj: its inputs are NaN or Inf"):
-        start_from_gptq(student, tokens, torch.arange(16).expand_as(tokens))
+        start_from_gptq(student, teacher, tokens, torch.arange(16).expand_as(tokens))
     assert not hooks(student)
 
 

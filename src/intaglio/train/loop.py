@@ -174,7 +174,7 @@ def train(
     student = build_student(original.to(accelerator.device), plan, start=start, compiled=compiled)
     saved = checkpoint.latest(run_dir)
     if start is None:  # else its codes and static scales are the packed model's
-        _first_values(student, plan, corpus, accelerator, saved, on_calibration)
+        _first_values(student, original, plan, corpus, accelerator, saved, on_calibration)
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compiled:
@@ -195,6 +195,7 @@ def train(
 
 def _first_values(
     student: TextModel,
+    original: TextModel,
     plan: Plan,
     corpus: Corpus,
     accelerator: Accelerator,
@@ -206,7 +207,7 @@ def _first_values(
         put_scales(student, plan, {scale.name: 1.0 for scale in plan.static_scales if scale.owned})
         return
     if plan.recipe.schedule.gptq_tokens:
-        gptq_start(student, plan.recipe.schedule, corpus, accelerator)
+        gptq_start(student, original, plan.recipe.schedule, corpus, accelerator)
     calibrate_student(student, plan, corpus, accelerator, on_calibration)
 
 

@@ -74,13 +74,14 @@ def calibrate_student(
         )
 
 
-def gptq_start(student: TextModel, schedule: Schedule, corpus: Corpus, accelerator: Accelerator) -> None:
+def gptq_start(
+    student: TextModel, original: TextModel, schedule: Schedule, corpus: Corpus, accelerator: Accelerator
+) -> None:
     """Let GPTQ choose the first codes, on the schedule's share of the corpus."""
     rows = _share(corpus, schedule, schedule.gptq_tokens)
+    tokens, positions = (on_device(array[rows], accelerator) for array in (corpus.tokens, corpus.positions))
     with accelerator.autocast():
-        start_from_gptq(
-            student, on_device(corpus.tokens[rows], accelerator), on_device(corpus.positions[rows], accelerator)
-        )
+        start_from_gptq(student, original, tokens, positions)
 
 
 def _share(corpus: Corpus, schedule: Schedule, tokens: int) -> NDArray[np.int64]:
