@@ -43,7 +43,7 @@ def load_model(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> Tex
 
     path = Path(model_dir)
     if is_mobile(path):
-        raise ConfigError(f"{path}: is in the mobile format, whose weights are no floats: import it first")
+        raise ConfigError(f"{path}: is in the mobile format, whose weights are no floats: `convert` it first")
     spec = read_spec(path)
     _entries(path, spec.tensors)  # transformers would only say that something does not fit
     try:
