@@ -44,7 +44,7 @@ from intaglio.train.corpus import Corpus, held_out_windows, load_corpus, sample_
 from intaglio.train.loop import Options, train
 from intaglio.train.media import audio_samples, image_samples
 from intaglio.train.pack import pack_model
-from intaglio.train.ptq import quantize_calibrated
+from intaglio.train.ptq import quantize_on_text
 from intaglio.train.quantize import quantize
 from intaglio.train.run_folder import check_run_dir
 from intaglio.train.static import switch_static
@@ -204,7 +204,7 @@ def _references(
     for kind, reference in (("stock", stock), ("fitted", plan)):
         path = out / PACKED[kind]
         if reference.static_scales:
-            quantize_calibrated(teacher, reference, corpus, path, assets=model_dir, options=options, replace=replace)
+            quantize_on_text(teacher, reference, corpus, path, assets=model_dir, options=options, replace=replace)
         else:
             quantize(model_dir, reference, path, replace=replace)
 
@@ -223,10 +223,12 @@ def quantize_model(
 ) -> dict[str, float]:
     """Write a PackedModel without training; return what calibrated activations change in each tower's output.
 
-    data: text to calibrate static scales on; None leaves them off. images, audio: folders, likewise for the
-    towers' scales. trained: as `quantize` takes it, a text model that is packed already. Raises
-    InputError for samples of what the recipe does not quantize.
+    data: text to calibrate static scales on, and for GPTQ where the schedule has gptq_tokens; None leaves the scales
+    off. images, audio: folders, likewise for the towers' scales. trained: as `quantize` takes it, a text model that is
+    packed already. Raises InputError for samples of what the recipe does not quantize, and for GPTQ without text.
     """
+    if plan.recipe.schedule.gptq_tokens and data is None and trained is None:
+        raise InputError("schedule.gptq_tokens: GPTQ needs text, and there is none: give --data")
     progress, out = progress or Progress(), Path(out)
     samples = [image_samples(model_dir, images)] if images is not None else []
     samples += [audio_samples(model_dir, audio)] if audio is not None else []
@@ -264,9 +266,12 @@ def quantize_model(
 def _quantize_on_text(
     model_dir: str | Path, plan: Plan, out: Path, data: str | Path, replace: bool, progress: Progress
 ) -> None:
-    if not plan.static_scales:
-        raise InputError(f"recipe {plan.recipe.name} has no static scales to calibrate: leave out the text")
     schedule = plan.recipe.schedule
+    if not plan.static_scales and not schedule.gptq_tokens:
+        raise InputError(
+            f"recipe {plan.recipe.name} has no static scales to calibrate: leave out the text, or give it to GPTQ with "
+            "--set schedule.gptq_tokens=32768"
+        )
     progress.stage("Loading the original")
     tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir)
     corpus = load_corpus(
@@ -274,15 +279,16 @@ def _quantize_on_text(
         tokenizer,
         sequence_length=schedule.sequence_length,
         vocab_size=plan.model.layer_config.vocab_size,
-        max_tokens=schedule.calibration_tokens,
+        max_tokens=max(schedule.gptq_tokens, schedule.calibration_tokens if plan.static_scales else 0),
     )
-    progress.stage("Fitting and calibrating")
-    quantize_calibrated(
+    progress.stage("Fitting on text")
+    quantize_on_text(
         teacher,
         plan,
         corpus,
         out,
         assets=model_dir,
+        gptq=bool(schedule.gptq_tokens),
         provenance={"name": model_name(model_dir)},
         replace=replace,
         on_progress=lambda done, total: progress.part(done, total, "tokens"),

@@ -188,6 +188,13 @@ def test_what_layers_before_lost_is_made_up_for(monkeypatch: pytest.MonkeyPatch)
     assert found[0] < 0.97 * found[1], found
 
 
+def test_scales_that_are_not_learned_are_refused(teacher: nn.Module) -> None:
+    student = prepare(copy.deepcopy(teacher).requires_grad_(True), small_plan("schedule.learn_scales=false"))
+    tokens = torch.from_numpy(small_corpus().tokens).long()
+    with pytest.raises(InputError, match="GPTQ chooses codes under learned scales, and this recipe has none"):
+        start_from_gptq(student, teacher, tokens, torch.arange(16).expand_as(tokens))
+
+
 def test_inputs_that_are_not_finite_are_named(teacher: nn.Module) -> None:
     student = prepare(copy.deepcopy(teacher).requires_grad_(True), small_plan())
     student.model.layers[0].layer_scalar.fill_(torch.inf)

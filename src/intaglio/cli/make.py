@@ -51,7 +51,10 @@ def quantize(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the packed model.", show_default=False)],
     recipe: RecipeName = "q4_0",
     overrides: Overrides = (),  # type: ignore[assignment]
-    data: Annotated[str | None, typer.Option(help="Text to calibrate static scales on; None: they are off.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text to calibrate static scales on (None: they are off), and for schedule.gptq_tokens."),
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of images, for the scales of the vision tower.", show_default=False)
     ] = None,

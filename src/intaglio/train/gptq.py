@@ -26,8 +26,10 @@ def start_from_gptq(student: nn.Module, original: nn.Module, input_ids: Tensor, 
     linear sees what it would be given without quantization and what it is given, moves its latents to
     make up for the difference and for its own rounding, and goes on with them. Scales of blocks stay as fitted; those
     of channels are fitted again, with each column weighed by its mean square. Raises InputError if inputs
-    are not finite.
+    are not finite, or if no linear has learned scales.
     """
+    if not any(isinstance(m, QuantLinear) and m.quantizer.scale_latent is not None for m in student.modules()):
+        raise InputError("schedule.gptq_tokens: GPTQ chooses codes under learned scales, and this recipe has none")
     done: set[int] = set()
     hooks = []
     for name, module in student.named_modules():

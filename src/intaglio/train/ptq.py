@@ -1,4 +1,4 @@
-"""Quantization without training where activations have static scales: fit, calibrate on text, pack."""
+"""Quantization without training that looks at text: GPTQ, or static scales to calibrate."""
 
 from __future__ import annotations
 
@@ -11,28 +11,36 @@ from intaglio.plan.plan import Plan
 from intaglio.train.corpus import Corpus
 from intaglio.train.loop import Options, make_accelerator
 from intaglio.train.pack import pack_model
-from intaglio.train.student import build_student, calibrate_student
+from intaglio.train.student import build_student, calibrate_student, gptq_start
 
 
-def quantize_calibrated(
+def quantize_on_text(
     teacher: TextModel,
     plan: Plan,
     corpus: Corpus,
     out: str | Path,
     *,
     assets: str | Path,
+    gptq: bool = False,
     options: Options | None = None,
     provenance: dict[str, Any] | None = None,
     replace: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write a PackedModel of `teacher` by the recipe's fit, its static scales calibrated on `corpus`.
+    """Write a PackedModel of `teacher` by the recipe's fit, its static scales, if any, calibrated on `corpus`.
 
-    teacher: float32 text model; it stays as it is. on_progress: tokens done and in all. Raises as
+    teacher: float32 text model; it stays as it is. gptq: let GPTQ choose the codes, on the schedule's share of
+    the corpus. on_progress: tokens done and in all. Raises as
     `prepare` and `calibrate` do.
     """
     accelerator = make_accelerator(options or Options(), None)
     student = build_student(teacher.to(accelerator.device), plan)
-    calibrate_student(student, plan, corpus, accelerator, on_progress)
-    record = {"method": f"fit {plan.recipe.fit}, calibrated on {corpus.source}", **(provenance or {})}
+    method = f"fit {plan.recipe.fit}"
+    if gptq:
+        gptq_start(student, teacher, plan.recipe.schedule, corpus, accelerator)
+        method += f", GPTQ on {corpus.source}"
+    if plan.static_scales:
+        calibrate_student(student, plan, corpus, accelerator, on_progress)
+        method += f", calibrated on {corpus.source}"
+    record = {"method": method, **(provenance or {})}
     pack_model(student, plan, out, assets=assets, provenance=record, replace=replace)
