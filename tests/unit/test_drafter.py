@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from intaglio.drafter.accept import chances, draft_logits, rounds
+from intaglio.drafter.accept import chances, draft_logits, rounds, softcap_of
 from intaglio.drafter.clusters import assign_clusters, cluster_loss
 from intaglio.drafter.decode import Costs, _judge, speculate
 from intaglio.drafter.model import Shape, check_fits, load_drafter, new_drafter
@@ -20,13 +20,14 @@ from intaglio.drafter.text import end_tokens, written
 from intaglio.drafter.train import train_drafter
 from intaglio.drafter.unroll import inside, steps, target_states
 from intaglio.errors import ConfigError, CorpusError, InputError, RecipeError
-from intaglio.packed.checkpoint import load_model
+from intaglio.packed.checkpoint import load_model, load_tokenizer
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.tiny import DRAFTER_DIR, MODEL_DIR
+from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR
 from intaglio.tiny.clustered import write_clustered_drafter
+from intaglio.train.corpus import held_out_windows
 from intaglio.train.loop import Options
 from intaglio.train.pack import pack_model
 from tests.support.tiny import GEMMA3, GEMMA4, make_checkpoint
@@ -200,26 +201,23 @@ def test_clustered_logits_are_transformers_for_each_place(target: Any) -> None:
 
 @torch.no_grad()
 def test_the_bundled_drafter_has_a_clustered_head_too(bundled: tuple[Any, Any], tmp_path: Path) -> None:
-    """Trained: its centroids find the tokens' clusters more often than the means of their rows do."""
+    """Trained: its centroids rate the tokens' clusters better than the means of their rows do."""
     target, tied = bundled
     drafter = load_drafter(write_clustered_drafter(tmp_path / "drafter"))
     text = written(target, torch.tensor([[2, 614, 300, 281, 1045, 299, 330]]), 160)
     accepted = [rounds(chances(target, tied, text, 7), 1).accepted]
     accepted.append(rounds(chances(target, drafter, text, 7), 1).accepted)
-    assert accepted[0] >= accepted[1] > 0.9 * accepted[0] > 0.3
+    assert accepted[1] > 0.85 * accepted[0] > 0.3
     same = set(tied.state_dict()) - {"lm_head.weight"}
     assert all(torch.equal(tied.state_dict()[name], drafter.state_dict()[name]) for name in same)
-    order = drafter.masked_embedding.token_ordering.view(64, 64)
-    means = tied.lm_head.weight[order].mean(1)
-    state = next(steps(drafter, target_states(target, text), torch.arange(text.shape[1])[None], 1))[0, :-1]
-    cluster_of = torch.empty(4096, dtype=torch.long).scatter_(0, order.flatten(), torch.arange(4096) // 64)
-    next_cluster = cluster_of[target(input_ids=text).logits[0, 1:-1].argmax(-1)][: len(state)]
-    state = state[: len(next_cluster)]
-    found = [
-        ((rated.argsort(-1, descending=True) == next_cluster[:, None]).float().argmax(-1) < 8).float().mean()
-        for rated in (drafter.masked_embedding.centroids(state), state @ means.T)
-    ]
-    assert found[0] >= found[1], found
+    windows = held_out_windows(HELDOUT_TEXT, load_tokenizer(MODEL_DIR), length=256, vocab_size=4096, max_tokens=1024)
+    ids = torch.from_numpy(windows).long()
+    states, embedder = target_states(target, ids), drafter.masked_embedding
+    hidden = next(steps(drafter, states, torch.arange(256).expand(4, -1), 1)).flatten(0, 1)
+    wanted, head = states.hidden[:, 1:].flatten(0, 1), target.get_output_embeddings().weight
+    trained = cluster_loss(hidden, embedder, wanted, head, softcap_of(target))
+    embedder.centroids.weight.copy_(tied.lm_head.weight[embedder.token_ordering.view(64, 64)].mean(1))
+    assert trained < cluster_loss(hidden, embedder, wanted, head, softcap_of(target)) - 0.05
 
 
 def test_the_loss_of_clusters_is_cross_entropy_with_their_probability(target: Any) -> None:
