@@ -8,8 +8,8 @@ Everything else of the drafter stands still, so both heads share it. Writes `.da
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,23 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from train_drafter import LENGTH, WRITTEN_TOKENS, corpus_of, prompts
+from train_drafter import LENGTH, SHAPE, WRITTEN_TOKENS, corpus_of, parser_of, prompts
 
 from intaglio.drafter.accept import softcap_of
 from intaglio.drafter.clusters import assign_clusters, cluster_loss
+from intaglio.drafter.model import new_drafter
 from intaglio.drafter.report import measure_pair
 from intaglio.drafter.unroll import inside, steps, target_states
 from intaglio.packed.checkpoint import load_model
-from intaglio.plan.family import build_meta_model
 from intaglio.tiny import DRAFTER_DIR, MODEL_DIR
 from intaglio.tiny.clustered import TOP_CLUSTERS
 
 CENTROIDS, STEPS = 64, 4
 
 
-def clustered(drafter: Any) -> Any:
+def clustered(drafter: Any, target: Any) -> Any:
     """The same drafter with an untrained clustered head."""
-    config = drafter.config.__class__.from_dict(
-        drafter.config.to_dict()
-        | {"use_ordered_embeddings": True, "num_centroids": CENTROIDS, "centroid_intermediate_top_k": TOP_CLUSTERS}
-    )
-    model_class: Any = type(build_meta_model(config.to_dict()))
-    model = model_class(config).float().eval()
+    model: Any = new_drafter(target, replace(SHAPE, clusters=CENTROIDS, top_clusters=TOP_CLUSTERS))
     model.load_state_dict(drafter.state_dict(), strict=False)
     assign_clusters(model)
     return model.requires_grad_(False)
@@ -76,15 +71,9 @@ def train(model: Any, target: Any, tokens: int, batch: int, lr: float, data: Pat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=lambda text: int(float(text)), default=300_000)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--data", type=Path, default=Path(".data/tokens.npz"))
-    parser.add_argument("--out", type=Path, default=Path(".data/clusters.safetensors"))
-    options = parser.parse_args()
+    options = parser_of(__doc__, tokens=300_000, lr=3e-3, out=Path(".data/clusters.safetensors")).parse_args()
     target, drafter = load_model(MODEL_DIR).requires_grad_(False), load_model(DRAFTER_DIR)
-    model = clustered(drafter)
+    model = clustered(drafter, target)
     texts, found = prompts(), {}
 
     def measure(name: str, candidate: Any) -> None:

@@ -56,14 +56,20 @@ def prompts() -> Tensor:
     return torch.from_numpy(windows).long()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=lambda text: int(float(text)), default=1_200_000)
+def parser_of(description: str | None, *, tokens: int, lr: float, out: Path) -> argparse.ArgumentParser:
+    """What both scripts that train the drafter ask for, with their defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=lambda text: int(float(text)), default=tokens)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--data", type=Path, default=Path(".data/tokens.npz"))
+    parser.add_argument("--out", type=Path, default=out)
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__, tokens=1_200_000, lr=2e-3, out=Path(".data/drafter"))
     parser.add_argument("--run", type=Path, default=Path(".data/drafter-run"))
-    parser.add_argument("--out", type=Path, default=Path(".data/drafter"))
     options = parser.parse_args()
 
     target = load_model(MODEL_DIR)

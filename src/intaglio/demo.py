@@ -23,8 +23,8 @@ from intaglio.train.loop import Options
 from intaglio.train.run_folder import RUN_FILE
 from intaglio.workflow import run
 
-# Short runs for a small machine: GPTQ brings the codes near, small batches make hundreds of steps of the rest,
-# and there is no time for a long tail.
+# Short runs for a small machine: GPTQ brings the codes near, small batches make more steps of the rest, and there is
+# no time for a long tail.
 SHORT = {
     "batch_size": 4,
     "sequence_length": 256,

@@ -28,13 +28,13 @@ def start_from_gptq(student: nn.Module, original: nn.Module, input_ids: Tensor, 
     of channels are fitted again, with each column weighed by its mean square. Raises InputError if inputs
     are not finite, or if no linear has learned scales.
     """
-    if not any(isinstance(m, QuantLinear) and m.quantizer.scale_latent is not None for m in student.modules()):
+    modules = dict(student.named_modules())
+    linears = {n: m for n, m in modules.items() if isinstance(m, QuantLinear) and m.quantizer.scale_latent is not None}
+    if not linears:
         raise InputError("schedule.gptq_tokens: GPTQ chooses codes under learned scales, and this recipe has none")
     done: set[int] = set()
-    hooks = []
-    for name, module in student.named_modules():
-        if isinstance(module, QuantLinear) and module.quantizer.scale_latent is not None:
-            hooks.append(module.register_forward_pre_hook(_mover(name, done)))
+    hooks = [linear.register_forward_pre_hook(_mover(name, done)) for name, linear in linears.items()]
+    for name, module in modules.items():
         if isinstance(module, QUANTIZED):
             hooks.append(module.register_forward_hook(_first_half_by(original.get_submodule(name))))
     try:
