@@ -105,7 +105,7 @@ def main() -> None:
 
 def checkpoint_of_ours(args: argparse.Namespace, folder: Path) -> tuple[Path, PackedModel]:
     """A bfloat16 checkpoint on recipe q4_0's grids, and its packed model."""
-    qat = settings(args.qat_steps, lr=1e-4, gptq_tokens=16_384, scale_lr=1e-3, frozen_tail=0.1, tail_lr=0.5)
+    qat = settings(args.qat_steps, lr=1e-4, gptq_tokens=16_384, scale_lr=1e-3, float_lr=1, frozen_tail=0.1, tail_lr=0.5)
     everything = corpus_of(TRAIN_TEXT, args.qat_steps * BATCH * LENGTH)
     start = trained(load_model(MODEL_DIR), make_plan(MODEL_DIR, Recipe.load("q4_0", qat)), everything, folder / "qat")
     export_hf(start, folder / "released")
@@ -123,7 +123,9 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     released, start = (checkpoint_of_ours if args.start == "ours" else checkpoint_of_a_stranger)(args, folder)
     embeddings = [] if args.start == "ours" else FLOAT_EMBEDDINGS
     domain = corpus_of(domain_text(TRAIN_TEXT, args.domain, folder / "train.jsonl"), args.steps * BATCH * LENGTH)
-    tuning = settings(args.steps, loss="cross_entropy", lr=args.lr, frozen_tail=0.1, tail_lr=0.5, gptq_tokens=0)
+    tuning = settings(
+        args.steps, loss="cross_entropy", lr=args.lr, float_lr=1, frozen_tail=0.1, tail_lr=0.5, gptq_tokens=0
+    )
     lora = [*tuning, "schedule.lora_rank=8", f"schedule.lr={args.lora_lr}"]
     packed = {"QAT checkpoint": start}
     for label, changes in (("on the grid", tuning), ("on the grid, LoRA", lora)):

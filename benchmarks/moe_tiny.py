@@ -87,7 +87,7 @@ def original_mixture(args: argparse.Namespace, text: Corpus, folder: Path) -> Pa
     if original.is_dir():
         return original
     begun = mixture(folder / "begun")
-    pretraining = settings(args.float_steps, loss="cross_entropy", lr=3e-4, embedding_lr=1.0, frozen_tail=0)
+    pretraining = settings(args.float_steps, loss="cross_entropy", lr=3e-4, embedding_lr=1.0, float_lr=1, frozen_tail=0)
     plan = make_plan(begun, Recipe.load("q4_0", FLOAT_MIXTURE + pretraining))
     export_hf(trained(load_model(begun), plan, text, folder / "float"), original)
     return original
@@ -98,7 +98,9 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     source = original_mixture(args, text, folder)
     original = load_model(source)
 
-    schedule = settings(args.steps, lr=args.lr, scale_lr=1e-3, frozen_tail=0.1, tail_lr=0.5, gptq_tokens=16_384)
+    schedule = settings(
+        args.steps, lr=args.lr, scale_lr=1e-3, float_lr=1, frozen_tail=0.1, tail_lr=0.5, gptq_tokens=16_384
+    )
     plan = make_plan(source, Recipe.load("q4_0", schedule))
     packed = {
         "stock": quantize(source, make_plan(source, "q4_0-stock"), folder / "stock"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parents[2]
+FROZEN_AT = 0.4 * 50  # a tail of 60% of 50 million tokens
 COLORS = ("#0b6e4f", "#2a9d8f", "#84c5a8")
 
 
@@ -21,8 +22,8 @@ def main() -> None:
         axes.plot([t / 1e6 for t in tokens], losses, color=color, label=f"{row['name']}, training text")
         axes.errorbar(tokens[-1] / 1e6, row["kl"], yerr=row["kl_ci95"], fmt="o", color=color, capsize=4)
     axes.axhline(stock["kl"], color="#b23a48", linestyle="--", label="stock rounding, held-out text")
-    axes.axvline(0.3 * 50, color="#999999", linewidth=1, linestyle=":")
-    axes.annotate("codes freeze", (0.3 * 50, 0.066), xytext=(5, 0), textcoords="offset points", color="#666666")
+    axes.axvline(FROZEN_AT, color="#999999", linewidth=1, linestyle=":")
+    axes.annotate("codes freeze", (FROZEN_AT, 0.066), xytext=(5, 0), textcoords="offset points", color="#666666")
     axes.set(xlabel="training tokens, millions", ylabel="KL to the original, nats", ylim=(0, 0.08), xlim=(0, 51.5))
     axes.set_title("Q4_0 training of the bundled model; dots: held-out text with 95% interval", fontsize=10)
     axes.legend(frameon=False, fontsize=9)

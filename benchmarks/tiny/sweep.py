@@ -33,6 +33,7 @@ from intaglio.train import loop
 from intaglio.train.attach import prepare
 from intaglio.train.corpus import Corpus
 from intaglio.train.decode import drop_values
+from intaglio.train.distill import chunked_kl
 from intaglio.train.loop import Options, StepInfo, train
 from intaglio.train.run_folder import read_losses
 from intaglio.train.static import switch_static
@@ -77,15 +78,24 @@ def evaluate(teacher: nn.Module, student: nn.Module, windows_NT: Tensor, batch: 
 
 
 class HiddenLoss(loop.Distiller):
-    """The loop's loss plus `weight` times the relative squared error of the last hidden state."""
+    """The loop's KL plus `weight` times the relative squared error of the last hidden state."""
 
     weight = 0.0
 
-    def forward(self, input_ids: Tensor, positions: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
-        loss = super().forward(input_ids, positions, teacher_hidden, teacher_head)
-        hidden = loop.final_hidden(self.student, input_ids, positions).flatten(0, 1).float()
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        dtype: torch.dtype,
+        teacher_hidden: Tensor | None = None,
+        teacher_head: Tensor | None = None,
+    ) -> Tensor:
+        assert teacher_hidden is not None and teacher_head is not None
+        hidden = loop.final_hidden(self.student, input_ids, positions).to(dtype).flatten(0, 1)
+        head, how = loop.head_weight(self.student, dtype), {"softcap": self.softcap, "compiled": self.compiled}
+        kl = chunked_kl(hidden, head, teacher_hidden, teacher_head, **how)  # type: ignore[arg-type]
         teacher = teacher_hidden.float()
-        return loss + self.weight * (hidden - teacher).square().mean() / teacher.square().mean()
+        return kl + self.weight * (hidden.float() - teacher).square().mean() / teacher.square().mean()
 
 
 def reference(teacher: nn.Module, plan: Plan, corpus: Corpus) -> nn.Module:

@@ -24,12 +24,13 @@ from intaglio.train.run_folder import RUN_FILE
 from intaglio.workflow import run
 
 # Short runs for a small machine: GPTQ brings the codes near, small batches make more steps of the rest, and there is
-# no time for a long tail.
+# no time for a long tail, nor for norm gains to settle after large steps.
 SHORT = {
     "batch_size": 4,
     "sequence_length": 256,
     "gptq_tokens": 32_768,
     "scale_lr": 1e-3,
+    "float_lr": 1.0,
     "frozen_tail": 0.1,
     "tail_lr": 0.5,
 }

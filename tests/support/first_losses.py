@@ -27,7 +27,7 @@ STEPS = 20
 def first_losses() -> list[float]:
     torch.set_num_threads(1)
     schedule = {"tokens": STEPS * 4 * 16, "batch_size": 4, "micro_batch": 2, "sequence_length": 16, "lr": 1e-4}
-    schedule |= {"scale_lr": 1e-2, "embedding_lr": 1, "frozen_tail": 0.25, "tail_lr": 0.3}
+    schedule |= {"scale_lr": 1e-2, "embedding_lr": 1, "float_lr": 1, "frozen_tail": 0.25, "tail_lr": 0.3}
     plan = small_plan(*(f"schedule.{key}={value}" for key, value in schedule.items()))
     with tempfile.TemporaryDirectory() as folder:
         train(small_model(), plan, small_corpus(), folder, options=Options(precision="no", compiled=False))

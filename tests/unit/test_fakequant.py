@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from intaglio.numerics.fit import fit_mse
 from intaglio.numerics.grid import GRIDS, Q4_0, Q4_0_FREE, BlockGrid, grid_named
 from intaglio.numerics.layout import to_blocks
 from intaglio.train import kernels
-from intaglio.train.decode import cache_values, decoded_in_graph, drop_values
+from intaglio.train.decode import cache_values, decoded_in_graph, drop_values, dropped_by_backward, freeze_codes
 from intaglio.train.fakequant import FakeQuantizeGroup, WeightQuantizer, decode_group
 from intaglio.train.modules import QuantLinear
 from tests.support import ggml
@@ -370,6 +371,40 @@ def test_a_cache_stays_until_it_is_dropped() -> None:
     assert torch.equal(net(x), before)
     drop_values(net)
     assert not torch.equal(net(x), before)
+
+
+@pytest.mark.parametrize("way", [plainly, recomputed])
+@pytest.mark.parametrize("state", ["learning", "frozen"])
+@pytest.mark.parametrize("in_graph", [False, True], ids=["by linears", "in graph"])
+def test_a_step_s_last_backward_drops_what_it_is_done_with(
+    way: Callable[[Net, Tensor], Tensor], state: str, in_graph: bool
+) -> None:
+    net = Net()
+    if state == "frozen":
+        freeze_codes(net)
+    learned = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(5))
+    quantizers = net.first.quantizer, net.second.quantizer
+
+    def gradients(dropped: bool) -> list[Tensor]:
+        cache_values(net, torch.float32)
+        with ExitStack() as stack:
+            if dropped:
+                stack.enter_context(dropped_by_backward(net))
+            if in_graph:
+                stack.enter_context(decoded_in_graph(net, torch.float32))
+            loss = way(net, x)
+            assert all(q.values is not None for q in quantizers)
+            loss.backward()
+            assert all((q.values is None and q.decoded is None) == dropped for q in quantizers)
+        found = [p.grad.clone() for p in learned.values()]
+        net.zero_grad()
+        drop_values(net)
+        return found
+
+    for ours, expected in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(ours, expected)
+    assert not any(p._post_accumulate_grad_hooks for p in learned.values())
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:

@@ -23,6 +23,7 @@ from intaglio.plan.schedule import Schedule
 from intaglio.train import checkpoint, loop
 from intaglio.train.decode import freeze_codes, whole_weights
 from intaglio.train.loop import Options, StepInfo, train
+from intaglio.train.modules import RoundedWeight
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
 from intaglio.train.run_folder import read_losses
 from tests.support import first_losses
@@ -213,7 +214,7 @@ def test_phases_and_learning_rates() -> None:
 
 
 def test_each_kind_of_parameter_has_its_rate(teacher: nn.Module) -> None:
-    schedule = Schedule(lr=1e-4, scale_lr=1e-2, embedding_lr=0.5, weight_decay=0.1, betas=(0.8, 0.9))
+    schedule = Schedule(lr=1e-4, scale_lr=1e-2, embedding_lr=0.5, float_lr=10, weight_decay=0.1, betas=(0.8, 0.9))
     plan = small_plan("weights.ple_embedding.trainable=true")
     student = loop.build_student(teacher, plan)
     optimizer = make_optimizer(student, schedule)
@@ -222,9 +223,11 @@ def test_each_kind_of_parameter_has_its_rate(teacher: nn.Module) -> None:
     found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
     assert set(found) == {name for name, p in student.named_parameters() if p.requires_grad}
     for name, group in found.items():
-        kind = "scale" if name.endswith("scale_latent") else "embedding" if "embed_tokens" in name else "weight"
-        assert group["lr"] == {"scale": 5e-3, "embedding": 2.5e-5, "weight": 5e-5}[kind]
-        assert group["weight_decay"] == (0.1 if kind == "weight" else 0.0)
+        module = student.get_submodule(name.rpartition(".")[0])
+        kind = "scale" if name.endswith("scale_latent") else "float" if isinstance(module, RoundedWeight) else "weight"
+        kind = "embedding" if "embed_tokens" in name and kind == "weight" else kind
+        assert group["lr"] == {"scale": 5e-3, "embedding": 2.5e-5, "float": 5e-4, "weight": 5e-5}[kind]
+        assert group["weight_decay"] == (0.1 if kind in ("weight", "float") else 0.0)
         assert group["betas"] == (0.8, 0.9)
 
 

@@ -40,8 +40,8 @@ def test_what_differs_from_every_default_comes_back() -> None:
         WeightRule(name="a", grid=F16, match='quoted "name"', layers="3-17", optional=True),
     )
     schedule = Schedule(
-        tokens=1, batch_size=2, micro_batch=3, sequence_length=4, lr=5e-5, scale_lr=6e-6, embedding_lr=0.7, warmup=0.8,
-        betas=(0.1, 0.2), weight_decay=0.3, clip=0.4, frozen_tail=0.5, tail_lr=0.6, seed=7,
+        tokens=1, batch_size=2, micro_batch=3, sequence_length=4, lr=5e-5, scale_lr=6e-6, embedding_lr=0.7,
+        float_lr=8.0, warmup=0.8, betas=(0.1, 0.2), weight_decay=0.3, clip=0.4, frozen_tail=0.5, tail_lr=0.6, seed=7,
     )  # fmt: skip
     recipe = Recipe(name="ünï", summary='a "b"\nc', fit="stock", rules=rules[1:], schedule=schedule)
     assert Recipe.from_toml(recipe.to_toml()) == recipe

@@ -27,6 +27,7 @@ from intaglio.train import checkpoint
 from intaglio.train.attach import prepare
 from intaglio.train.corpus import Corpus
 from intaglio.train.distill import chunked_kl
+from intaglio.train.kernels import compile_layers
 from intaglio.train.loop import Options, Session, StepInfo, head_weight, make_accelerator, session_dtype
 from intaglio.train.run_folder import check_run_dir, claim
 
@@ -99,8 +100,7 @@ def train_drafter(
     dtype = session_dtype(accelerator)
     head = target.get_output_embeddings().weight.to(dtype)
     if compiled:
-        for layer in target.model.layers:
-            layer.compile(dynamic=False)
+        compile_layers(target)
 
     def teach(input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
         states = target_states(target, input_ids, positions)

@@ -31,7 +31,8 @@ class TrainingMemory:
 
     teacher: float32, with a bfloat16 copy of its head. masters: float32 latents, and tables that are not
     trained as codes. scales: learned, fitted, and what they began with. decoded: bfloat16 weights of an optimizer step,
-    and their steps. gathered: the largest layer, whole, where weights are sharded.
+    and their steps; with one micro-batch a step, they are gone by the time all gradients are there, which is not
+    taken off. gathered: the largest layer, whole, where weights are sharded.
     micro_tokens: tokens of a forward; what they cost is in activations and loss.
     """
 

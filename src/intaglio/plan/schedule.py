@@ -22,8 +22,9 @@ class Schedule:
     lora_rank: 0 to train the weights; else of adapters that are merged into them before they are quantized.
     tokens: training tokens in all. batch_size: sequences per optimizer step.
     sequence_length: tokens of a sequence. micro_batch: sequences per forward; 0 for the whole batch.
-    lr: learning rate of latents and norm gains; scale_lr: of the scales, which are learned as logarithms.
-    embedding_lr: multiple of `lr` for embedding tables.
+    lr: learning rate of latents; scale_lr: of the scales, which are learned as logarithms.
+    embedding_lr, float_lr: multiples of `lr` for embedding tables, and for norm gains and the projection to
+        per-layer inputs, which stay floats.
     warmup: share of the steps. betas, weight_decay, clip: AdamW and gradient norm, as usual.
     frozen_tail: last share of the steps, in which codes stand still and only scales and float
         leftovers move; tail_lr: multiple of the learning rates in it.
@@ -42,6 +43,7 @@ class Schedule:
     lr: float = 1e-4
     scale_lr: float = 3e-3
     embedding_lr: float = 3.0
+    float_lr: float = 1.0
     warmup: float = 0.03
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
@@ -94,6 +96,7 @@ def _check_schedule(schedule: Schedule, where: str) -> None:
         "lr",
         "scale_lr",
         "embedding_lr",
+        "float_lr",
         "weight_decay",
         "clip",
         "tail_lr",

@@ -61,8 +61,7 @@ def cache_values(model: nn.Module, dtype: torch.dtype) -> None:
     for quantizers, latents in groups:
         for quantizer, decoded in zip(quantizers, decode_group(quantizers, latents, dtype), strict=True):
             vars(quantizer).update(values=decoded[0], steps=decoded[1])  # a module's own way takes ten times as long
-    if not compiled:  # a compiler merges the rounding in
-        _cache_rounded(model)
+    _cache_rounded(model)
 
 
 def _cache_scales(pairs: list[tuple[WeightQuantizer, Tensor]]) -> None:
@@ -95,9 +94,31 @@ def _cache_rounded(model: nn.Module) -> None:
 def drop_values(model: nn.Module) -> None:
     """Forget cached weights; must follow every change of a latent."""
     for quantizer in whole_weights(model):
-        vars(quantizer).update(values=None, steps=None, scales=None, decoded=None)
+        _forget(quantizer)
     for module in _rounded_weights(model):
         vars(module).update(rounded=None)
+
+
+def _forget(quantizer: WeightQuantizer) -> None:
+    vars(quantizer).update(values=None, steps=None, scales=None, decoded=None)
+
+
+@contextmanager
+def dropped_by_backward(model: nn.Module) -> Iterator[None]:
+    """For a step's last forward and backward inside: forget each cached weight once its gradient is there.
+
+    So decoded weights make room for the gradients, and the two never lie in memory as a whole together.
+    """
+    handles = []
+    for quantizer, latent in whole_weights(model).items():
+        learned = latent if latent.requires_grad else quantizer.scale_latent
+        if learned is not None and learned.requires_grad:
+            handles.append(learned.register_post_accumulate_grad_hook(lambda _, q=quantizer: _forget(q)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

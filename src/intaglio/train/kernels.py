@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,9 +177,23 @@ def backward_group(
 @functools.cache
 def compile_for(function: Callable, modes: Modes) -> Callable:
     """Compiled for fixed shapes: a model has few kinds of layers, and each gets its own kernels."""
-    # more kinds than torch expects of one function; beyond the limit it would run uncompiled
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    expect_compilations(64)
     return torch.compile(functools.partial(function, modes), dynamic=False)
+
+
+def compile_layers(*models: Any) -> None:
+    """Have the decoder layers of transformers' models compiled when they first run, each for itself."""
+    layers = [layer for model in models for layer in model.model.layers]
+    expect_compilations(4 * len(layers))  # anew when codes freeze, and where activations are switched off
+    for layer in layers:
+        layer.compile(dynamic=False)
+
+
+def expect_compilations(count: int) -> None:
+    """Raise torch's limit for one function; beyond it the rest would run uncompiled, with a warning at most."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(count, config.recompile_limit)
+    config.accumulated_recompile_limit = max(count, config.accumulated_recompile_limit)
 
 
 def in_chunks(kernel: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:

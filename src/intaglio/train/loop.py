@@ -26,8 +26,9 @@ from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
 from intaglio.train import checkpoint
 from intaglio.train.corpus import Corpus, batch_indices
-from intaglio.train.decode import cache_values, decoded_in_graph, drop_values, freeze_codes
+from intaglio.train.decode import cache_values, decoded_in_graph, drop_values, dropped_by_backward, freeze_codes
 from intaglio.train.distill import chunked_cross_entropy, chunked_kl
+from intaglio.train.kernels import compile_layers
 from intaglio.train.modules import QuantLinear
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
 from intaglio.train.run_folder import LOSSES_FILE, append_line, check_run_dir, claim, keep_lines
@@ -178,8 +179,7 @@ def train(
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compiled:
-        for layer in (*(teacher.model.layers if teacher is not None else ()), *student.model.layers):
-            layer.compile(dynamic=False)
+        compile_layers(student, *([] if teacher is None else [teacher]))
     softcap = getattr(student.config, "final_logit_softcapping", None)
     lesson = Distiller(student, softcap, compiled)
     teach = _nothing if teacher is None else Teacher(teacher, session_dtype(accelerator))
@@ -288,8 +288,10 @@ class Session:
         micro_batches = self.micro_batches(indices)
         cache_values(self.student, self.dtype)
         total = torch.zeros((), device=self.accelerator.device)
-        for input_ids, positions in micro_batches:
+        for input_ids, positions in micro_batches[:-1]:
             total += self.backward(input_ids, positions, 1 / len(micro_batches))
+        with dropped_by_backward(self.student):
+            total += self.backward(*micro_batches[-1], 1 / len(micro_batches))
         loss = self.accelerator.reduce(total, reduction="mean").item()
         if not math.isfinite(loss):
             last = checkpoint.latest(self.run_dir)

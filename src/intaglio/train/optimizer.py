@@ -51,13 +51,17 @@ def make_optimizer(
     Scale latents are logarithms and take `scale_lr`; weight decay would pull scales to 1, so they
     have none. Parameters that do not require gradients are left out: in the tail, all latents.
     """
-    groups: dict[str, list[nn.Parameter]] = {"scale": [], "embedding": [], "weight": []}
+    groups: dict[str, list[nn.Parameter]] = {"scale": [], "embedding": [], "float": [], "weight": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = "scale" if name.endswith("scale_latent") else "embedding" if "embed_tokens" in name else "weight"
-            groups[kind].append(parameter)
-    peaks = {"scale": schedule.scale_lr, "embedding": schedule.lr * schedule.embedding_lr, "weight": schedule.lr}
-    decay = {"scale": 0.0, "embedding": 0.0, "weight": schedule.weight_decay}
+            groups[_kind(name)].append(parameter)
+    peaks = {
+        "scale": schedule.scale_lr,
+        "embedding": schedule.lr * schedule.embedding_lr,
+        "float": schedule.lr * schedule.float_lr,
+        "weight": schedule.lr,
+    }
+    decay = {"scale": 0.0, "embedding": 0.0, "float": schedule.weight_decay, "weight": schedule.weight_decay}
     optimizer = torch.optim.AdamW(
         [
             {"params": params, "lr": peaks[kind], "base_lr": peaks[kind], "weight_decay": decay[kind]}
@@ -71,6 +75,14 @@ def make_optimizer(
         kept = {id(p) for group in optimizer.param_groups for p in group["params"]}
         optimizer.state.update({p: state for p, state in before.state.items() if id(p) in kept})
     return optimizer
+
+
+def _kind(name: str) -> str:
+    if name.endswith("scale_latent"):
+        return "scale"
+    if "embed_tokens" in name:
+        return "embedding"
+    return "float" if "norm." in name or "per_layer_model_projection" in name else "weight"
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
