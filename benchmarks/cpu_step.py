@@ -3,17 +3,18 @@
     python benchmarks/cpu_step.py            # about 15 minutes on two cores
     python benchmarks/cpu_step.py --quick    # one setting
 
-A step is what a training loop does: forward, loss, backward, gradient clipping, AdamW. The three
+A step is what a training loop does: forward, loss, backward, gradient clipping, AdamW. The four
 students are copies of one model, train the same parameters and see the same tokens:
 
     float     the model as it is
     intaglio  recipe q4_0: canonical Q4_0 linears with learned scales, Q6_K embeddings, rounded float
               leftovers; weights decoded once a step (`cache_values`), as the package's own loop does
+    compiled  the same through torch.compile, as `train --compile` does on a CPU: quantizer and loss
     torchao   the same linears with torchao's int4 QAT, symmetric, group 32 (embeddings stay float)
 
 Losses: "ce", next-token cross-entropy; "kl", the package's chunked KL to an online teacher, whose
-forward all three pay for. Ratios against float are taken within one round (float, intaglio, torchao,
-float, ...) and their median is reported with the quartiles: absolute times on a shared machine are
+forward all three pay for. Ratios against float are taken within one round (float, intaglio, compiled,
+torchao, float, ...) and their median is reported with the quartiles: absolute times on a shared machine are
 not worth printing to the digit. "saved" counts, by saved_tensors_hooks, the bytes of every distinct
 storage that autograd keeps for the backward, the model's own parameters and buffers not counted;
 "held" are the decoded weights that intaglio keeps until the optimizer has stepped.
@@ -29,6 +30,8 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,7 @@ from intaglio.plan.family import build_meta_model, load_config
 from intaglio.plan.plan import Plan
 from intaglio.plan.recipe import Recipe
 from intaglio.tiny import MODEL_DIR
-from intaglio.train.decode import cache_values, drop_values
+from intaglio.train.decode import cache_values, decoded_in_graph, drop_values, dropped_by_backward
 from intaglio.train.distill import chunked_kl
 from intaglio.train.loop import final_hidden, head_weight
 from intaglio.train.optimizer import make_optimizer
@@ -70,8 +73,8 @@ def wide_model() -> nn.Module:
 class Student:
     """One arm of the comparison: a model, its optimizer, and the step."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, decodes: bool):
-        self.model, self.decodes = model, decodes
+    def __init__(self, model: nn.Module, recipe: Recipe, decodes: bool, compiled: bool):
+        self.model, self.decodes, self.compiled = model, decodes, compiled
         self.optimizer = make_optimizer(model, recipe.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-5
@@ -80,7 +83,8 @@ class Student:
     def step(self, tokens_BT: Tensor, teacher: nn.Module | None, dtype: torch.dtype) -> None:
         if self.decodes:
             cache_values(self.model, dtype)
-        self.backward(tokens_BT, teacher, dtype)
+        with dropped_by_backward(self.model) if self.decodes else nullcontext():
+            self.backward(tokens_BT, teacher, dtype)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -88,9 +92,10 @@ class Student:
             drop_values(self.model)
 
     def backward(self, tokens_BT: Tensor, teacher: nn.Module | None, dtype: torch.dtype) -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-            loss = self.cross_entropy(tokens_BT) if teacher is None else self.kl(tokens_BT, teacher, dtype)
-        loss.backward()
+        with decoded_in_graph(self.model, dtype) if self.compiled else nullcontext():
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+                loss = self.cross_entropy(tokens_BT) if teacher is None else self.kl(tokens_BT, teacher, dtype)
+            loss.backward()
 
     def cross_entropy(self, tokens_BT: Tensor) -> Tensor:
         logits_BTV = self.model(input_ids=tokens_BT, use_cache=False).logits.float()
@@ -102,7 +107,7 @@ class Student:
             teacher_hidden = final_hidden(teacher, tokens_BT, positions_BT).to(dtype).flatten(0, 1)
         hidden = final_hidden(self.model, tokens_BT, positions_BT).to(dtype).flatten(0, 1)
         heads = head_weight(self.model, dtype), head_weight(teacher, dtype)
-        return chunked_kl(hidden, heads[0], teacher_hidden, heads[1], softcap=self.softcap)
+        return chunked_kl(hidden, heads[0], teacher_hidden, heads[1], softcap=self.softcap, compiled=self.compiled)
 
 
 def float_student(teacher: nn.Module, plan: Plan) -> nn.Module:
@@ -128,9 +133,11 @@ def students(teacher: nn.Module, plan: Plan) -> dict[str, Student]:
     makers: dict[str, Callable[[nn.Module, Plan], nn.Module]] = {
         "float": float_student,
         "intaglio": build_student,
+        "compiled": partial(build_student, compiled=True),
         "torchao": torchao_student,
     }
-    return {n: Student(make(teacher, plan), plan.recipe, n == "intaglio") for n, make in makers.items()}
+    ours = "intaglio", "compiled"
+    return {n: Student(make(teacher, plan), plan.recipe, n in ours, n == "compiled") for n, make in makers.items()}
 
 
 def measure(teacher: nn.Module, plan: Plan, batch: tuple[int, int], loss: str, dtype: torch.dtype, rounds: int) -> dict:
@@ -203,7 +210,7 @@ def main() -> None:
     if arguments.quick:
         settings = [("tiny", (1, 256), torch.float32, "ce")]
     print(
-        "model batch  dtype    loss   float ms  intaglio x [quartiles]     torchao x   saved: float, intaglio-float; held (MB)"
+        "model batch  dtype    loss   float ms  intaglio x [quartiles]  compiled x  torchao x   saved: float, intaglio-float; held (MB)"
     )
     rows = []
     for name, batch, dtype, loss in settings:
@@ -218,12 +225,13 @@ def main() -> None:
 
 
 def show(row: dict[str, Any]) -> None:
-    plain, ours, theirs = row["float"], row["intaglio"], row["torchao"]
+    plain, ours, compiled, theirs = row["float"], row["intaglio"], row["compiled"], row["torchao"]
     low, high = ours["ratio_quartiles"]
     sizes = (plain["saved_bytes"] / 1e6, (ours["saved_bytes"] - plain["saved_bytes"]) / 1e6, ours["held_bytes"] / 1e6)
     print(
         f"{row['model']:5} {row['batch'][0]}x{row['batch'][1]}  {row['dtype'].removeprefix('torch.'):8} {row['loss']}  "
-        f"{plain['median_ms']:9.0f}  {ours['ratio']:.3f} [{low:.3f}, {high:.3f}]  {theirs['ratio']:.3f}  "
+        f"{plain['median_ms']:9.0f}  {ours['ratio']:.3f} [{low:.3f}, {high:.3f}]  {compiled['ratio']:.3f}  "
+        f"{theirs['ratio']:.3f}  "
         f"{sizes[0]:8.1f} {sizes[1]:+8.3f} {sizes[2]:8.1f}",
         flush=True,
     )

@@ -76,7 +76,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         assert stop(process, checkpoint(30), signal.SIGKILL).code == -signal.SIGKILL
     with started(*arguments(model, text, cut, "--resume")) as process:
         # a checkpoint of its own: the log still has what the killed run wrote, and a signal among imports may be lost
-        stopped = stop(process, checkpoint(54), signal.SIGINT)
+        stopped = stop(process, checkpoint(36), signal.SIGINT)
     assert not (cut / "packed").exists()
     done = intaglio(*arguments(model, text, cut, "--resume"))
     assert done.code == 0, done.err

@@ -41,7 +41,7 @@ class Options:
     """What does not change the result's recipe, only how it is computed.
 
     precision: "bf16" for bfloat16 autocast, "no" for float32; None picks bf16 on a GPU.
-    compiled: compile quantizer, loss and decoder layers with torch.compile; None does so on a GPU.
+    compiled: compile quantizer and loss with torch.compile, on a GPU decoder layers too; None does so on a GPU.
     checkpoint_every: optimizer steps between checkpoints; 0 for none.
     tensorboard: log the loss through accelerate's tracker into the run folder.
     gradient_checkpointing: recompute decoder layers in the backward.
@@ -178,7 +178,7 @@ def train(
         _first_values(student, original, plan, corpus, accelerator, saved, on_calibration)
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if compiled:
+    if compiled and accelerator.device.type == "cuda":
         compile_layers(student, *([] if teacher is None else [teacher]))
     softcap = getattr(student.config, "final_logit_softcapping", None)
     lesson = Distiller(student, softcap, compiled)
