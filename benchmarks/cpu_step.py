@@ -1,7 +1,7 @@
 """A training step on a CPU: fake-quantized by intaglio against plain float fine-tuning, torchao beside it.
 
-    python benchmarks/cpu_step.py            # about 15 minutes on two cores
-    python benchmarks/cpu_step.py --quick    # one setting
+    python benchmarks/cpu_step.py --models tiny   # 17 minutes on two cores; both models without it
+    python benchmarks/cpu_step.py --quick         # one setting
 
 A step is what a training loop does: forward, loss, backward, gradient clipping, AdamW. The four
 students are copies of one model, train the same parameters and see the same tokens:
@@ -13,7 +13,7 @@ students are copies of one model, train the same parameters and see the same tok
     torchao   the same linears with torchao's int4 QAT, symmetric, group 32 (embeddings stay float)
 
 Losses: "ce", next-token cross-entropy; "kl", the package's chunked KL to an online teacher, whose
-forward all three pay for. Ratios against float are taken within one round (float, intaglio, compiled,
+forward all four pay for. Ratios against float are taken within one round (float, intaglio, compiled,
 torchao, float, ...) and their median is reported with the quartiles: absolute times on a shared machine are
 not worth printing to the digit. "saved" counts, by saved_tensors_hooks, the bytes of every distinct
 storage that autograd keeps for the backward, the model's own parameters and buffers not counted;

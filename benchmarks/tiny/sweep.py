@@ -33,7 +33,6 @@ from intaglio.train import loop
 from intaglio.train.attach import prepare
 from intaglio.train.corpus import Corpus
 from intaglio.train.decode import drop_values
-from intaglio.train.distill import chunked_kl
 from intaglio.train.loop import Options, StepInfo, train
 from intaglio.train.run_folder import read_losses
 from intaglio.train.static import switch_static
@@ -82,20 +81,12 @@ class HiddenLoss(loop.Distiller):
 
     weight = 0.0
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        dtype: torch.dtype,
-        teacher_hidden: Tensor | None = None,
-        teacher_head: Tensor | None = None,
-    ) -> Tensor:
-        assert teacher_hidden is not None and teacher_head is not None
-        hidden = loop.final_hidden(self.student, input_ids, positions).to(dtype).flatten(0, 1)
-        head, how = loop.head_weight(self.student, dtype), {"softcap": self.softcap, "compiled": self.compiled}
-        kl = chunked_kl(hidden, head, teacher_hidden, teacher_head, **how)  # type: ignore[arg-type]
+    def loss(self, hidden: Tensor, *lesson: Tensor | None) -> Tensor:
+        teacher_hidden = lesson[2]
+        assert teacher_hidden is not None
         teacher = teacher_hidden.float()
-        return kl + self.weight * (hidden.float() - teacher).square().mean() / teacher.square().mean()
+        apart = (hidden.float() - teacher).square().mean() / teacher.square().mean()
+        return super().loss(hidden, *lesson) + self.weight * apart
 
 
 def reference(teacher: nn.Module, plan: Plan, corpus: Corpus) -> nn.Module:

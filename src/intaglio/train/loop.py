@@ -91,7 +91,18 @@ class Distiller(nn.Module):
     ) -> Tensor:
         """KL to the teacher whose final hidden states [B x T, D] and head are given, else cross-entropy."""
         hidden = final_hidden(self.student, input_ids, positions).to(dtype).flatten(0, 1)
-        head, how = head_weight(self.student, dtype), {"softcap": self.softcap, "compiled": self.compiled}
+        return self.loss(hidden, input_ids, positions, teacher_hidden, teacher_head)
+
+    def loss(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        positions: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Tensor | None,
+    ) -> Tensor:
+        """The same from the student's final hidden states [B x T, D]."""
+        head, how = head_weight(self.student, hidden.dtype), {"softcap": self.softcap, "compiled": self.compiled}
         if teacher_hidden is not None and teacher_head is not None:
             return chunked_kl(hidden, head, teacher_hidden, teacher_head, **how)  # type: ignore[arg-type]
         labels, counted = input_ids.roll(-1, 1), positions.roll(-1, 1) > 0  # none for the last token of a document
