@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from intaglio.demo import run_demo
 from intaglio.export import EXPORTERS
+from intaglio.fitting import quantize_model
 from intaglio.measure.evaluate import logits_of
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model, load_tokenizer
@@ -39,7 +40,7 @@ from intaglio.plan.recipe import Recipe
 from intaglio.proof import Evaluation
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.static import switch_static
-from intaglio.workflow import quantize_model, read_windows
+from intaglio.workflow import read_windows
 
 RESULT = Path(__file__).parent / "results" / "vllm_parity.json"
 MOBILE = ["channel_scales=bf16", "schedule.calibration_tokens=8192", "schedule.sequence_length=256"]

@@ -22,6 +22,7 @@ from intaglio.errors import InputError
 from intaglio.export.hf import export_hf
 from intaglio.export.mlx import export_mlx
 from intaglio.export.vllm import export_vllm, vllm_config
+from intaglio.fitting import quantize_model
 from intaglio.measure.evaluate import logits_of
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model
@@ -30,7 +31,6 @@ from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.planning import bundled_spec
 from intaglio.train.static import switch_static
-from intaglio.workflow import quantize_model
 from tests.support.cases import Case
 from tests.support.tiny import GEMMA4_MOE, VOCABULARY, make_checkpoint, pack
 

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "formats": {"numerics", "plan", "export"},
     "progress": {"train"},
     "proof": {"errors", "numerics", "plan", "packed", "train", "measure", "formats", "progress"},
+    "fitting": {"errors", "plan", "packed", "train", "progress"},
     "workflow": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof"},
     "release": {"errors", "numerics", "plan", "packed", "export", "progress"},
     "finetune": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof", "workflow"},
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     },
     "planning": {"errors", "plan", "packed", "export"},
     "cli": {
-        *("errors", "plan", "packed", "train", "sources", "export", "measure", "demo", "proof", "workflow"),
+        *("errors", "plan", "packed", "train", "sources", "export", "measure", "demo", "proof", "workflow", "fitting"),
         *("finetune", "release"),
         *("numerics", "planning", "progress", "drafter"),
     },

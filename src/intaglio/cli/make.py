@@ -70,11 +70,11 @@ def quantize(
 ) -> None:
     """Fit scales without training and write a packed model; then `export` it."""
     from intaglio.cli.terminal import Bars
+    from intaglio.fitting import quantize_model
     from intaglio.packed.checkpoint import checkpoint_spec
     from intaglio.packed.model import PackedModel
     from intaglio.plan.plan import make_plan
     from intaglio.plan.recipe import Recipe
-    from intaglio.workflow import quantize_model
 
     if data is not None and trained is not None:
         raise typer.BadParameter("--trained has its static scales: expected it or --data, not both")

@@ -1,0 +1,105 @@
+"""Quantization without training, from a checkpoint's folder to a packed model's: by the fit alone, or on text."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from intaglio.errors import InputError
+from intaglio.packed.checkpoint import load_model, load_tokenizer, model_name
+from intaglio.packed.model import PackedModel
+from intaglio.plan.plan import Plan, make_plan
+from intaglio.progress import Progress
+from intaglio.train.corpus import load_corpus
+from intaglio.train.media import audio_samples, image_samples
+from intaglio.train.ptq import quantize_on_text
+from intaglio.train.quantize import quantize
+from intaglio.train.towers import Towers
+
+
+def quantize_model(
+    model_dir: str | Path,
+    plan: Plan,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    images: str | Path | None = None,
+    audio: str | Path | None = None,
+    trained: PackedModel | None = None,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Write a PackedModel without training; return what calibrated activations change in each tower's output.
+
+    data: text to calibrate static scales on, and for GPTQ where the schedule has gptq_tokens; None leaves the scales
+    off. images, audio: folders, likewise for the towers' scales. trained: as `quantize` takes it, a text model that is
+    packed already. Raises InputError for samples of what the recipe does not quantize, and for GPTQ without text.
+    """
+    if plan.recipe.schedule.gptq_tokens and data is None and trained is None:
+        raise InputError("schedule.gptq_tokens: GPTQ needs text, and there is none: give --data")
+    progress, out = progress or Progress(), Path(out)
+    samples = [image_samples(model_dir, images)] if images is not None else []
+    samples += [audio_samples(model_dir, audio)] if audio is not None else []
+
+    def on_sample(done: int, total: int, what: str) -> None:
+        if done:
+            progress.part(done, total, "")
+        else:
+            progress.stage(f"Calibrating towers on {what}")
+
+    towers = Towers(plan, samples, on_sample=on_sample) if samples else None
+    if data is not None and not plan.carried:
+        _fit_on_text(model_dir, plan, out, data, replace, progress)
+        return {}
+    with ExitStack() as stack:
+        if data is not None:  # the text model by itself, which what is carried then joins
+            out.parent.mkdir(parents=True, exist_ok=True)
+            alone = Path(stack.enter_context(TemporaryDirectory(dir=out.parent, prefix=f".{out.name}."))) / "text"
+            _fit_on_text(model_dir, make_plan(model_dir, plan.recipe), alone, data, replace, progress)
+            trained = PackedModel.open(alone)
+        total, done = len(plan.everything), itertools.count(1)
+        progress.stage(f"Fitting {total} tensors")
+        quantize(
+            model_dir,
+            plan,
+            out,
+            trained=trained,
+            towers=towers,
+            replace=replace,
+            on_tensor=lambda name: progress.part(next(done), total, name),
+        )
+    return towers.errors if towers is not None else {}
+
+
+def _fit_on_text(
+    model_dir: str | Path, plan: Plan, out: Path, data: str | Path, replace: bool, progress: Progress
+) -> None:
+    schedule = plan.recipe.schedule
+    if not plan.static_scales and not schedule.gptq_tokens:
+        raise InputError(
+            f"recipe {plan.recipe.name} has no static scales to calibrate: leave out the text, or give it to GPTQ with "
+            "--set schedule.gptq_tokens=32768"
+        )
+    progress.stage("Loading the original")
+    tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir)
+    corpus = load_corpus(
+        data,
+        tokenizer,
+        sequence_length=schedule.sequence_length,
+        vocab_size=plan.model.layer_config.vocab_size,
+        max_tokens=max(schedule.gptq_tokens, schedule.calibration_tokens if plan.static_scales else 0),
+    )
+    progress.stage("Fitting on text")
+    quantize_on_text(
+        teacher,
+        plan,
+        corpus,
+        out,
+        assets=model_dir,
+        gptq=bool(schedule.gptq_tokens),
+        provenance={"name": model_name(model_dir)},
+        replace=replace,
+        on_progress=lambda done, total: progress.part(done, total, "tokens"),
+    )
