@@ -8,7 +8,7 @@ students are copies of one model, train the same parameters and see the same tok
 
     float     the model as it is
     intaglio  recipe q4_0: canonical Q4_0 linears with learned scales, Q6_K embeddings, rounded float
-              leftovers; weights decoded once a step (`cache_values`), as the package's own loop does
+              leftovers; weights decoded once a step (`StepWeights`), as the package's own loop does
     compiled  the same through torch.compile, as `train --compile` does on a CPU: quantizer and loss
     torchao   the same linears with torchao's int4 QAT, symmetric, group 32 (embeddings stay float)
 
@@ -45,7 +45,7 @@ from intaglio.plan.family import build_meta_model, load_config
 from intaglio.plan.plan import Plan
 from intaglio.plan.recipe import Recipe
 from intaglio.tiny import MODEL_DIR
-from intaglio.train.decode import cache_values, decoded_in_graph, drop_values, dropped_by_backward
+from intaglio.train.decode import StepWeights
 from intaglio.train.distill import chunked_kl
 from intaglio.train.loop import final_hidden, head_weight
 from intaglio.train.optimizer import make_optimizer
@@ -75,6 +75,7 @@ class Student:
 
     def __init__(self, model: nn.Module, recipe: Recipe, decodes: bool, compiled: bool):
         self.model, self.decodes, self.compiled = model, decodes, compiled
+        self.weights = StepWeights(model)
         self.optimizer = make_optimizer(model, recipe.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-5
@@ -82,17 +83,17 @@ class Student:
 
     def step(self, tokens_BT: Tensor, teacher: nn.Module | None, dtype: torch.dtype) -> None:
         if self.decodes:
-            cache_values(self.model, dtype)
-        with dropped_by_backward(self.model) if self.decodes else nullcontext():
+            self.weights.decode(dtype)
+        with self.weights.dropped_by_backward() if self.decodes else nullcontext():
             self.backward(tokens_BT, teacher, dtype)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.decodes:
-            drop_values(self.model)
+            self.weights.drop()
 
     def backward(self, tokens_BT: Tensor, teacher: nn.Module | None, dtype: torch.dtype) -> None:
-        with decoded_in_graph(self.model, dtype) if self.compiled else nullcontext():
+        with self.weights.in_graph(dtype) if self.compiled else nullcontext():
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
                 loss = self.cross_entropy(tokens_BT) if teacher is None else self.kl(tokens_BT, teacher, dtype)
             loss.backward()
@@ -163,7 +164,7 @@ def measure(teacher: nn.Module, plan: Plan, batch: tuple[int, int], loss: str, d
 def saved_bytes(student: Student, tokens_BT: Tensor, teacher: nn.Module | None, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of distinct storages kept for the backward, and of weights decoded for the step."""
     if student.decodes:
-        cache_values(student.model, dtype)
+        student.weights.decode(dtype)
     decoded = decoded_storages(student.model)
     own = {t.untyped_storage().data_ptr() for t in (*student.model.parameters(), *student.model.buffers())}
     known = own | set(decoded)
@@ -179,12 +180,12 @@ def saved_bytes(student: Student, tokens_BT: Tensor, teacher: nn.Module | None, 
         student.backward(tokens_BT, teacher, dtype)
     student.optimizer.zero_grad(set_to_none=True)
     if student.decodes:
-        drop_values(student.model)
+        student.weights.drop()
     return sum(storage.nbytes() for storage in kept.values()), sum(decoded.values())
 
 
 def decoded_storages(model: nn.Module) -> dict[int, int]:
-    """Address and bytes of what `cache_values` left in the modules."""
+    """Address and bytes of what `StepWeights` left in the modules."""
     cached = [getattr(m, name, None) for m in model.modules() for name in ("values", "steps", "rounded")]
     quantizers = (getattr(m, "scales", None) for m in model.modules())
     tensors = [t for t in cached if isinstance(t, Tensor)] + [t for s in quantizers if s is not None for t in s]

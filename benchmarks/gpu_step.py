@@ -27,7 +27,7 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.attach import prepare
-from intaglio.train.decode import cache_values, decoded_in_graph, drop_values
+from intaglio.train.decode import StepWeights
 from intaglio.train.distill import chunked_kl
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -116,11 +116,11 @@ def plain_step(model: nn.Module, ids: Tensor, autocast: bool) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def quantized_step(model: nn.Module, ids: Tensor, autocast: bool) -> None:
-    cache_values(model, torch.bfloat16)
-    with decoded_in_graph(model, torch.bfloat16):
+def quantized_step(model: nn.Module, weights: StepWeights, ids: Tensor, autocast: bool) -> None:
+    weights.decode(torch.bfloat16)
+    with weights.in_graph(torch.bfloat16):
         plain_step(model, ids, autocast)
-    drop_values(model)
+    weights.drop()
 
 
 def measure_steps(write: Callable[..., None], device: str, toy: bool, repeats: int) -> None:
@@ -149,8 +149,9 @@ def compare_with_plain(
         plain[b], peak, _ = median_ms(partial(plain_step, model, ids, autocast), repeats)
         write(name=f"plain, {label} weights", batch=b, ms=plain[b], peak_gb=peak, ratio=1.0)
     prepare(model, make_plan(config.to_dict(), Recipe.load("q4_0", FROZEN)), fit=_quick_fit, compiled=True)
+    weights = StepWeights(model)
     for b, ids in batches.items():
-        ms, peak, _ = median_ms(partial(quantized_step, model, ids, autocast), repeats)
+        ms, peak, _ = median_ms(partial(quantized_step, model, weights, ids, autocast), repeats)
         write(name=f"intaglio q4_0, {label} latents", batch=b, ms=ms, peak_gb=peak, ratio=ms / plain[b])
 
 

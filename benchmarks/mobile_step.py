@@ -30,7 +30,7 @@ from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.plan.schedule import Schedule
 from intaglio.train.attach import prepare
-from intaglio.train.decode import cache_values, decoded_in_graph, drop_values, dropped_by_backward
+from intaglio.train.decode import StepWeights
 from intaglio.train.kernels import compile_layers
 from intaglio.train.loop import Distiller
 from intaglio.train.optimizer import make_optimizer
@@ -47,6 +47,7 @@ class Training:
 
     def __init__(self, model: nn.Module, compiled: bool, quantized: bool):
         self.model, self.compiled, self.quantized = model, compiled, quantized
+        self.weights = StepWeights(model)
         self.device = next(model.parameters()).device.type
         softcap = model.config.final_logit_softcapping
         self.distiller = Distiller(model, softcap, compiled)  # type: ignore[arg-type]
@@ -56,15 +57,15 @@ class Training:
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device, torch.bfloat16))
             if self.quantized:
-                cache_values(self.model, torch.bfloat16)
-                stack.enter_context(dropped_by_backward(self.model))
+                self.weights.decode(torch.bfloat16)
+                stack.enter_context(self.weights.dropped_by_backward())
             if self.quantized and self.compiled:
-                stack.enter_context(decoded_in_graph(self.model, torch.bfloat16))
+                stack.enter_context(self.weights.in_graph(torch.bfloat16))
             self.distiller(input_ids, positions, torch.bfloat16, teacher_hidden, teacher_head).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        drop_values(self.model)
+        self.weights.drop()
 
 
 def trainable_model(config: Any, device: str) -> nn.Module:

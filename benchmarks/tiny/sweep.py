@@ -32,7 +32,6 @@ from intaglio.tiny import MODEL_DIR
 from intaglio.train import loop
 from intaglio.train.attach import prepare
 from intaglio.train.corpus import Corpus
-from intaglio.train.decode import drop_values
 from intaglio.train.loop import Options, StepInfo, train
 from intaglio.train.run_folder import read_losses
 from intaglio.train.static import switch_static
@@ -186,7 +185,6 @@ def main() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        drop_values(student)
         losses = read_losses(run_dir)
         rate = steady_rate(steps)
         result = measure(student, plan)

@@ -24,7 +24,7 @@ from intaglio.packed.verify import read_gguf, verify
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.attach import prepare
-from intaglio.train.decode import cache_values, decoded_in_graph, drop_values, freeze_codes
+from intaglio.train.decode import StepWeights, freeze_codes
 from intaglio.train.loop import train
 from intaglio.train.pack import pack_model
 from intaglio.train.start import plan_to_go_on
@@ -98,12 +98,12 @@ def test_experts_are_decoded_once_a_forward_and_shared_within_a_step(monkeypatch
     monkeypatch.setattr(quantizer, "compute", lambda *a, real=quantizer.compute, **k: calls.append(1) or real(*a, **k))
     plain = logits_of(model)
     assert len(calls) == 1
-    cache_values(model, torch.float32)
+    StepWeights(model).decode(torch.float32)
     calls.clear()
     assert torch.equal(logits_of(model), plain) and not calls
-    with decoded_in_graph(model, torch.float32):
+    with StepWeights(model).in_graph(torch.float32):
         assert torch.equal(logits_of(model), plain)
-    drop_values(model)
+    StepWeights(model).drop()
     assert quantizer.values is None
 
 

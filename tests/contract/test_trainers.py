@@ -24,7 +24,7 @@ from intaglio.measure.simulate import decoded_model
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
 from intaglio.train.attach import prepare
-from intaglio.train.decode import cache_values, drop_values
+from intaglio.train.decode import StepWeights
 from intaglio.train.modules import merged_latent
 from intaglio.train.pack import pack_model
 from tests.support.tiny import TOKENIZER
@@ -210,9 +210,9 @@ def test_a_tied_head_is_quantized_beside_frozen_weights(teacher: nn.Module) -> N
 def test_a_cache_does_not_hide_adapters(teacher: nn.Module) -> None:
     model = prepare(with_lora(teacher), small_plan())
     expected = logits_of(model)
-    cache_values(model, torch.float32)
+    StepWeights(model).decode(torch.float32)
     assert torch.equal(logits_of(model), expected)
-    drop_values(model)
+    StepWeights(model).drop()
 
 
 def test_disabled_and_merged_adapters_mean_what_they_mean_to_peft(teacher: nn.Module) -> None:

@@ -15,7 +15,7 @@ from intaglio.numerics.grid import BlockGrid, FloatGrid
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
 from intaglio.train.attach import prepare
-from intaglio.train.decode import freeze_codes, whole_weights
+from intaglio.train.decode import StepWeights, freeze_codes
 from intaglio.train.modules import QuantEmbedding, QuantLinear
 from intaglio.train.pack import pack_model
 from intaglio.train.student import build_student
@@ -97,7 +97,7 @@ def test_frozen_codes_pack_the_logits_of_the_training_forward(recipe: str, teach
     before = logits_of(student)
     freeze_codes(student)
     assert torch.equal(logits_of(student), before)
-    for quantizer in whole_weights(student):
+    for quantizer in StepWeights(student).quantizers:
         if quantizer.scale_latent is not None:
             quantizer.scale_latent.data += 0.05
     expected = logits_of(student)
@@ -300,4 +300,4 @@ def test_a_failed_pack_leaves_the_model_able_to_learn(teacher: nn.Module, tmp_pa
     packed_of(student, plan, tmp_path)
     with pytest.raises(OutputError, match="already exists"):
         packed_of(student, plan, tmp_path)
-    assert all(quantizer.values is None for quantizer in whole_weights(student))
+    assert all(quantizer.values is None for quantizer in StepWeights(student).quantizers)

@@ -20,8 +20,9 @@ from intaglio.numerics.fit import fit_mse
 from intaglio.numerics.grid import GRIDS, Q4_0, Q4_0_FREE, BlockGrid, grid_named
 from intaglio.numerics.layout import to_blocks
 from intaglio.train import kernels
-from intaglio.train.decode import cache_values, decoded_in_graph, drop_values, dropped_by_backward, freeze_codes
-from intaglio.train.fakequant import FakeQuantizeGroup, WeightQuantizer, decode_group
+from intaglio.train.decode import StepWeights, freeze_codes
+from intaglio.train.fakequant import WeightQuantizer
+from intaglio.train.group import FakeQuantizeGroup, WeightGroup
 from intaglio.train.modules import QuantLinear
 from tests.support import ggml
 from tests.support.samples import samples
@@ -320,7 +321,7 @@ def plainly(net: Net, x: Tensor) -> Tensor:
 
 
 def cached(net: Net, x: Tensor) -> Tensor:
-    cache_values(net, torch.float32)
+    StepWeights(net).decode(torch.float32)
     return net(x).square().mean()
 
 
@@ -329,7 +330,7 @@ def recomputed(net: Net, x: Tensor) -> Tensor:
 
 
 def cached_and_recomputed(net: Net, x: Tensor) -> Tensor:
-    cache_values(net, torch.float32)
+    StepWeights(net).decode(torch.float32)
     return recomputed(net, x)
 
 
@@ -340,7 +341,7 @@ def trained(net: Net, forward: Callable[[Net, Tensor], Tensor]) -> dict[str, Ten
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in net.named_parameters()} | {"x": x.grad}
     net.zero_grad()
-    drop_values(net)
+    StepWeights(net).drop()
     return {"loss": loss.detach()} | gradients
 
 
@@ -355,7 +356,7 @@ def test_caches_and_recomputation_change_no_bit(way: Callable[[Net, Tensor], Ten
 def test_weights_decoded_in_the_graph_give_equal_losses_and_gradients() -> None:
     net = Net()
     expected = trained(net, plainly)
-    with decoded_in_graph(net, torch.float32):
+    with StepWeights(net).in_graph(torch.float32):
         found = trained(net, plainly)
     assert torch.equal(found["loss"], expected["loss"])
     for name, value in expected.items():  # a layer used twice adds its gradients before the STE, not after
@@ -365,11 +366,11 @@ def test_weights_decoded_in_the_graph_give_equal_losses_and_gradients() -> None:
 
 def test_a_cache_stays_until_it_is_dropped() -> None:
     net, x = Net(), weights(5)
-    cache_values(net, torch.float32)
+    StepWeights(net).decode(torch.float32)
     before = net(x)
     net.first.weight.data.mul_(2)
     assert torch.equal(net(x), before)
-    drop_values(net)
+    StepWeights(net).drop()
     assert not torch.equal(net(x), before)
 
 
@@ -387,19 +388,19 @@ def test_a_step_s_last_backward_drops_what_it_is_done_with(
     quantizers = net.first.quantizer, net.second.quantizer
 
     def gradients(dropped: bool) -> list[Tensor]:
-        cache_values(net, torch.float32)
+        StepWeights(net).decode(torch.float32)
         with ExitStack() as stack:
             if dropped:
-                stack.enter_context(dropped_by_backward(net))
+                stack.enter_context(StepWeights(net).dropped_by_backward())
             if in_graph:
-                stack.enter_context(decoded_in_graph(net, torch.float32))
+                stack.enter_context(StepWeights(net).in_graph(torch.float32))
             loss = way(net, x)
             assert all(q.values is not None for q in quantizers)
             loss.backward()
             assert all((q.values is None and q.decoded is None) == dropped for q in quantizers)
         found = [p.grad.clone() for p in learned.values()]
         net.zero_grad()
-        drop_values(net)
+        StepWeights(net).drop()
         return found
 
     for ours, expected in zip(gradients(True), gradients(False), strict=True):
@@ -428,7 +429,7 @@ def test_a_fake_quantized_linear_saves_what_a_plain_one_saves(context: str, with
     layer = linear_of(quantizer_of(latent, Q4_0), latent)
     dtype = torch.bfloat16 if context == "bf16" else torch.float32
     if with_cache:
-        cache_values(layer, dtype)
+        StepWeights(layer).decode(dtype)
     x = torch.randn(3, 256, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=context == "bf16"):
         assert saved_bytes(layer, x) == x.nbytes
@@ -464,8 +465,9 @@ def test_compiled_kernels_pack_their_own_forward() -> None:
     eager = [made.pack(latent) for made, latent in zip(quantizers, latents, strict=True)]
     for made in quantizers:
         made.compiled = True
-    decoded = decode_group(quantizers, latents, torch.float32)
-    in_graph = FakeQuantizeGroup.apply(quantizers, torch.float32, *latents, *(q.scale_latent for q in quantizers))
+    group = WeightGroup(quantizers, latents)
+    decoded = group.decode(torch.float32)
+    in_graph = FakeQuantizeGroup.apply(group, torch.float32, *latents, *(q.scale_latent for q in quantizers))
     for i, made in enumerate(quantizers):
         made.values, made.steps = decoded[i]
         packed = made.pack(latents[i])
@@ -482,7 +484,7 @@ def test_compiled_gradients_are_the_eager_ones() -> None:
     def gradients(compiled: bool) -> tuple[Tensor, ...]:
         for made in quantizers:
             made.compiled = compiled
-        decoded = FakeQuantizeGroup.apply(quantizers, torch.float32, *parameters)
+        decoded = FakeQuantizeGroup.apply(WeightGroup(quantizers, latents), torch.float32, *parameters)
         return torch.autograd.grad(sum(values.sin().sum() for values in decoded), parameters)
 
     for compiled, eager in zip(gradients(True), gradients(False), strict=True):

@@ -22,7 +22,7 @@ from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
 from intaglio.plan.recipe import Recipe
 from intaglio.plan.schedule import Schedule
 from intaglio.train import checkpoint, loop
-from intaglio.train.decode import freeze_codes, whole_weights
+from intaglio.train.decode import StepWeights, freeze_codes
 from intaglio.train.loop import Options, StepInfo, train
 from intaglio.train.modules import RoundedWeight
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
@@ -428,7 +428,7 @@ def test_an_unknown_precision_is_refused(teacher: nn.Module, tmp_path: Path) -> 
 def test_the_student_keeps_its_promise_after_training(teacher: nn.Module, tmp_path: Path) -> None:
     """No cache is left behind, and the model that train() returns computes what it was trained to."""
     student = run(teacher, tmp_path, 2)
-    assert all(q.values is None and q.decoded is None for q in whole_weights(student))
+    assert all(q.values is None and q.decoded is None for q in StepWeights(student).quantizers)
     assert not any(p.requires_grad for p in teacher.parameters())
 
 

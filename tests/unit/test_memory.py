@@ -13,7 +13,7 @@ from intaglio.plan.bundled import bundled_config
 from intaglio.plan.memory import activation_bytes, layer_bytes, training_memory
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.train.decode import cache_values, whole_weights
+from intaglio.train.decode import StepWeights
 from intaglio.train.optimizer import make_optimizer
 from intaglio.train.student import build_student
 from tests.support.tiny import GEMMA3, GEMMA4, GEMMA4_DENSE, build, fill
@@ -59,8 +59,8 @@ def test_weights_gradients_and_moments_take_what_is_planned(config: dict[str, An
     optimizer.step()
     moments = [v for state in optimizer.state.values() for k, v in state.items() if k != "step"]
     assert planned.optimizer == held_bytes(*moments)
-    cache_values(student, torch.bfloat16)
-    decoded = [t for q in whole_weights(student) for t in (q.values, q.steps)]
+    StepWeights(student).decode(torch.bfloat16)
+    decoded = [t for q in StepWeights(student).quantizers for t in (q.values, q.steps)]
     assert planned.decoded == held_bytes(*decoded)
 
 
@@ -71,8 +71,8 @@ def test_activations_are_about_what_autograd_keeps(config: dict[str, Any], check
     _, student = models(plan)
     if checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    cache_values(student, torch.bfloat16)
-    held = [*student.parameters(), *student.buffers(), *(q.values for q in whole_weights(student))]
+    StepWeights(student).decode(torch.bfloat16)
+    held = [*student.parameters(), *student.buffers(), *(q.values for q in StepWeights(student).quantizers)]
     known = {tensor.untyped_storage().data_ptr() for tensor in held}
     kept: dict[int, torch.Tensor] = {}
 

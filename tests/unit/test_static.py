@@ -16,7 +16,7 @@ from intaglio.measure.int8_cache import decode_windows, int8_cache
 from intaglio.plan.plan import Plan
 from intaglio.train.attach import prepare
 from intaglio.train.calibrate import calibrate
-from intaglio.train.decode import cache_values
+from intaglio.train.decode import StepWeights
 from intaglio.train.fakequant import FakeQuantLinear
 from intaglio.train.loop import Options, StepInfo, train
 from intaglio.train.modules import QuantLinear
@@ -243,7 +243,7 @@ def test_another_attention_is_refused() -> None:
 
 def test_gradient_reaches_every_scale(calibrated: Any) -> None:
     model = copy.deepcopy(calibrated)
-    cache_values(model, torch.float32)
+    StepWeights(model).decode(torch.float32)
     model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
     silent = [n for n, p in model.named_parameters() if "static" in n and (p.grad is None or not p.grad.abs().sum())]
     assert not silent

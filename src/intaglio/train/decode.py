@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from intaglio.numerics.grid import FloatGrid
-from intaglio.train.fakequant import (
+from intaglio.train.fakequant import WeightQuantizer
+from intaglio.train.group import (
     FakeQuantizeGroup,
-    WeightQuantizer,
-    decode_group,
+    RoundStraightThroughGroup,
+    WeightGroup,
     find_scales,
+    round_together,
 )
 from intaglio.train.modules import (
     QuantExperts,
@@ -28,10 +30,83 @@ from intaglio.train.modules import (
 )
 
 
-def whole_weights(model: nn.Module) -> dict[WeightQuantizer, nn.Parameter]:
-    """Each quantizer whose weight is decoded as a whole, of linears and of experts, with its latent."""
-    owners = (m for m in model.modules() if isinstance(m, QuantLinear | QuantExperts))
-    return {q: m._parameters[name] for m in owners for name, q in quantizers_of(m).items()}  # type: ignore[misc]
+class StepWeights:
+    """The weights of a prepared model, decoded once for an optimizer step.
+
+    Looks through the model's modules once: what a step costs beside its arithmetic is Python's time, and to
+    look again at each step would be a good part of that. Make another after modules were replaced.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.groups = _weight_groups(model)
+        self.rounded = _rounded_modules(model)
+        self.compiled = any(quantizer.compiled for quantizer in self.quantizers)
+
+    @property
+    def quantizers(self) -> list[WeightQuantizer]:
+        return [quantizer for group in self.groups for quantizer in group.quantizers]
+
+    @torch.no_grad()
+    def decode(self, dtype: torch.dtype) -> None:
+        """Decode every weight; forwards and recomputations until `drop` share it."""
+        if not self.compiled:
+            _cache_scales([pair for group in self.groups for pair in zip(group.quantizers, group.latents, strict=True)])
+        for group in self.groups:
+            group.cache(dtype)
+        for grid, modules in self.rounded.items():
+            for module, values in zip(modules, round_together(grid, _latents(modules)), strict=True):
+                vars(module).update(rounded=values)
+
+    def drop(self) -> None:
+        """Forget the decoded weights; must follow every change of a latent."""
+        for group in self.groups:
+            group.drop()
+        for modules in self.rounded.values():
+            for module in modules:
+                vars(module).update(rounded=None)
+
+    @contextmanager
+    def dropped_by_backward(self) -> Iterator[None]:
+        """For a step's last forward and backward inside: forget each decoded weight once its gradient is there.
+
+        So decoded weights make room for the gradients, and the two never lie in memory as a whole together.
+        """
+        handles = []
+        for group in self.groups:
+            for quantizer, latent in zip(group.quantizers, group.latents, strict=True):
+                learned = latent if latent.requires_grad else quantizer.scale_latent
+                if learned is not None and learned.requires_grad:
+                    handles.append(learned.register_post_accumulate_grad_hook(lambda _, q=quantizer: q.drop()))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def in_graph(self, dtype: torch.dtype) -> Iterator[None]:
+        """For the forward and backward inside, give modules plain tensors to compute with, which have gradients.
+
+        Compiled layers need them; others save the call of an autograd function for each weight.
+        """
+        for group in self.groups:
+            scales = [q.scale_latent for q in group.quantizers]
+            decoded = FakeQuantizeGroup.apply(group, dtype, *group.latents, *scales)
+            for quantizer, weight in zip(group.quantizers, decoded, strict=True):
+                vars(quantizer).update(decoded=weight)
+        for grid, modules in self.rounded.items():
+            cached = [module.rounded for module in modules]
+            decoded = RoundStraightThroughGroup.apply(grid, cached, *_latents(modules))
+            for module, weight in zip(modules, decoded, strict=True):
+                vars(module).update(decoded=weight)
+        try:
+            yield
+        finally:
+            for quantizer in self.quantizers:
+                vars(quantizer).update(decoded=None)
+            for modules in self.rounded.values():
+                for module in modules:
+                    vars(module).update(decoded=None)
 
 
 def _layer(path: str) -> str:
@@ -40,28 +115,28 @@ def _layer(path: str) -> str:
     return layer[1] if layer else path
 
 
-def weight_groups(model: nn.Module) -> list[tuple[list[WeightQuantizer], list[Tensor]]]:
-    """Quantizers that linears decode as a whole, with their latents, by decoder layer."""
+def _weight_groups(model: nn.Module) -> list[WeightGroup]:
+    """Weights of linears and of experts that are decoded as a whole, by decoder layer."""
     groups: dict[str, dict[WeightQuantizer, Tensor]] = {}
     for path, module in model.named_modules():
         if not isinstance(module, QuantLinear | QuantExperts) or path.endswith(".base_layer"):
             continue  # an adapter changes the weight
         for name, quantizer in quantizers_of(module).items():
             groups.setdefault(_layer(path), {})[quantizer] = module._parameters[name]  # type: ignore
-    return [(list(group), list(group.values())) for group in groups.values()]
+    return [WeightGroup(list(group), list(group.values())) for group in groups.values()]
 
 
-@torch.no_grad()
-def cache_values(model: nn.Module, dtype: torch.dtype) -> None:
-    """Decode every weight once; forwards and recomputations until `drop_values` share it."""
-    groups = weight_groups(model)
-    compiled = any(quantizer.compiled for quantizers, _ in groups for quantizer in quantizers)
-    if not compiled:
-        _cache_scales([pair for group in groups for pair in zip(*group, strict=True)])
-    for quantizers, latents in groups:
-        for quantizer, decoded in zip(quantizers, decode_group(quantizers, latents, dtype), strict=True):
-            vars(quantizer).update(values=decoded[0], steps=decoded[1])  # a module's own way takes ten times as long
-    _cache_rounded(model)
+def _rounded_modules(model: nn.Module) -> dict[FloatGrid, list[Any]]:
+    """Modules that use a rounded weight as a whole, by its grid."""
+    by_grid: dict[FloatGrid, list[Any]] = {}
+    for module in model.modules():
+        if isinstance(module, RoundedWeight) and not isinstance(module, RoundedEmbedding):
+            by_grid.setdefault(module.float_grid, []).append(module)
+    return by_grid
+
+
+def _latents(modules: list[Any]) -> list[Tensor]:
+    return [module._parameters["weight"] for module in modules]
 
 
 def _cache_scales(pairs: list[tuple[WeightQuantizer, Tensor]]) -> None:
@@ -72,70 +147,6 @@ def _cache_scales(pairs: list[tuple[WeightQuantizer, Tensor]]) -> None:
         quantizers, latents = map(list, zip(*same, strict=True))
         for quantizer, scales in zip(quantizers, find_scales(quantizers, latents), strict=True):
             vars(quantizer).update(scales=scales)
-
-
-def _rounded_weights(model: nn.Module) -> list[Any]:
-    """Modules that use a rounded weight as a whole."""
-    return [m for m in model.modules() if isinstance(m, RoundedWeight) and not isinstance(m, RoundedEmbedding)]
-
-
-def _cache_rounded(model: nn.Module) -> None:
-    """All float leftovers of a grid at once, since one by one these many small vectors take their time."""
-    by_grid: dict[FloatGrid, list[Any]] = {}
-    for module in _rounded_weights(model):
-        by_grid.setdefault(module.float_grid, []).append(module)
-    for grid, modules in by_grid.items():
-        latents = [module._parameters["weight"] for module in modules]
-        rounded = grid.round(torch.cat([latent.flatten() for latent in latents]))
-        for module, latent, values in zip(modules, latents, rounded.split([w.numel() for w in latents]), strict=True):
-            vars(module).update(rounded=values.view(latent.shape).to(latent.dtype))
-
-
-def drop_values(model: nn.Module) -> None:
-    """Forget cached weights; must follow every change of a latent."""
-    for quantizer in whole_weights(model):
-        _forget(quantizer)
-    for module in _rounded_weights(model):
-        vars(module).update(rounded=None)
-
-
-def _forget(quantizer: WeightQuantizer) -> None:
-    vars(quantizer).update(values=None, steps=None, scales=None, decoded=None)
-
-
-@contextmanager
-def dropped_by_backward(model: nn.Module) -> Iterator[None]:
-    """For a step's last forward and backward inside: forget each cached weight once its gradient is there.
-
-    So decoded weights make room for the gradients, and the two never lie in memory as a whole together.
-    """
-    handles = []
-    for quantizer, latent in whole_weights(model).items():
-        learned = latent if latent.requires_grad else quantizer.scale_latent
-        if learned is not None and learned.requires_grad:
-            handles.append(learned.register_post_accumulate_grad_hook(lambda _, q=quantizer: _forget(q)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def decoded_in_graph(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """For the forward and backward inside, hand compiled layers plain tensors to multiply with."""
-    groups = weight_groups(model)
-    for quantizers, latents in groups:
-        scales = [q.scale_latent for q in quantizers]
-        decoded = FakeQuantizeGroup.apply(quantizers, dtype, *latents, *scales)
-        for quantizer, weight in zip(quantizers, decoded, strict=True):
-            quantizer.decoded = weight
-    try:
-        yield
-    finally:
-        for quantizers, _ in groups:
-            for quantizer in quantizers:
-                quantizer.decoded = None
 
 
 def freeze_codes(model: nn.Module) -> None:

@@ -17,18 +17,7 @@ from torch import Tensor, nn
 
 from intaglio.errors import MismatchError
 from intaglio.numerics.grid import BlockGrid, Quantized, from_steps
-from intaglio.train.kernels import (
-    LOWEST_RATIO,
-    Scales,
-    backward,
-    backward_group,
-    compile_for,
-    features,
-    forward,
-    forward_group,
-    in_chunks,
-    scales_of,
-)
+from intaglio.train.kernels import LOWEST_RATIO, Scales, backward, features, forward, in_chunks, scales_of
 from intaglio.train.static import quantize_static, static_gradients
 
 
@@ -63,7 +52,7 @@ class WeightQuantizer(nn.Module):
             step = fitted.step
             scale_latent = _ratio_latent(grid, latent, step) if grid.canonical else torch.zeros_like(step)
         self.scale_latent = None if scale_latent is None else nn.Parameter(scale_latent)
-        self.values: Tensor | None = None  # decoded once for the optimizer step; see `cache_values`
+        self.values: Tensor | None = None  # decoded once for the optimizer step; see `StepWeights`
         self.steps: Tensor | None = None  # of those values
         self.scales: Scales | None = None  # the same with what the backward needs of them, if not compiled
         self.decoded: Tensor | None = None  # the same with its place in the autograd graph
@@ -73,10 +62,10 @@ class WeightQuantizer(nn.Module):
         return tensor.reshape(-1, self.grid.block_size)
 
     def blocks_and_codes(self, latent: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Latents as float32 blocks [N, K], and the codes they are frozen to, or empty."""
-        blocks = self.blocks_of(latent.detach()).float()
+        """Latents as blocks [N, K], and the codes they are frozen to, or empty."""
+        blocks = self.blocks_of(latent.detach())
         if self.codes is None:
-            return blocks, blocks.new_empty(0)
+            return blocks, _nothing(blocks.device)
         return blocks, self.blocks_of(self.codes if rows is None else self.codes[rows])
 
     def z_and_given(self, latent: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -84,7 +73,7 @@ class WeightQuantizer(nn.Module):
 
         def pick(tensor: Tensor | None) -> Tensor:
             if tensor is None:
-                return latent.new_empty(0)
+                return _nothing(latent.device)
             return tensor.detach() if rows is None else tensor.detach()[rows]
 
         given = pick(self.base)
@@ -98,6 +87,11 @@ class WeightQuantizer(nn.Module):
         """All that compiled kernels take of a whole weight."""
         return *self.blocks_and_codes(latent), *self.z_and_given(latent)
 
+    def drop(self) -> None:
+        """Forget what was decoded for a step."""
+        # a module's own way of setting takes ten times as long
+        vars(self).update(values=None, steps=None, scales=None, decoded=None)
+
     def scales_for(self, latent: Tensor, blocks: Tensor, rows: Tensor | None) -> Scales:
         """Of the whole weight, as cached if they are, or of the given rows of it."""
         if rows is None and self.scales is not None:
@@ -110,6 +104,7 @@ class WeightQuantizer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Decoded values in the latents' shape, and float32 steps [N]."""
         blocks, frozen = self.blocks_and_codes(latent, rows)
+        blocks = blocks.float()
         scales = self.scales_for(latent, blocks, rows)
         (values,) = in_chunks(functools.partial(forward, dtype, self.mode, self.grid), blocks, frozen, *scales)
         return values.view(latent.shape), scales.step
@@ -123,6 +118,7 @@ class WeightQuantizer(nn.Module):
         reuse: `grad` may be overwritten, for want of fresh memory, which takes a CPU as long as the arithmetic.
         """
         blocks, frozen = self.blocks_and_codes(latent, rows)
+        blocks = blocks.float()
         scales = self.scales_for(latent, blocks, rows)
         if self.mode != "frozen":
             grad = grad.to(torch.float32, copy=not reuse)
@@ -189,6 +185,12 @@ class WeightQuantizer(nn.Module):
         return quantized
 
 
+@functools.cache
+def _nothing(device: torch.device) -> Tensor:
+    """In the place of what a mode does not have, float32 [0]."""
+    return torch.empty(0, device=device)
+
+
 def _to_device(quantized: Quantized, device: torch.device) -> Quantized:
     super_scale = None if quantized.super_scale is None else quantized.super_scale.to(device)
     return Quantized(quantized.grid, quantized.codes, quantized.scale.to(device), super_scale)
@@ -217,57 +219,6 @@ class FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):
         (latent,) = ctx.saved_tensors
         return *ctx.quantizer.gradients(grad.contiguous(), latent), None, None
-
-
-@torch.no_grad()
-def decode_group(
-    quantizers: list[WeightQuantizer], latents: list[Tensor], dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor]]:
-    """Decoded weights in `dtype` and their steps [N], in one call where the quantizers are compiled."""
-    if not quantizers[0].compiled:
-        return [q.compute(latent, dtype=dtype) for q, latent in zip(quantizers, latents, strict=True)]
-    kernel = compile_for(forward_group, tuple((q.mode, q.grid) for q in quantizers))
-    pairs = kernel(dtype, [q.arguments(latent) for q, latent in zip(quantizers, latents, strict=True)])
-    return [(values.view(latent.shape), step) for (values, step), latent in zip(pairs, latents, strict=True)]
-
-
-@torch.no_grad()
-def find_scales(quantizers: list[WeightQuantizer], latents: list[Tensor]) -> list[Scales]:
-    """Scales of whole weights of one mode and grid, all at once: on so few numbers each operation has its price."""
-    mode, grid = quantizers[0].mode, quantizers[0].grid
-    parts = []
-    for quantizer, latent in zip(quantizers, latents, strict=True):
-        parts.append(features(mode, quantizer.blocks_of(latent.detach()).float(), *quantizer.z_and_given(latent)))
-    counts = [max(map(len, part)) for part in parts]
-    return scales_of(mode, grid, *(torch.cat(same) for same in zip(*parts, strict=True))).split(counts)
-
-
-class FakeQuantizeGroup(torch.autograd.Function):
-    """Latents and z of a group -> decoded weights. One call serves the forward and one the backward,
-    since the overhead of several hundred compiled calls would outweigh their work."""
-
-    @staticmethod
-    def forward(ctx, quantizers, dtype, *tensors):
-        latents = tensors[: len(quantizers)]
-        ctx.quantizers = quantizers
-        ctx.save_for_backward(*latents)
-        cached = [q.values for q in quantizers]
-        if any(value is None for value in cached):
-            return tuple(values for values, _ in decode_group(quantizers, list(latents), dtype))
-        return tuple(value.view_as(value) for value in cached)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        quantizers, latents = ctx.quantizers, ctx.saved_tensors
-        if not quantizers[0].compiled:
-            pairs = [q.gradients(g.contiguous(), w) for q, g, w in zip(quantizers, grads, latents, strict=True)]
-        else:
-            kernel = compile_for(backward_group, tuple((q.mode, q.grid) for q in quantizers))
-            arguments = [q.arguments(w) for q, w in zip(quantizers, latents, strict=True)]
-            blocks = [q.blocks_of(g.contiguous()) for q, g in zip(quantizers, grads, strict=True)]
-            raw = kernel(blocks, arguments, [w.dtype for w in latents])
-            pairs = [q.shaped(*pair, w) for q, w, pair in zip(quantizers, latents, raw, strict=True)]
-        return None, None, *(g for g, _ in pairs), *(z for _, z in pairs)
 
 
 class FakeQuantizeRows(torch.autograd.Function):

@@ -156,6 +156,7 @@ def forward_group(modes: Modes, dtype: torch.dtype, arguments: list[tuple[Tensor
     """Values in `dtype` and steps of several weights: one compiled call for all of a decoder layer."""
     results = []
     for (mode, grid), (blocks, frozen, *rest) in zip(modes, arguments, strict=True):
+        blocks = blocks.float()
         scales = scales_of(mode, grid, *features(mode, blocks, *rest))
         results.append((*forward(dtype, mode, grid, blocks, frozen, *scales), scales.step))
     return results
@@ -167,6 +168,7 @@ def backward_group(
     """Gradients of latents, in `dtypes`, and of z for the gradients of several weights, likewise in one call."""
     results = []
     for (mode, grid), grad, (blocks, frozen, *rest), dtype in zip(modes, grads, arguments, dtypes, strict=True):
+        blocks = blocks.float()
         scales = scales_of(mode, grid, *features(mode, blocks, *rest))
         grad = grad.to(torch.float32, copy=True)
         (grad_z,) = backward(mode, grid, grad, blocks, frozen, *scales)

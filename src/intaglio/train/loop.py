@@ -26,7 +26,7 @@ from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
 from intaglio.train import checkpoint
 from intaglio.train.corpus import Corpus, batch_indices
-from intaglio.train.decode import cache_values, decoded_in_graph, drop_values, dropped_by_backward, freeze_codes
+from intaglio.train.decode import StepWeights, freeze_codes
 from intaglio.train.distill import chunked_cross_entropy, chunked_kl
 from intaglio.train.kernels import compile_layers
 from intaglio.train.modules import QuantLinear
@@ -267,6 +267,7 @@ class Session:
         self.compiled = compiled
         self.dtype = session_dtype(accelerator)
         self.lesson = accelerator.prepare(lesson)
+        self.weights = StepWeights(student)
         self.optimizer = make_optimizer(student, self.schedule)
         self.dropout = plan.recipe.activations.dropout if plan.recipe.activations else 0.0
         self.seconds_before = 0.0
@@ -297,11 +298,11 @@ class Session:
         set_lr(self.optimizer, self.phases.lr_factor(step, schedule.tail_lr))
         indices = batch_indices(len(self.corpus.tokens), schedule.batch_size, schedule.seed, step)
         micro_batches = self.micro_batches(indices)
-        cache_values(self.student, self.dtype)
+        self.weights.decode(self.dtype)
         total = torch.zeros((), device=self.accelerator.device)
         for input_ids, positions in micro_batches[:-1]:
             total += self.backward(input_ids, positions, 1 / len(micro_batches))
-        with dropped_by_backward(self.student):
+        with self.weights.dropped_by_backward():
             total += self.backward(*micro_batches[-1], 1 / len(micro_batches))
         loss = self.accelerator.reduce(total, reduction="mean").item()
         if not math.isfinite(loss):
@@ -312,7 +313,7 @@ class Session:
             self.accelerator.clip_grad_norm_(self.student.parameters(), schedule.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        drop_values(self.student)
+        self.weights.drop()
         return loss
 
     def micro_batches(self, indices) -> list[tuple[Tensor, Tensor]]:
@@ -334,7 +335,7 @@ class Session:
                 loss = self.lesson(*arguments) * weight
                 self.accelerator.backward(loss)
                 return loss.detach()
-            with decoded_in_graph(self.student, self.dtype):
+            with self.weights.in_graph(self.dtype):
                 loss = self.lesson(*arguments) * weight
                 self.accelerator.backward(loss)
             return loss.detach()

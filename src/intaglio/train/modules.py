@@ -115,15 +115,19 @@ def _scaled(embedding: nn.Module, rows: Tensor) -> Tensor:
 class RoundedWeight:
     """Mixin for a module with a float leftover: `weight` reads as the rounded value.
 
-    rounded: that value, once for the optimizer step; see `cache_values`.
+    rounded: that value, once for the optimizer step; see `StepWeights`. decoded: the same with its place in
+    the autograd graph.
     """
 
     float_grid: FloatGrid
     rounded: Tensor | None = None
+    decoded: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
         """The rounded value, with the latent's gradient."""
+        if self.decoded is not None:
+            return self.decoded
         latent: Tensor = self._parameters["weight"]  # type: ignore[attr-defined]
         if torch.compiler.is_compiling():  # see with_gradients_of
             return with_gradients_of(self.float_grid.round(latent.detach()).to(latent.dtype), latent)

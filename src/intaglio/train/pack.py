@@ -13,7 +13,7 @@ from intaglio.numerics.grid import FloatGrid
 from intaglio.packed.model import write_packed
 from intaglio.plan.plan import Plan, PlannedTensor
 from intaglio.train.attach import check_adapters, owners_of
-from intaglio.train.decode import cache_values, drop_values
+from intaglio.train.decode import StepWeights
 from intaglio.train.modules import FrozenEmbedding, QuantLoraLinear, merged_latent, quantizers_of
 from intaglio.train.static import read_scales
 
@@ -50,9 +50,10 @@ def pack_model(
     check_adapters(model)
     owners = owners_of(model)
     merged = _merged_latents(model)
-    drop_values(model)
+    weights = StepWeights(model)
+    weights.drop()
     if not merged:  # decode as the training loop does: a compiled kernel may round a tie its own way
-        cache_values(model, dtype)
+        weights.decode(dtype)
     record = provenance or {}
     try:
         with write_packed(Path(path), plan, assets=Path(assets), provenance=record, replace=replace) as writer:
@@ -67,7 +68,7 @@ def pack_model(
                 if scale.owned:
                     writer.add_static(scale.name, scales[scale.name])
     finally:
-        drop_values(model)
+        weights.drop()
 
 
 @torch.no_grad()

@@ -125,13 +125,13 @@ class StaticLinear:
 
 def latent_of(module: Any, kind: str) -> nn.Parameter | None:
     """The learned scale of a kind that this module uses at present."""
-    scales = getattr(module, "static", None)
+    scales = module._modules.get("static")  # a module takes long to say that it has no such attribute
     return None if scales is None else scales.latent(kind)
 
 
 def static(module: Any, kind: str, x: Tensor) -> Tensor:
     """x as this module quantizes it, with gradients where the scale is learned."""
-    scales = getattr(module, "static", None)
+    scales = module._modules.get("static")
     if scales is None or not scales.on:
         return x
     if kind in scales.latents:
