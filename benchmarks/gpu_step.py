@@ -3,13 +3,15 @@
     python benchmarks/gpu_step.py --out benchmarks/results/gpu_step.json
 
 Forward and backward of the text model with gradient checkpointing, random weights, loss on the
-final hidden states; each row beside plain training of the same model in the same run. One step
-decodes every weight once, runs forward, recomputation and backward, and drops the decoded weights
-again, as the training loop does. Then the KL at 8192 tokens x 262144 entries, chunked and naive.
+final hidden states; the steps of each row and those of plain training of the same model are taken in
+turns. One step decodes every weight once, runs forward, recomputation and backward, and drops the
+decoded weights again, as the training loop does. Before them, the KL at 8192 tokens x 262144 entries,
+chunked and naive.
 `--toy` runs all of it at toy size on any device.
 """
 
 import argparse
+import copy
 import gc
 import json
 import statistics
@@ -123,14 +125,54 @@ def quantized_step(model: nn.Module, weights: StepWeights, ids: Tensor, autocast
     weights.drop()
 
 
+def in_turns(runs: list[Callable[[], None]], repeats: int) -> list[list[float]]:
+    """Milliseconds of each run, taken in turns, so that what else the machine does meets all alike."""
+    for run in (*runs, *runs):
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for run, mine in zip(runs, times, strict=True):
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            mine.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def compare(
+    write: Callable[..., None],
+    name: str,
+    plain: Callable[[Tensor], None],
+    quantized: Callable[[Tensor], None],
+    batches: dict[int, Tensor],
+    repeats: int,
+) -> None:
+    """Rows of plain training and of `name` beside it; the ratio is the median of pairs."""
+    for b, ids in batches.items():
+        plain_ms, ms = in_turns([partial(plain, ids), partial(quantized, ids)], repeats)
+        pairs = [mine / other for mine, other in zip(ms, plain_ms, strict=True)]
+        low, middle, high = statistics.quantiles(pairs, n=4)
+        write(
+            name=name,
+            batch=b,
+            ms=statistics.median(ms),
+            plain_ms=statistics.median(plain_ms),
+            ratio=middle,
+            ratio_quartiles=[round(low, 4), round(high, 4)],
+        )
+
+
 def measure_steps(write: Callable[..., None], device: str, toy: bool, repeats: int) -> None:
     config = e2b_config(toy)
     length = 64 if toy else 2048
     batches = {b: torch.randint(0, config.vocab_size, (b, length), device=device) for b in (1, 4)}
-    for latents in (torch.bfloat16, torch.float32):
+    for latents in (torch.float32, torch.bfloat16):
         compare_with_plain(write, config, batches, latents, repeats)
         gc.collect()
-    torchao_steps(write, config, device, batches)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    torchao_steps(write, config, device, batches, repeats)
 
 
 def compare_with_plain(
@@ -140,19 +182,21 @@ def compare_with_plain(
     latents: torch.dtype,
     repeats: int,
 ) -> None:
-    """Plain training, then the same model fake-quantized; float32 latents compute under autocast."""
+    """Plain training beside the same model fake-quantized; float32 latents compute under autocast."""
     autocast = latents == torch.float32
-    model = random_model(config, batches[1].device.type, latents)
-    label = str(latents).removeprefix("torch.")
-    plain = {}
-    for b, ids in batches.items():
-        plain[b], peak, _ = median_ms(partial(plain_step, model, ids, autocast), repeats)
-        write(name=f"plain, {label} weights", batch=b, ms=plain[b], peak_gb=peak, ratio=1.0)
-    prepare(model, make_plan(config.to_dict(), Recipe.load("q4_0", FROZEN)), fit=_quick_fit, compiled=True)
-    weights = StepWeights(model)
-    for b, ids in batches.items():
-        ms, peak, _ = median_ms(partial(quantized_step, model, weights, ids, autocast), repeats)
-        write(name=f"intaglio q4_0, {label} latents", batch=b, ms=ms, peak_gb=peak, ratio=ms / plain[b])
+    plain = random_model(config, batches[1].device.type, latents)
+    quantized = copy.deepcopy(plain)
+    plan = make_plan(config.to_dict(), Recipe.load("q4_0", FROZEN))
+    prepare(quantized, plan, fit=_quick_fit, compiled=True)
+    weights = StepWeights(quantized)
+    compare(
+        write,
+        f"intaglio q4_0, {str(latents).removeprefix('torch.')} latents",
+        partial(plain_step, plain, autocast=autocast),
+        partial(quantized_step, quantized, weights, autocast=autocast),
+        batches,
+        repeats,
+    )
 
 
 def _quick_fit(values: Tensor, grid):  # type: ignore[no-untyped-def]
@@ -168,22 +212,22 @@ def _quick_fit(values: Tensor, grid):  # type: ignore[no-untyped-def]
 
 
 def torchao_steps(
-    write: Callable[..., None], config: Gemma4TextConfig, device: str, batches: dict[int, Tensor]
+    write: Callable[..., None], config: Gemma4TextConfig, device: str, batches: dict[int, Tensor], repeats: int
 ) -> None:
+    name = "torchao int4 group 32, bfloat16"
     try:
         from torchao.quantization import quantize_
         from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
     except ImportError as error:
-        write(name="torchao int4 group 32", error=str(error))
+        write(name=name, error=str(error))
         return
-    model = random_model(config, device, torch.bfloat16)
-    plain = {b: median_ms(partial(plain_step, model, ids, False), 5)[0] for b, ids in batches.items()}
+    plain = random_model(config, device, torch.bfloat16)
+    quantized = copy.deepcopy(plain)
     weights = IntxFakeQuantizeConfig(torch.int4, group_size=32, is_symmetric=True)
     is_linear = lambda module, name: isinstance(module, nn.Linear)  # noqa: E731
-    quantize_(model.model, QATConfig(weight_config=weights, step="prepare"), filter_fn=is_linear)
-    for b, ids in batches.items():
-        ms, peak, _ = median_ms(partial(plain_step, model, ids, False), 5)
-        write(name="torchao int4 group 32, bfloat16", batch=b, ms=ms, peak_gb=peak, ratio=ms / plain[b])
+    quantize_(quantized.model, QATConfig(weight_config=weights, step="prepare"), filter_fn=is_linear)
+    steps = [partial(plain_step, model, autocast=False) for model in (plain, quantized)]
+    compare(write, name, *steps, batches, repeats)
 
 
 def measure_kl(write: Callable[..., None], device: str, toy: bool, repeats: int) -> None:
@@ -222,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--toy", action="store_true")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"

@@ -33,8 +33,9 @@ from intaglio.train.modules import (
 class StepWeights:
     """The weights of a prepared model, decoded once for an optimizer step.
 
-    Looks through the model's modules once: what a step costs beside its arithmetic is Python's time, and to
-    look again at each step would be a good part of that. Make another after modules were replaced.
+    Looks through the modules once, since to do so at each step would take a good part of its time. So make
+    another after modules were replaced or codes were frozen. Where quantizers are compiled, the weights of a layer
+    share memory until `close`.
     """
 
     def __init__(self, model: nn.Module):
@@ -64,6 +65,12 @@ class StepWeights:
         for modules in self.rounded.values():
             for module in modules:
                 vars(module).update(rounded=None)
+
+    def close(self) -> None:
+        """Forget the decoded weights, and leave latents in memory of their own."""
+        self.drop()
+        for group in self.groups:
+            group.close()
 
     @contextmanager
     def dropped_by_backward(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ Several hundred calls a step would cost a GPU's processor more than their arithm
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,34 +24,75 @@ from intaglio.train.kernels import (
 )
 
 
+class Part:
+    """Weights of a group that compiled kernels take as one: of one mode, grid and dtype.
+
+    Their latents, and what else they have for each block, lie side by side in memory until `close`: each
+    tensor is a view of one that all share. For what a call costs grows with the number of its tensors.
+    """
+
+    def __init__(self, quantizers: list[WeightQuantizer], latents: list[Tensor]):
+        self.quantizers, self.latents = quantizers, latents
+        first = quantizers[0]
+        self.mode, self.grid, self.dtype = first.mode, first.grid, latents[0].dtype
+        self.counts = [latent.numel() // self.grid.block_size for latent in latents]
+        several = [q.arguments(w) for q, w in zip(quantizers, latents, strict=True)]
+        owners = (latents, *([getattr(q, name) for q in quantizers] for name in ("codes", "scale_latent", "base")))
+        self.owners = [owner for same in owners for owner in same if owner is not None] if len(latents) > 1 else []
+        self.arguments = tuple(map(_side_by_side, owners, map(list, zip(*several, strict=True))))
+
+    def close(self) -> None:
+        """Give each weight memory of its own again."""
+        for owner in self.owners:
+            owner.data = owner.data.clone()
+
+    def split(self, values: Tensor, steps: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What is known of all blocks, weight by weight: [N, K] in the latents' shapes, and [N]."""
+        pairs = zip(values.split(self.counts), steps.split(self.counts), self.latents, strict=True)
+        return [(mine.view(latent.shape), step) for mine, step, latent in pairs]
+
+    def join(self, grads: list[Tensor]) -> Tensor:
+        """Gradients of the values as blocks [N, K]."""
+        blocks = [grad.reshape(-1, self.grid.block_size) for grad in grads]
+        return blocks[0].contiguous() if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _side_by_side(owners: list[Any], parts: list[Tensor]) -> Tensor:
+    """`parts` as one tensor, of which their owners, if they have any, become views."""
+    if len(parts) == 1 or parts[0].numel() == 0:
+        return parts[0]
+    whole = torch.cat(parts)
+    for owner, part in zip(owners, whole.split([len(part) for part in parts]), strict=True):
+        if owner is not None:
+            owner.data = part.view(owner.shape)
+    return whole
+
+
 class WeightGroup:
     """Quantizers with their latents [R, C], or [E, R, C] of experts."""
 
     def __init__(self, quantizers: list[WeightQuantizer], latents: list[Tensor]):
         self.quantizers, self.latents = quantizers, latents
-        self.kept: list[tuple[Tensor, ...]] | None = None  # arguments of the kernels, once for a step
-
-    @property
-    def compiled(self) -> bool:
-        return self.quantizers[0].compiled
-
-    def modes(self) -> Modes:
-        """What kernels are compiled for."""
-        return tuple((q.mode, q.grid) for q in self.quantizers)
-
-    def arguments(self) -> list[tuple[Tensor, ...]]:
-        """What compiled kernels take of each weight: views of its latents and scales."""
-        if self.kept is not None:
-            return self.kept
-        return [q.arguments(latent) for q, latent in zip(self.quantizers, self.latents, strict=True)]
+        self.compiled = quantizers[0].compiled
+        self.parts: list[Part] = []
+        if not self.compiled:
+            return
+        alike: dict[Any, list[tuple[WeightQuantizer, Tensor]]] = {}
+        for quantizer, latent in zip(quantizers, latents, strict=True):
+            alike.setdefault((quantizer.mode, quantizer.grid, latent.dtype), []).append((quantizer, latent))
+        self.parts = [Part(*map(list, zip(*same, strict=True))) for same in alike.values()]
+        self.modes: Modes = tuple((part.mode, part.grid) for part in self.parts)
 
     @torch.no_grad()
     def decode(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Values in `dtype`, in the latents' shapes, and steps [N]."""
         if not self.compiled:
             return [q.compute(w, dtype=dtype) for q, w in zip(self.quantizers, self.latents, strict=True)]
-        pairs = compile_for(forward_group, self.modes())(dtype, self.arguments())
-        return [(values.view(w.shape), step) for (values, step), w in zip(pairs, self.latents, strict=True)]
+        results = compile_for(forward_group, self.modes)(dtype, [part.arguments for part in self.parts])
+        found: dict[WeightQuantizer, tuple[Tensor, Tensor]] = {}
+        for part, result in zip(self.parts, results, strict=True):
+            found.update(zip(part.quantizers, part.split(*result), strict=True))
+        return [found[quantizer] for quantizer in self.quantizers]
 
     @torch.no_grad()
     def gradients(self, grads: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor | None]]:
@@ -58,23 +100,31 @@ class WeightGroup:
         weights = list(zip(self.quantizers, self.latents, grads, strict=True))
         if not self.compiled:
             return [q.gradients(grad.contiguous(), w) for q, w, grad in weights]
-        blocks = [q.blocks_of(grad.contiguous()) for q, _, grad in weights]
-        kernel = compile_for(backward_group, self.modes())
-        pairs = kernel(blocks, self.arguments(), [w.dtype for w in self.latents])
-        return [q.shaped(*pair, w) for (q, w, _), pair in zip(weights, pairs, strict=True)]
+        by_quantizer = dict(zip(self.quantizers, grads, strict=True))
+        joined = [part.join([by_quantizer[q] for q in part.quantizers]) for part in self.parts]
+        kernel = compile_for(backward_group, self.modes)
+        results = kernel(joined, [part.arguments for part in self.parts], [part.dtype for part in self.parts])
+        found: dict[WeightQuantizer, tuple[Tensor, Tensor]] = {}
+        for part, (grad, grad_z) in zip(self.parts, results, strict=True):
+            pieces = part.split(grad, grad_z) if grad_z.numel() else [(g, grad_z) for g in grad.split(part.counts)]
+            found.update(zip(part.quantizers, pieces, strict=True))
+        return [q.shaped(*found[q], w) for q, w, _ in weights]
 
     def cache(self, dtype: torch.dtype) -> None:
         """Decode once for the step: the quantizers keep values and steps."""
-        if self.compiled:
-            self.kept = self.arguments()
         for quantizer, (values, steps) in zip(self.quantizers, self.decode(dtype), strict=True):
             vars(quantizer).update(values=values, steps=steps)  # a module's own way takes ten times as long
 
     def drop(self) -> None:
-        """Forget all of it."""
-        self.kept = None
+        """Forget what was decoded."""
         for quantizer in self.quantizers:
             quantizer.drop()
+
+    def close(self) -> None:
+        """Leave the weights as they were found."""
+        self.drop()
+        for part in self.parts:
+            part.close()
 
 
 @torch.no_grad()

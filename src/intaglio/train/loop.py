@@ -288,6 +288,7 @@ class Session:
             every = self.options.checkpoint_every
             if every and info.step % every == 0 and info.step < self.phases.total:
                 checkpoint.save(self.run_dir, info.step, self.student, self.optimizer)
+        self.weights.close()
 
     def step(self, step: int) -> float:
         """One optimizer step; returns the mean loss over its micro-batches."""
@@ -342,7 +343,9 @@ class Session:
 
     def enter_tail(self) -> None:
         """Freeze the codes; what goes on learning keeps its moments."""
+        self.weights.close()
         freeze_codes(self.student)
+        self.weights = StepWeights(self.student)
         self.optimizer = make_optimizer(self.student, self.schedule, self.optimizer)
 
     def restore(self, path: Path) -> int:

@@ -68,7 +68,7 @@ def pack_model(
                 if scale.owned:
                     writer.add_static(scale.name, scales[scale.name])
     finally:
-        weights.drop()
+        weights.close()
 
 
 @torch.no_grad()
