@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from intaglio.train import group as group_module
 from intaglio.train.group import FakeQuantizeGroup, WeightGroup
 from tests.unit.test_fakequant import CASES, in_case, weights
 
@@ -16,7 +15,7 @@ each_case = pytest.mark.parametrize("case", CASES)
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels as they are written: what a compiler makes of them is tested beside the quantizer."""
-    monkeypatch.setattr(group_module, "compile_for", lambda function, modes: functools.partial(function, modes))
+    monkeypatch.setattr("intaglio.train.group.compile_for", functools.partial)
 
 
 def group_of(cases: list[str], dtype: torch.dtype, compiled: bool) -> WeightGroup:
@@ -67,3 +66,13 @@ def test_they_share_memory_until_the_group_is_closed(case: str, uncompiled: None
     storages = [t.untyped_storage() for t in owned]
     assert len({s.data_ptr() for s in storages}) == len(owned)
     assert [s.nbytes() for s in storages] == [t.nbytes for t in owned]
+
+
+def test_a_transposed_latent_is_seen_as_it_changes(uncompiled: None) -> None:
+    latent = weights(rows=256, columns=64).T.requires_grad_()
+    quantizer = in_case("canonical", latent)
+    quantizer.compiled = True
+    group = WeightGroup([quantizer], [latent])
+    with torch.no_grad():
+        latent.mul_(2)
+    assert torch.equal(group.decode(torch.float32)[0][0], quantizer.compute(latent)[0])

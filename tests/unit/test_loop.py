@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
 from intaglio.plan.recipe import Recipe
 from intaglio.plan.schedule import Schedule
-from intaglio.train import checkpoint, loop
+from intaglio.train import checkpoint, distill, loop
 from intaglio.train.decode import StepWeights, freeze_codes
 from intaglio.train.loop import Options, StepInfo, train
 from intaglio.train.modules import RoundedWeight
@@ -266,6 +267,30 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(
     whole, log = whole_run
     assert (tmp_path / "losses.jsonl").read_bytes() == log
     assert_equal_states(whole, resumed)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compiled=True` without a compiler: all that the loop does otherwise then, in a second instead of a minute."""
+    monkeypatch.setattr("intaglio.train.group.compile_for", functools.partial)
+    kernel = distill._kernel
+    monkeypatch.setattr(distill, "_kernel", lambda function, softcaps, compiled: kernel(function, softcaps, False))
+
+
+@pytest.mark.parametrize("death", [3, 7], ids=["before the tail", "in the tail"])
+def test_a_compiled_run_learns_the_same_and_resumes(
+    death: int, teacher: nn.Module, tmp_path: Path, whole_run: tuple[nn.Module, bytes], uncompiled: None
+) -> None:
+    options = Options(precision="no", compiled=True, checkpoint_every=2)
+    whole = run(teacher, tmp_path / "whole", 8, options=options, frozen_tail=0.5)
+    expected = [json.loads(line)["loss"] for line in whole_run[1].splitlines()]
+    assert losses(tmp_path / "whole") == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(Killed):
+        run(teacher, tmp_path / "other", 8, options=options, on_step=die_at(death), frozen_tail=0.5)
+    resumed = run(teacher, tmp_path / "other", 8, options=options, resume=True, frozen_tail=0.5)
+    assert losses(tmp_path / "other") == losses(tmp_path / "whole")
+    assert_equal_states(whole, resumed)
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in whole.parameters())
 
 
 def test_a_finished_run_resumes_to_the_same_model(teacher: nn.Module, tmp_path: Path) -> None:

@@ -59,9 +59,7 @@ class Part:
 
 def _side_by_side(owners: list[Any], parts: list[Tensor]) -> Tensor:
     """`parts` as one tensor, of which their owners, if they have any, become views."""
-    if len(parts) == 1 or parts[0].numel() == 0:
-        return parts[0]
-    whole = torch.cat(parts)
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     for owner, part in zip(owners, whole.split([len(part) for part in parts]), strict=True):
         if owner is not None:
             owner.data = part.view(owner.shape)
