@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,17 @@ def test_any_split_of_bits_can_be_said(split: str, whole: bool) -> None:
     for module, bits in module_bits(plan).items():
         assert resolve_bits(module, config) == bits
     assert sum(math.prod(t.shape) * t.dtype.itemsize for t in stored_tensors(plan)) == plan.mobile_bytes
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_older_readers_understand_it_too(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers up to 5.20 at least takes an entry for the beginning of a longer name."""
+
+    def by_beginning(name: str, entries: list[str] | None = None) -> bool:
+        return not any(re.match(entry, name) or name.endswith(entry) for entry in entries or [])
+
+    monkeypatch.setattr("transformers.quantizers.quantizers_utils.should_convert_module", by_beginning)
+    test_any_split_of_bits_can_be_said(split, whole=True)
 
 
 def test_towers_stay_floats_where_a_recipe_says_nothing_of_them() -> None:

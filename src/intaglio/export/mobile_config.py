@@ -134,4 +134,5 @@ def _not_converted(floats: list[str], quantized: list[str]) -> list[str]:
     kinds = dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name)) for name in left)
     exact = [re.escape(name) for name in left]
     alike = not any(re.fullmatch(kind, name) for kind in kinds for name in quantized)
-    return entries + (list(kinds) if alike else exact)
+    # older readers (that of transformers 5.20 is one) take an entry for the beginning of any longer name
+    return entries + [f"{entry}$" for entry in (kinds if alike else exact)]

@@ -52,7 +52,8 @@ def compare_onnx(packed: PackedModel, folder: Path, tally: Tally) -> None:
         tally.extra += sorted(
             n for n, node in graph.named.items() if node.op_type in KERNELS.values() and n not in names
         )
-        tally.extra += sorted(n for n, t in graph.tensors.items() if len(t.dims) > 1 and n not in graph.seen)
+        matrix_like = (n for n, t in graph.tensors.items() if sum(size > 1 for size in t.dims) > 1)
+        tally.extra += sorted(n for n in matrix_like if n not in graph.seen)
 
 
 class Graph:
