@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 from intaglio.packed.model import PackedModel
+from intaglio.train import distill
 from tests.support.cases import CONFIGS, Case, make_case
 from tests.support.onnx import traced
 from tests.support.tiny import GEMMA4, make_checkpoint, pack
@@ -24,6 +26,14 @@ def _each_decoder_is_traced_once() -> Iterator[None]:
     """A trace takes seconds and depends on the config alone; exports of this process share it."""
     with patch("intaglio.export.onnx_decoder.trace_decoder", traced):
         yield
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is `compiled` runs as it is written: all that goes with it, in a second instead of a minute."""
+    kernel = distill._kernel
+    monkeypatch.setattr("intaglio.train.group.compile_for", functools.partial)
+    monkeypatch.setattr(distill, "_kernel", lambda function, softcaps, compiled: kernel(function, softcaps, False))
 
 
 @pytest.fixture(scope="session")

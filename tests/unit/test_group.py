@@ -1,7 +1,5 @@
 """Weights that kernels take as one: what they decode to and learn is what each does alone."""
 
-import functools
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,12 +8,6 @@ from intaglio.train.group import FakeQuantizeGroup, WeightGroup
 from tests.unit.test_fakequant import CASES, in_case, weights
 
 each_case = pytest.mark.parametrize("case", CASES)
-
-
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as they are written: what a compiler makes of them is tested beside the quantizer."""
-    monkeypatch.setattr("intaglio.train.group.compile_for", functools.partial)
 
 
 def group_of(cases: list[str], dtype: torch.dtype, compiled: bool) -> WeightGroup:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import platform
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
 from intaglio.plan.recipe import Recipe
 from intaglio.plan.schedule import Schedule
-from intaglio.train import checkpoint, distill, loop
+from intaglio.train import checkpoint, loop
 from intaglio.train.decode import StepWeights, freeze_codes
 from intaglio.train.loop import Options, StepInfo, train
 from intaglio.train.modules import RoundedWeight
@@ -267,14 +266,6 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(
     whole, log = whole_run
     assert (tmp_path / "losses.jsonl").read_bytes() == log
     assert_equal_states(whole, resumed)
-
-
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`compiled=True` without a compiler: all that the loop does otherwise then, in a second instead of a minute."""
-    monkeypatch.setattr("intaglio.train.group.compile_for", functools.partial)
-    kernel = distill._kernel
-    monkeypatch.setattr(distill, "_kernel", lambda function, softcaps, compiled: kernel(function, softcaps, False))
 
 
 @pytest.mark.parametrize("death", [3, 7], ids=["before the tail", "in the tail"])

@@ -119,8 +119,7 @@ class WeightGroup:
             quantizer.drop()
 
     def close(self) -> None:
-        """Leave the weights as they were found."""
-        self.drop()
+        """Leave each weight in memory of its own, as it was found."""
         for part in self.parts:
             part.close()
 

@@ -278,17 +278,19 @@ class Session:
         log = self.run_dir / LOSSES_FILE
         keep_lines(log, first)
         began = time.perf_counter()
-        for step in range(first, self.phases.total):
-            if step == self.phases.tail:
-                self.enter_tail()
-            loss = self.step(step)
-            info = self.record(step, loss, self.seconds_before + time.perf_counter() - began)
-            append_line(log, json.dumps({"step": info.step, "tokens": info.tokens, "loss": loss}) + "\n")
-            on_step(info)
-            every = self.options.checkpoint_every
-            if every and info.step % every == 0 and info.step < self.phases.total:
-                checkpoint.save(self.run_dir, info.step, self.student, self.optimizer)
-        self.weights.close()
+        try:
+            for step in range(first, self.phases.total):
+                if step == self.phases.tail:
+                    self.enter_tail()
+                loss = self.step(step)
+                info = self.record(step, loss, self.seconds_before + time.perf_counter() - began)
+                append_line(log, json.dumps({"step": info.step, "tokens": info.tokens, "loss": loss}) + "\n")
+                on_step(info)
+                every = self.options.checkpoint_every
+                if every and info.step % every == 0 and info.step < self.phases.total:
+                    checkpoint.save(self.run_dir, info.step, self.student, self.optimizer)
+        finally:
+            self.weights.close()
 
     def step(self, step: int) -> float:
         """One optimizer step; returns the mean loss over its micro-batches."""

@@ -52,10 +52,10 @@ def pack_model(
     merged = _merged_latents(model)
     weights = StepWeights(model)
     weights.drop()
-    if not merged:  # decode as the training loop does: a compiled kernel may round a tie its own way
-        weights.decode(dtype)
     record = provenance or {}
     try:
+        if not merged:  # decode as the training loop does: a compiled kernel may round a tie its own way
+            weights.decode(dtype)
         with write_packed(Path(path), plan, assets=Path(assets), provenance=record, replace=replace) as writer:
             for tensor in plan:
                 try:
