@@ -3,7 +3,7 @@
     python benchmarks/gpu_step.py --out benchmarks/results/gpu_step.json
 
 Forward and backward of the text model with gradient checkpointing, random weights, loss on the
-final hidden states; the steps of each row and those of plain training of the same model are taken in
+final hidden states; the steps of each row and those of plain training of the same shape are taken in
 turns. One step decodes every weight once, runs forward, recomputation and backward, and drops the
 decoded weights again, as the training loop does. Before them, the KL at 8192 tokens x 262144 entries,
 chunked and naive.
@@ -143,60 +143,68 @@ def in_turns(runs: list[Callable[[], None]], repeats: int) -> list[list[float]]:
 def compare(
     write: Callable[..., None],
     name: str,
-    plain: Callable[[Tensor], None],
-    quantized: Callable[[Tensor], None],
+    step: Callable[[Tensor], None],
+    plains: dict[str, Callable[[Tensor], None]],
     batches: dict[int, Tensor],
     repeats: int,
 ) -> None:
-    """Rows of plain training and of `name` beside it; the ratio is the median of pairs."""
+    """Rows of `name` beside each plain training; the ratio is the median of pairs of steps."""
     for b, ids in batches.items():
-        plain_ms, ms = in_turns([partial(plain, ids), partial(quantized, ids)], repeats)
-        pairs = [mine / other for mine, other in zip(ms, plain_ms, strict=True)]
-        low, middle, high = statistics.quantiles(pairs, n=4)
-        write(
-            name=name,
-            batch=b,
-            ms=statistics.median(ms),
-            plain_ms=statistics.median(plain_ms),
-            ratio=middle,
-            ratio_quartiles=[round(low, 4), round(high, 4)],
-        )
+        ms, *others = in_turns([partial(run, ids) for run in (step, *plains.values())], repeats)
+        for beside, plain_ms in zip(plains, others, strict=True):
+            pairs = [mine / other for mine, other in zip(ms, plain_ms, strict=True)]
+            low, middle, high = statistics.quantiles(pairs, n=4)
+            write(
+                name=name,
+                batch=b,
+                beside=beside,
+                ms=statistics.median(ms),
+                plain_ms=statistics.median(plain_ms),
+                ratio=middle,
+                ratio_quartiles=[round(low, 4), round(high, 4)],
+            )
 
 
 def measure_steps(write: Callable[..., None], device: str, toy: bool, repeats: int) -> None:
     config = e2b_config(toy)
     length = 64 if toy else 2048
     batches = {b: torch.randint(0, config.vocab_size, (b, length), device=device) for b in (1, 4)}
-    for latents in (torch.float32, torch.bfloat16):
-        compare_with_plain(write, config, batches, latents, repeats)
+    for measure in (float32_latents, bfloat16_latents, torchao_steps):
+        measure(write, config, batches, repeats)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    torchao_steps(write, config, device, batches, repeats)
 
 
-def compare_with_plain(
-    write: Callable[..., None],
-    config: Gemma4TextConfig,
-    batches: dict[int, Tensor],
-    latents: torch.dtype,
-    repeats: int,
+def float32_latents(
+    write: Callable[..., None], config: Gemma4TextConfig, batches: dict[int, Tensor], repeats: int
 ) -> None:
-    """Plain training beside the same model fake-quantized; float32 latents compute under autocast."""
-    autocast = latents == torch.float32
-    plain = random_model(config, batches[1].device.type, latents)
-    quantized = copy.deepcopy(plain)
-    plan = make_plan(config.to_dict(), Recipe.load("q4_0", FROZEN))
-    prepare(quantized, plan, fit=_quick_fit, compiled=True)
-    weights = StepWeights(quantized)
-    compare(
-        write,
-        f"intaglio q4_0, {str(latents).removeprefix('torch.')} latents",
-        partial(plain_step, plain, autocast=autocast),
-        partial(quantized_step, quantized, weights, autocast=autocast),
-        batches,
-        repeats,
-    )
+    """What the training loop does, beside plain bfloat16 and beside float32 weights under autocast too."""
+    device = batches[1].device.type
+    bf16 = random_model(config, device, torch.bfloat16)
+    mixed = random_model(config, device, torch.float32)
+    plains = {
+        "plain bfloat16": partial(plain_step, bf16, autocast=False),
+        "plain float32, autocast": partial(plain_step, mixed, autocast=True),
+    }
+    step = fake_quantized(mixed, config, autocast=True)
+    compare(write, "intaglio q4_0, float32 latents", step, plains, batches, repeats)
+
+
+def bfloat16_latents(
+    write: Callable[..., None], config: Gemma4TextConfig, batches: dict[int, Tensor], repeats: int
+) -> None:
+    plain = random_model(config, batches[1].device.type, torch.bfloat16)
+    plains = {"plain bfloat16": partial(plain_step, plain, autocast=False)}
+    step = fake_quantized(plain, config, autocast=False)
+    compare(write, "intaglio q4_0, bfloat16 latents", step, plains, batches, repeats)
+
+
+def fake_quantized(plain: nn.Module, config: Gemma4TextConfig, autocast: bool) -> Callable[[Tensor], None]:
+    """One step of a copy of `plain` with fake-quantized linear layers."""
+    model = copy.deepcopy(plain)
+    prepare(model, make_plan(config.to_dict(), Recipe.load("q4_0", FROZEN)), fit=_quick_fit, compiled=True)
+    return partial(quantized_step, model, StepWeights(model), autocast=autocast)
 
 
 def _quick_fit(values: Tensor, grid):  # type: ignore[no-untyped-def]
@@ -212,7 +220,7 @@ def _quick_fit(values: Tensor, grid):  # type: ignore[no-untyped-def]
 
 
 def torchao_steps(
-    write: Callable[..., None], config: Gemma4TextConfig, device: str, batches: dict[int, Tensor], repeats: int
+    write: Callable[..., None], config: Gemma4TextConfig, batches: dict[int, Tensor], repeats: int
 ) -> None:
     name = "torchao int4 group 32, bfloat16"
     try:
@@ -221,13 +229,13 @@ def torchao_steps(
     except ImportError as error:
         write(name=name, error=str(error))
         return
-    plain = random_model(config, device, torch.bfloat16)
+    plain = random_model(config, batches[1].device.type, torch.bfloat16)
     quantized = copy.deepcopy(plain)
     weights = IntxFakeQuantizeConfig(torch.int4, group_size=32, is_symmetric=True)
     is_linear = lambda module, name: isinstance(module, nn.Linear)  # noqa: E731
     quantize_(quantized.model, QATConfig(weight_config=weights, step="prepare"), filter_fn=is_linear)
-    steps = [partial(plain_step, model, autocast=False) for model in (plain, quantized)]
-    compare(write, name, *steps, batches, repeats)
+    plains = {"plain bfloat16": partial(plain_step, plain, autocast=False)}
+    compare(write, name, partial(plain_step, quantized, autocast=False), plains, batches, repeats)
 
 
 def measure_kl(write: Callable[..., None], device: str, toy: bool, repeats: int) -> None:
@@ -266,7 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--toy", action="store_true")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=25)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
