@@ -47,7 +47,7 @@ from intaglio.plan.recipe import Recipe
 from intaglio.tiny import MODEL_DIR
 from intaglio.train.decode import StepWeights
 from intaglio.train.distill import chunked_kl
-from intaglio.train.loop import final_hidden, head_weight
+from intaglio.train.lesson import final_hidden, head_weight
 from intaglio.train.optimizer import make_optimizer
 from intaglio.train.student import build_student
 

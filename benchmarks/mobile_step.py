@@ -32,7 +32,7 @@ from intaglio.plan.schedule import Schedule
 from intaglio.train.attach import prepare
 from intaglio.train.decode import StepWeights
 from intaglio.train.kernels import compile_layers
-from intaglio.train.loop import Distiller
+from intaglio.train.lesson import Distiller
 from intaglio.train.optimizer import make_optimizer
 from intaglio.train.static import put_scales
 

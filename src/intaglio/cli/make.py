@@ -127,9 +127,7 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log into the run folder.")] = False,
 ) -> None:
     """Train a checkpoint to its grids, or a packed model on them; leaves artifacts, packed model and report."""
-    from intaglio.cli.terminal import Bars, print_comparison, print_report
     from intaglio.packed.model import FILE_NAME
-    from intaglio.plan.recipe import Recipe
     from intaglio.train.loop import Options
 
     options = Options(
@@ -146,25 +144,38 @@ def train(
             raise typer.BadParameter(
                 f"{model} is packed and has its recipe: leave out --recipe, or change it with --set"
             )
-        from intaglio.finetune import finetune
+        _train_packed(model, out, teacher_dir=teacher, overrides=overrides, **common)
+    else:
+        if teacher is not None:
+            raise typer.BadParameter(
+                f"--teacher: {model} is a checkpoint of floats, which learns from itself: leave it out"
+            )
+        _train_floats(model, out, recipe or "q4_0", overrides, **common)
 
-        with Bars() as bars:
-            tuned = finetune(model, out, teacher_dir=teacher, overrides=overrides, progress=bars.progress, **common)
-        print_comparison("before", tuned.before)
-        print_comparison("after", tuned.after)
-        for path in tuned.files:
-            typer.echo(f"{path}: holds what was trained, 0 bits differ")
-        return
-    if teacher is not None:
-        raise typer.BadParameter(
-            f"--teacher: {model} is a checkpoint of floats, which learns from itself: leave it out"
-        )
+
+def _train_floats(model: Path, out: Path, recipe: str, overrides: list[str], **common: Any) -> None:
+    """A checkpoint is brought to its recipe's grids."""
+    from intaglio.cli.terminal import Bars, print_report
+    from intaglio.plan.recipe import Recipe
     from intaglio.workflow import run
 
-    loaded = Recipe.load(recipe or "q4_0", overrides)
+    loaded = Recipe.load(recipe, overrides)
     with Bars() as bars:
         report = run(model, loaded, out, progress=bars.progress, **common)
     print_report(report, out)
+
+
+def _train_packed(model: Path, out: Path, **how: Any) -> None:
+    """A packed model goes on learning on its grids."""
+    from intaglio.cli.terminal import Bars, print_comparison
+    from intaglio.finetune import finetune
+
+    with Bars() as bars:
+        tuned = finetune(model, out, progress=bars.progress, **how)
+    print_comparison("before", tuned.before)
+    print_comparison("after", tuned.after)
+    for path in tuned.files:
+        typer.echo(f"{path}: holds what was trained, 0 bits differ")
 
 
 @app.command()

@@ -28,7 +28,8 @@ from intaglio.train.attach import prepare
 from intaglio.train.corpus import Corpus
 from intaglio.train.distill import chunked_kl
 from intaglio.train.kernels import compile_layers
-from intaglio.train.loop import Options, Session, StepInfo, head_weight, make_accelerator, session_dtype
+from intaglio.train.lesson import head_weight
+from intaglio.train.loop import Options, Session, StepInfo, make_accelerator, session_dtype
 from intaglio.train.run_folder import check_run_dir, claim
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +26,8 @@ from intaglio.plan.plan import Plan
 from intaglio.train import checkpoint
 from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.decode import StepWeights, freeze_codes
-from intaglio.train.distill import chunked_cross_entropy, chunked_kl
 from intaglio.train.kernels import compile_layers
-from intaglio.train.modules import QuantLinear
+from intaglio.train.lesson import Distiller, Teach, Teacher, nothing
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
 from intaglio.train.run_folder import LOSSES_FILE, append_line, check_run_dir, claim, keep_lines
 from intaglio.train.static import put_scales, switch_static
@@ -70,77 +68,6 @@ class StepInfo:
     tokens: int
     seconds: float
     phase: str
-
-
-class Distiller(nn.Module):
-    """Student plus loss as one module, so that accelerate can wrap the whole."""
-
-    def __init__(self, student: TextModel, softcap: float | None, compiled: bool):
-        super().__init__()
-        self.student = student
-        self.softcap = softcap
-        self.compiled = compiled
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        dtype: torch.dtype,
-        teacher_hidden: Tensor | None = None,
-        teacher_head: Tensor | None = None,
-    ) -> Tensor:
-        """KL to the teacher whose final hidden states [B x T, D] and head are given, else cross-entropy."""
-        hidden = final_hidden(self.student, input_ids, positions).to(dtype).flatten(0, 1)
-        return self.loss(hidden, input_ids, positions, teacher_hidden, teacher_head)
-
-    def loss(
-        self,
-        hidden: Tensor,
-        input_ids: Tensor,
-        positions: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None,
-    ) -> Tensor:
-        """The same from the student's final hidden states [B x T, D]."""
-        head, how = head_weight(self.student, hidden.dtype), {"softcap": self.softcap, "compiled": self.compiled}
-        if teacher_hidden is not None and teacher_head is not None:
-            return chunked_kl(hidden, head, teacher_hidden, teacher_head, **how)  # type: ignore[arg-type]
-        labels, counted = input_ids.roll(-1, 1), positions.roll(-1, 1) > 0  # none for the last token of a document
-        counted[:, -1] = False
-        return chunked_cross_entropy(hidden, head, labels.flatten(), counted.flatten(), **how)  # type: ignore[arg-type]
-
-
-# What a lesson needs beside the text, from input_ids and positions [B, T].
-Teach = Callable[[Tensor, Tensor], tuple[Any, ...]]
-
-
-def _nothing(input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
-    return ()
-
-
-class Teacher:
-    """What `Distiller` learns from a teacher: its final hidden states [B x T, D] and its head [V, D]."""
-
-    def __init__(self, model: TextModel, dtype: torch.dtype):
-        self.model, self.dtype = model, dtype
-        self.head = model.get_output_embeddings().weight.to(dtype)
-
-    def __call__(self, input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
-        return final_hidden(self.model, input_ids, positions).to(self.dtype).flatten(0, 1), self.head
-
-
-def final_hidden(model: TextModel, input_ids: Tensor, positions: Tensor) -> Tensor:
-    """Output of the final norm, [B, T, D]. Positions that restart keep documents apart."""
-    return model.model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
-
-
-def head_weight(model: TextModel, dtype: torch.dtype) -> Tensor:
-    """Output embedding [V, D] as the forward decodes it."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if not isinstance(head, QuantLinear):
-        return head.weight.to(dtype)
-    decoded = head.quantizer.decoded
-    return decoded if decoded is not None else head.quantizer(head.weight, dtype)
 
 
 def train(
@@ -193,7 +120,7 @@ def train(
         compile_layers(student, *([] if teacher is None else [teacher]))
     softcap = getattr(student.config, "final_logit_softcapping", None)
     lesson = Distiller(student, softcap, compiled)
-    teach = _nothing if teacher is None else Teacher(teacher, session_dtype(accelerator))
+    teach = nothing if teacher is None else Teacher(teacher, session_dtype(accelerator))
     session = Session(student, lesson, teach, plan, corpus, run_dir, accelerator, compiled, options)
     claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
     if options.tensorboard:

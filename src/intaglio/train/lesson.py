@@ -1,0 +1,89 @@
+"""What a student learns from a batch: the distribution of a teacher, or the text itself.
+
+A lesson is a module that takes text and what a `Teach` made of it and returns the loss, so that accelerate
+can wrap the student and its loss as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intaglio.packed.checkpoint import TextModel
+from intaglio.train.distill import chunked_cross_entropy, chunked_kl
+from intaglio.train.modules import QuantLinear
+
+
+class Distiller(nn.Module):
+    """Student plus loss as one module, so that accelerate can wrap the whole."""
+
+    def __init__(self, student: TextModel, softcap: float | None, compiled: bool):
+        super().__init__()
+        self.student = student
+        self.softcap = softcap
+        self.compiled = compiled
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        dtype: torch.dtype,
+        teacher_hidden: Tensor | None = None,
+        teacher_head: Tensor | None = None,
+    ) -> Tensor:
+        """KL to the teacher whose final hidden states [B x T, D] and head are given, else cross-entropy."""
+        hidden = final_hidden(self.student, input_ids, positions).to(dtype).flatten(0, 1)
+        return self.loss(hidden, input_ids, positions, teacher_hidden, teacher_head)
+
+    def loss(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        positions: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Tensor | None,
+    ) -> Tensor:
+        """The same from the student's final hidden states [B x T, D]."""
+        head, how = head_weight(self.student, hidden.dtype), {"softcap": self.softcap, "compiled": self.compiled}
+        if teacher_hidden is not None and teacher_head is not None:
+            return chunked_kl(hidden, head, teacher_hidden, teacher_head, **how)  # type: ignore[arg-type]
+        labels, counted = input_ids.roll(-1, 1), positions.roll(-1, 1) > 0  # none for the last token of a document
+        counted[:, -1] = False
+        return chunked_cross_entropy(hidden, head, labels.flatten(), counted.flatten(), **how)  # type: ignore[arg-type]
+
+
+# What a lesson needs beside the text, from input_ids and positions [B, T].
+Teach = Callable[[Tensor, Tensor], tuple[Any, ...]]
+
+
+def nothing(input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
+    """The text itself is the lesson."""
+    return ()
+
+
+class Teacher:
+    """What `Distiller` learns from a teacher: its final hidden states [B x T, D] and its head [V, D]."""
+
+    def __init__(self, model: TextModel, dtype: torch.dtype):
+        self.model, self.dtype = model, dtype
+        self.head = model.get_output_embeddings().weight.to(dtype)
+
+    def __call__(self, input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
+        return final_hidden(self.model, input_ids, positions).to(self.dtype).flatten(0, 1), self.head
+
+
+def final_hidden(model: TextModel, input_ids: Tensor, positions: Tensor) -> Tensor:
+    """Output of the final norm, [B, T, D]. Positions that restart keep documents apart."""
+    return model.model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+
+
+def head_weight(model: TextModel, dtype: torch.dtype) -> Tensor:
+    """Output embedding [V, D] as the forward decodes it."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, QuantLinear):
+        return head.weight.to(dtype)
+    decoded = head.quantizer.decoded
+    return decoded if decoded is not None else head.quantizer(head.weight, dtype)
