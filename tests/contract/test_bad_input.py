@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from intaglio.packed import store
-from intaglio.train import loop
+from intaglio.train import lesson
 from intaglio.train import quantize as quantize_module
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
@@ -552,13 +552,13 @@ def test_an_option_that_cannot_be_used(option: str, says: str, gemma4: Case, tex
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
     value: float, gemma4: Case, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, calls = loop.chunked_kl, []
+    plain, calls = lesson.chunked_kl, []
 
     def spoiled(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(1)
         return plain(*args, **kwargs) * (value if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(loop, "chunked_kl", spoiled)
+    monkeypatch.setattr(lesson, "chunked_kl", spoiled)
     outcome = intaglio(*train(gemma4.checkpoint, text, tmp_path / "out", "--checkpoint-every=2"))
     assert outcome.code == 2
     assert re.search(r"loss is (nan|inf) at step 4: .*step-00000002: lower schedule\.lr", outcome.error)

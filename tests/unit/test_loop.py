@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
 from intaglio.plan.recipe import Recipe
 from intaglio.plan.schedule import Schedule
-from intaglio.train import checkpoint, loop
+from intaglio.train import checkpoint, lesson, loop
 from intaglio.train.decode import StepWeights, freeze_codes
 from intaglio.train.loop import Options, StepInfo, train
 from intaglio.train.modules import RoundedWeight
@@ -331,20 +331,20 @@ def test_weights_that_are_not_finite_leave_no_run_behind(tmp_path: Path) -> None
 def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint(
     value: float, teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, calls = loop.chunked_kl, []
+    plain, calls = lesson.chunked_kl, []
 
     def spoiled(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(1)
         loss = plain(*args, **kwargs)
         return loss * value if len(calls) == 4 else loss
 
-    monkeypatch.setattr(loop, "chunked_kl", spoiled)
+    monkeypatch.setattr(lesson, "chunked_kl", spoiled)
     options = Options(precision="no", compiled=False, checkpoint_every=2)
     with pytest.raises(TrainingError, match=r"loss is (nan|inf) at step 4.*last good checkpoint is .*step-00000002"):
         run(teacher, tmp_path / "cut", 5, options=options)
     assert [p.name for p in (tmp_path / "cut/checkpoints").iterdir()] == ["step-00000002"]
     assert len(losses(tmp_path / "cut")) == 3
-    monkeypatch.setattr(loop, "chunked_kl", plain)
+    monkeypatch.setattr(lesson, "chunked_kl", plain)
     resumed = run(teacher, tmp_path / "cut", 5, options=options, resume=True)
     assert_equal_states(resumed, run(teacher, tmp_path / "whole", 5))
 
@@ -352,7 +352,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint(
 def test_without_a_checkpoint_the_message_says_so(
     teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "chunked_kl", lambda hidden, *rest, **kwargs: hidden.sum() * torch.nan)
+    monkeypatch.setattr(lesson, "chunked_kl", lambda hidden, *rest, **kwargs: hidden.sum() * torch.nan)
     with pytest.raises(TrainingError, match="step 1: there is no checkpoint yet"):
         run(teacher, tmp_path, 1)
 
