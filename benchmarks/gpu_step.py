@@ -194,6 +194,7 @@ def float32_latents(
 def bfloat16_latents(
     write: Callable[..., None], config: Gemma4TextConfig, batches: dict[int, Tensor], repeats: int
 ) -> None:
+    """Half the memory for latents, beside plain training of the same weights."""
     plain = random_model(config, batches[1].device.type, torch.bfloat16)
     plains = {"plain bfloat16": partial(plain_step, plain, autocast=False)}
     step = fake_quantized(plain, config, autocast=False)

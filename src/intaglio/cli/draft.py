@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from intaglio.cli.options import Json, Overrides, Text, app, print_json
+
+if TYPE_CHECKING:
+    from intaglio.drafter.model import Shape
 
 
 @app.command("train-drafter")
@@ -43,18 +46,13 @@ def train_drafter(
     """Train a drafter on a quantized model, export it, and measure what the model accepts of its drafts."""
     from intaglio.cli.terminal import Bars
     from intaglio.cli.terminal_drafter import print_drafter
-    from intaglio.drafter.model import Shape, target_config
     from intaglio.drafter.run import Texts, run
     from intaglio.plan.recipe import Recipe
     from intaglio.train.loop import Options
 
-    changes = {"width": width, "mlp": mlp, "heads": heads, "clusters": clusters or None}
-    asked = {name: value for name, value in changes.items() if value is not None}
-    if drafter is not None and asked:
-        raise typer.BadParameter(f"--drafter has its shape: leave out --{next(iter(asked))}")
     if original is not None and drafter is None:
         raise typer.BadParameter("--original is compared with the drafter that was made for it: name that by --drafter")
-    shape = None if drafter is not None else Shape.official(target_config(target), **asked)
+    shape = _shape_of_a_new_one(target, drafter, width=width, mlp=mlp, heads=heads, clusters=clusters or None)
     with Bars() as bars:
         report = run(
             target,
@@ -73,3 +71,15 @@ def train_drafter(
         print_json(report.to_dict())
     else:
         print_drafter(report, out)
+
+
+def _shape_of_a_new_one(target: Path, drafter: Path | None, **sizes: int | None) -> Shape | None:
+    """Google's with the sizes that were asked for; none where there is a drafter to begin with."""
+    from intaglio.drafter.model import Shape, target_config
+
+    asked = {name: size for name, size in sizes.items() if size is not None}
+    if drafter is None:
+        return Shape.official(target_config(target), **asked)
+    if asked:
+        raise typer.BadParameter(f"--drafter has its shape: leave out --{next(iter(asked))}")
+    return None
