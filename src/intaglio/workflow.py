@@ -79,7 +79,7 @@ def run(
     corpus = training_text(plan, data, tokenizer, teacher, progress)
     corpus, windows_NT = held_out(corpus, evaluation, plan, tokenizer)
     progress.stage("Training")
-    student = train(
+    latents = train(
         teacher,
         plan,
         corpus,
@@ -90,10 +90,10 @@ def run(
         on_calibration=lambda done, total: progress.part(done, total, "tokens calibrated"),
     )
     progress.stage("Packing and exporting")
-    pack_model(student, plan, out / "packed", assets=model_dir, provenance=_provenance(model_dir, data), replace=resume)
+    pack_model(latents, out / "packed", assets=model_dir, provenance=_provenance(model_dir, data), replace=resume)
     with new_path(out / HELD_OUT_FILE, replace=True) as temporary, open(temporary, "wb") as file:
         np.save(file, windows_NT)
-    del student
+    del latents
     _references(Path(model_dir), plan, corpus, teacher, out, options, replace=resume)
     bench = Bench.open(model_dir, out, tokenizer, teacher.to("cpu"))
     for export in bench.format.exports:

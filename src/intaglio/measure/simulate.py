@@ -11,8 +11,7 @@ from torch import Tensor
 from intaglio.measure.evaluate import transformers_source
 from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.model import PackedModel
-from intaglio.train.attach import attach_static
-from intaglio.train.static import fix_scales, switch_static
+from intaglio.train.static import attach_static, fix_scales, switch_static
 
 
 def decoded_model(teacher: TextModel, packed: PackedModel) -> TextModel:

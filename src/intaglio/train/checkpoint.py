@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from intaglio.errors import ConfigError
 from intaglio.packed.store import SafetensorsWriter, new_path, open_safetensors
+from intaglio.train.latents import Latents
 
 KEEP = 2  # the newest, and one before it in case the newest turns out to hold a diverged state
 
@@ -32,10 +32,10 @@ def latest(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+def save(run_dir: Path, step: int, latents: Latents, optimizer: torch.optim.Optimizer) -> Path:
     """Write the state after `step` optimizer steps; older checkpoints but one are removed."""
-    tensors = {f"model.{n}": t for n, t in _state(model).items()}
-    names = {id(p): n for n, p in model.named_parameters()}
+    tensors = {f"latents.{name}": tensor for name, tensor in latents.state().items()}
+    names = {id(parameter): name for name, parameter in latents.named_parameters()}
     for parameter, state in optimizer.state.items():
         tensors |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in state.items()}
     path = step_dir(run_dir, step)
@@ -49,14 +49,6 @@ def save(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Opti
     for old in sorted(path.parent.glob("step-*"))[:-KEEP]:
         shutil.rmtree(old)
     return path
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters once each (tied ones are one) and persistent buffers."""
-    buffers = {
-        n: b for n, b in model.state_dict().items() if n not in dict(model.named_parameters(remove_duplicate=False))
-    }
-    return dict(model.named_parameters()) | buffers
 
 
 def read_step(path: Path) -> int:
@@ -73,26 +65,26 @@ def _damaged(path: Path, error: object) -> ConfigError:
 
 
 @torch.no_grad()
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore model and optimizer in place.
+def load(path: Path, latents: Latents, optimizer: torch.optim.Optimizer) -> None:
+    """Restore latents, what they decode to, and the optimizer, in place.
 
-    The model must be in the phase of the checkpoint (codes frozen or not) and the optimizer made
-    for it.
+    The latents must be in the phase of the checkpoint (codes frozen or not) and the optimizer made for it.
     """
     try:
-        _load(path, model, optimizer)
+        _load(path, latents, optimizer)
     except (ConfigError, KeyError, RuntimeError) as error:  # unreadable, other names, other shapes
         raise _damaged(path, error) from error
+    latents.decode()
 
 
-def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    state = _state(model)
-    parameters = dict(model.named_parameters())
+def _load(path: Path, latents: Latents, optimizer: torch.optim.Optimizer) -> None:
+    state = latents.state()
+    parameters = dict(latents.named_parameters())
     with open_safetensors(path / "state.safetensors") as file:
         for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
             kind, _, rest = name.partition(".")
             value = file.get_tensor(name)
-            if kind == "model":
+            if kind == "latents":
                 state.pop(rest).copy_(value)
             else:
                 owner, _, key = rest.rpartition(".")
