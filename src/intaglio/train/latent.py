@@ -19,31 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from intaglio.errors import MismatchError
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized, from_steps
 from intaglio.train.kernels import LOWEST_RATIO, Scales, backward, features, forward, in_chunks, scales_of
+from intaglio.train.sharding import local
 
 SCALE_SUFFIX = ".scale_latent"  # of the names of learned scales
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The rows of a tensor that this process owns: all of a plain tensor, its shard of a sharded one."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def own_rows(value: Any, parameter: Tensor) -> Any:
-    """The rows of a whole tensor or Quantized that belong to this process's shard of `parameter`."""
-    if not isinstance(parameter, DTensor):
-        return value
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    rows = slice(offset[0], offset[0] + shape[0])
-    if isinstance(value, Tensor):
-        return value[rows]
-    parts = (value.codes, value.scale, value.super_scale)
-    return Quantized(value.grid, *(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
 
 
 def take_gradient(weight: nn.Parameter) -> Tensor | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from intaglio.errors import InputError, RecipeError, WeightError
 from intaglio.numerics.fit import check_finite
@@ -13,9 +14,10 @@ from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.packed.model import PackedModel
 from intaglio.plan.memory import learns_scales
 from intaglio.plan.plan import Plan, PlannedTensor
-from intaglio.train.latent import BlockLatent, FloatLatent, local, own_rows
+from intaglio.train.latent import BlockLatent, FloatLatent
 from intaglio.train.lora import adapt, check_adapters, is_adapter
 from intaglio.train.quantize import FITS, fit_rows
+from intaglio.train.sharding import average_over_processes, local, own_rows, own_slice, sum_over_processes
 from intaglio.train.start import check_begins
 from intaglio.train.static import attach_static, bare_path, put_scales
 
@@ -26,13 +28,14 @@ STORED_BUFFERS = ("layer_scalar", "token_ordering")  # buffers that a checkpoint
 class Latents:
     """What stands behind a model's weights while it is trained to a plan's grids; `prepare` makes one.
 
-    model: the plain model; its weights hold decoded values. trained: the masters of weights that are trained, by
-    name, in the plan's order. still: codes of weights on a grid that are not trained, of this process's rows, on
-    the CPU.
+    model: the plain model; its weights hold decoded values. owners: the module and attribute that hold each tensor.
+    trained: the masters of weights that are trained, by name, in the plan's order. still: codes of weights on a grid
+    that are not trained, of this process's rows, on the CPU.
     """
 
     def __init__(self, model: Any, plan: Plan):
         self.model, self.plan = model, plan
+        self.owners = owners_of(model)
         self.trained: dict[str, BlockLatent | FloatLatent] = {}
         self.still: dict[str, Quantized] = {}
 
@@ -46,7 +49,7 @@ class Latents:
 
         Masters and scale latents, and what the model trains beside its planned weights: static scales and adapters.
         """
-        by_weight = {id(latent.weight): latent for latent in self.trained.values()}
+        by_weight = {id(latent.weight): latent for latent in self.trained.values()}  # of a model at rest, not gathered
         for name, parameter in self.model.named_parameters():
             latent = by_weight.get(id(parameter))
             if latent is not None:
@@ -65,9 +68,31 @@ class Latents:
             latent.decode()
 
     def pull(self) -> None:
-        """Move the gradients of the model's weights to the latents."""
+        """Move the gradients of the model's weights to the latents, and average what FSDP2 has not averaged."""
+        weights = [latent.weight for latent in self.trained.values()]
+        average_over_processes([w.grad for w in weights if w.grad is not None and not isinstance(w, DTensor)])
         for latent in self.trained.values():
             latent.pull()
+        own = {id(parameter) for latent in self.trained.values() for _, parameter in latent.named_parameters()}
+        rest = [p for name, p in self.named_parameters() if id(p) not in own and ".lora_" not in name]
+        average_over_processes([p.grad for p in rest if p.grad is not None])
+
+    def clip(self, largest: float) -> None:
+        """Scale the gradients of all that is trained so that their norm, over all processes, is at most `largest`."""
+        sharded, whole = self._by_sharding()
+        if not sharded:
+            nn.utils.clip_grad_norm_(whole, largest)
+            return
+        norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in (sharded, whole)]
+        total = (sum_over_processes(norms[0].square()) + norms[1].to(norms[0].device).square()).sqrt()
+        nn.utils.clip_grads_with_norm_([*sharded, *whole], largest, total)
+
+    def _by_sharding(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """What is trained: rows of this process alone, and what every process has alike."""
+        latents = [latent for latent in self.trained.values() if isinstance(latent.weight, DTensor)]
+        sharded = [parameter for latent in latents for _, parameter in latent.named_parameters()]
+        own = {id(parameter) for parameter in sharded}
+        return sharded, [parameter for _, parameter in self.named_parameters() if id(parameter) not in own]
 
     def freeze_codes(self) -> None:
         """Fix the codes of every weight whose scales are learned; only these go on: the start of the frozen tail.
@@ -80,13 +105,26 @@ class Latents:
                 if latent.adapter is not None:
                     latent.adapter.freeze()
 
+    def is_sharded(self, name: str) -> bool:
+        """Whether each process owns only some rows of a planned tensor."""
+        return isinstance(getattr(*self.owners[name]), DTensor)
+
+    def first_rows(self) -> dict[str, int]:
+        """Where this process's rows of masters and of their state begin in the whole, by name; of sharded ones only."""
+        return {
+            name: own_slice(latent.weight).start
+            for latent in self.trained.values()
+            if isinstance(latent.weight, DTensor)
+            for name in latent.state()
+        }
+
     def pack(self, tensor: PlannedTensor) -> Quantized | Tensor:
         """A planned tensor as the forward uses it, of this process's rows, on the CPU: codes and scales, or float32."""
         if tensor.name in self.trained:
             return self.trained[tensor.name].pack()
         if tensor.name in self.still:
             return self.still[tensor.name]
-        module, attribute = owners_of(self.model)[tensor.name]
+        module, attribute = self.owners[tensor.name]
         assert isinstance(tensor.grid, FloatGrid)
         return tensor.grid.round(local(getattr(module, attribute).detach()).cpu())
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from intaglio.packed.checkpoint import TextModel
 from intaglio.train.distill import chunked_cross_entropy, chunked_kl
+from intaglio.train.sharding import final_hidden
 
 
 class Distiller(nn.Module):
@@ -70,14 +71,8 @@ class Teacher:
 
     def __init__(self, model: TextModel, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
-        self.head = model.get_output_embeddings().weight.to(dtype)
 
     def __call__(self, input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
         with torch.autocast(input_ids.device.type, self.dtype, enabled=self.model.dtype != self.dtype):
             hidden = final_hidden(self.model, input_ids, positions)
-        return hidden.to(self.dtype).flatten(0, 1), self.head
-
-
-def final_hidden(model: TextModel, input_ids: Tensor, positions: Tensor) -> Tensor:
-    """Output of the final norm, [B, T, D]. Positions that restart keep documents apart."""
-    return model.model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+        return hidden.to(self.dtype).flatten(0, 1), self.model.get_output_embeddings().weight.to(self.dtype)

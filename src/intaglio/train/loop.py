@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from intaglio.errors import InputError, TrainingError
 from intaglio.packed.checkpoint import TextModel
@@ -29,6 +30,7 @@ from intaglio.train.latents import Latents
 from intaglio.train.lesson import Distiller, Teach, Teacher, nothing
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
 from intaglio.train.run_folder import LOSSES_FILE, append_line, check_run_dir, claim, keep_lines
+from intaglio.train.sharding import check_together, is_main, shard, start_processes, world_size
 from intaglio.train.static import put_scales, switch_static
 from intaglio.train.student import build_student, calibrate_student, gptq_start, on_device
 
@@ -85,8 +87,9 @@ def train(
 ) -> Latents:
     """Train a copy of `original` to the plan's grids and return its latents; `.model` is the student itself.
 
-    original: text model in its checkpoint's dtype or float32; it stays as it is. corpus: packed sequences. run_dir:
-    receives losses, checkpoints and TensorBoard files; an existing run is continued only with `resume`.
+    original: text model in its checkpoint's dtype or float32; it keeps its values. Of several processes each has a
+    shard of it (see `sharding.load_own_rows`), or all of it, which is then sharded in place. corpus: packed sequences.
+    run_dir: receives losses, checkpoints and TensorBoard files; an existing run is continued only with `resume`.
     teacher: another model whose distribution is learned, by the original's tokens; the original by default.
     start: a packed model to go on from, bit for bit; `original` is then only what holds it, and is used up.
     on_calibration: tokens done and in all of the pass that calibrates static scales, if there are any.
@@ -95,11 +98,13 @@ def train(
     """
     options = options or Options()
     run_dir = Path(run_dir)
+    start_processes()
     if plan.recipe.schedule.lora_rank and start is None:
         raise InputError("schedule.lora_rank is for training that goes on from a packed model: quantize it first")
     identity = run_identity(plan, start) | {"corpus": corpus.digest}
     check_run_dir(run_dir, identity, resume)
     accelerator = make_accelerator(options, run_dir)
+    check_together(plan.recipe.schedule.batch_size, identity)
     compiled = accelerator.device.type == "cuda" if options.compiled is None else options.compiled
     if plan.recipe.schedule.loss == "cross_entropy":
         teacher = None
@@ -111,7 +116,10 @@ def train(
     else:
         teacher = (teacher or original).to(accelerator.device).requires_grad_(False)
     dtype = dtype_of(options)
-    latents = build_student(original.to(accelerator.device), plan, start=start, dtype=dtype)
+    original = original.to(accelerator.device)
+    if world_size() > 1 and not isinstance(original, FSDPModule):
+        shard(original, accelerator.device)
+    latents = build_student(original, plan, start=start, dtype=dtype)
     student = latents.model
     saved = checkpoint.latest(run_dir)
     if start is None:  # else its codes and static scales are the packed model's
@@ -124,12 +132,14 @@ def train(
     lesson = Distiller(student, softcap, compiled)
     teach = nothing if teacher is None else Teacher(teacher, dtype)
     session = Session(latents, lesson, teach, corpus, run_dir, accelerator, options)
-    claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
+    if is_main():
+        claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
     if options.tensorboard:
         accelerator.init_trackers("tensorboard")
     session.run(saved, on_step)
     switch_static(student, activations=True, kv_cache=True)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # accelerate's own end would also dismiss the processes, which pack together
+        tracker.finish()
     return latents
 
 
@@ -196,15 +206,17 @@ class Session:
         """Train from `start`, a checkpoint, or from the beginning, to the end."""
         first = self.restore(start) if start else 0
         log = self.run_dir / LOSSES_FILE
-        keep_lines(log, first)
+        if is_main():
+            keep_lines(log, first)
         began = time.perf_counter()
         for step in range(first, self.phases.total):
             if step == self.phases.tail:
                 self.enter_tail()
             loss = self.step(step)
             info = self.record(step, loss, time.perf_counter() - began)
-            append_line(log, json.dumps({"step": info.step, "tokens": info.tokens, "loss": loss}) + "\n")
-            on_step(info)
+            if is_main():
+                append_line(log, json.dumps({"step": info.step, "tokens": info.tokens, "loss": loss}) + "\n")
+                on_step(info)
             every = self.options.checkpoint_every
             if every and info.step % every == 0 and info.step < self.phases.total:
                 checkpoint.save(self.run_dir, info.step, self.latents, self.optimizer)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from intaglio.errors import InputError
 from intaglio.plan.plan import Plan
 from intaglio.train.latent import BlockLatent
+from intaglio.train.sharding import own_slice, sum_over_processes
 from intaglio.train.static import bare_path, swap_class
 
 ALPHA_PER_RANK = 2  # so that the learning rate need not follow the rank
@@ -82,8 +85,8 @@ def _check_plain(lora: Any, path: str) -> None:
 class Adapter:
     """The adapters of one LoRA layer, as its `BlockLatent` sees them."""
 
-    def __init__(self, lora: Any, path: str):
-        self.lora, self.path = lora, path
+    def __init__(self, lora: Any, path: str, weight: nn.Parameter):
+        self.lora, self.path, self.weight = lora, path, weight
 
     @property
     def state(self) -> tuple[str, ...]:
@@ -95,17 +98,21 @@ class Adapter:
 
     def delta(self) -> Tensor | float:
         """The sum of their BA [R, C], float32; 0 for none."""
-        return sum((self.lora.get_delta_weight(name).float() for name in self.state), 0.0)
+        rows = own_slice(self.weight)
+        return sum((self.lora.get_delta_weight(name).float()[rows] for name in self.state), 0.0)
 
     def pull(self, grad: Tensor | None) -> None:
-        """Add to the gradients of A and B for a gradient [R, C] of W + BA; None once codes are frozen."""
-        for name in self.state if grad is not None else ():
+        """Add to the gradients of A and B for one of W + BA, of this process's rows; None once codes are frozen."""
+        if grad is None:
+            return
+        if isinstance(self.weight, DTensor):  # the rows of all processes together
+            own, grad = grad, torch.zeros(self.weight.shape, device=grad.device)
+            grad[own_slice(self.weight)] = own
+            sum_over_processes(grad)
+        for name in self.state:
             a, b = self.lora.lora_A[name].weight, self.lora.lora_B[name].weight
-            scaling = self.lora.scaling[name]
-            for factor, part in (
-                (a, scaling * (b.detach().float().T @ grad)),
-                (b, scaling * (grad @ a.detach().float().T)),
-            ):
+            scaled = self.lora.scaling[name] * grad
+            for factor, part in ((a, b.detach().float().T @ scaled), (b, scaled @ a.detach().float().T)):
                 if factor.requires_grad:
                     part = part.to(factor.dtype)
                     factor.grad = part if factor.grad is None else factor.grad + part
@@ -154,9 +161,10 @@ def adapt(lora: Any, latent: Any, path: str) -> None:
     """Let a LoRA layer train the latent of its base layer's weight. InputError if the recipe trains no such weight."""
     if not isinstance(latent, BlockLatent) or (latent.scale_latent is None and latent.mode != "fixed"):
         raise InputError(_elsewhere(bare_path(path)))
-    latent.adapter = Adapter(lora, bare_path(path))
+    latent.adapter = Adapter(lora, bare_path(path), latent.weight)
     lora.latent = latent
     swap_class(lora, LoraOnGrid)
     lora.refresh()
     latent.weight.requires_grad_(True)  # its gradient is what A and B learn from
-    latent.weight.register_post_accumulate_grad_hook(lambda _: latent.pull())
+    if not isinstance(latent.weight, DTensor):  # else the gradient comes whole, and the optimizer's step pulls it
+        latent.weight.register_post_accumulate_grad_hook(lambda _: latent.pull())

@@ -68,7 +68,7 @@ class GridOptimizer(torch.optim.Optimizer):
             self._checked = True
         self.latents.pull()
         if self.clip:
-            nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], self.clip)
+            self.latents.clip(self.clip)
         self.inner.step()
         self.inner.zero_grad()
         self.latents.decode()

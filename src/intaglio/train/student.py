@@ -20,6 +20,7 @@ from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.gptq import start_from_gptq
 from intaglio.train.latents import Latents, prepare
 from intaglio.train.lora import add_lora
+from intaglio.train.sharding import like, world_size
 
 
 def build_student(
@@ -30,9 +31,12 @@ def build_student(
     dtype: in which the copy holds its weights and computes; the original's by default. start: a packed model whose
     values the student has instead; the student is then `original` itself.
     """
-    student = original if start is not None else copy.deepcopy(original)
+    if world_size() > 1:
+        student = like(original, next(original.parameters()).device)
+    else:
+        student = original if start is not None else copy.deepcopy(original)
+        cast_weights(student, dtype or student.dtype)
     student.requires_grad_(True).train()
-    cast_weights(student, dtype or student.dtype)
     if plan.recipe.schedule.lora_rank:
         add_lora(student, plan, plan.recipe.schedule.lora_rank)
     source = None if start is not None or student.dtype == original.dtype else original.state_dict()
@@ -80,6 +84,7 @@ def gptq_start(latents: Latents, original: TextModel, corpus: Corpus, accelerato
     """Let GPTQ choose the first codes, on the schedule's share of the corpus."""
     schedule = latents.plan.recipe.schedule
     rows = _share(corpus, schedule, schedule.gptq_tokens)
+    rows = rows[accelerator.process_index :: accelerator.num_processes]
     tokens, positions = (on_device(array[rows], accelerator) for array in (corpus.tokens, corpus.positions))
     start_from_gptq(latents, original, tokens, positions)
 
