@@ -32,7 +32,7 @@ _HOMES = {
     "intaglio.train.latents": ("prepare",),
     "intaglio.train.calibrate": ("calibrate",),
     "intaglio.train.corpus": ("load_corpus", "sample_corpus"),
-    "intaglio.train.optimizer": ("GridOptimizer",),
+    "intaglio.train.grid_optimizer": ("GridOptimizer",),
     "intaglio.train.loop": ("Options", "train_model"),
     "intaglio.train.pack": ("pack_model",),
     "intaglio.train.quantize": ("quantize",),

@@ -152,7 +152,7 @@ class _Stored:
                 self.parts.setdefault(name, []).append((int(first_rows.get(name, 0)), file))
 
     def take(self, name: str, like: Tensor, first: int | None) -> Tensor:
-        """A stored tensor, or of a shard its rows from `first` on; KeyError for another shape or dtype than `like`'s."""
+        """A stored tensor, or a shard's rows from `first` on; KeyError if shape or dtype are not those of `like`."""
         parts = sorted(self.parts.pop(name), key=lambda part: part[0])
         if not like.ndim:
             value = parts[0][1].get_tensor(name)

@@ -61,8 +61,11 @@ class FloatLatent:
         self.latent.grad = None if grad is None else grad.float()
 
     def pack(self) -> Tensor:
-        """float32 values as the forward has them, of this process's rows, on the CPU."""
-        return self.grid.round(self.latent.detach().cpu())
+        """float32 values of the forward, of this process's rows, on the CPU. MismatchError as in `BlockLatent`."""
+        rounded, values = self.grid.round(self.latent.detach()), local(self.weight.detach())
+        if not torch.equal(rounded.to(values.dtype), values):
+            raise not_decoded(self.name, values, rounded.to(values.dtype))
+        return rounded.cpu()
 
 
 class BlockLatent:
@@ -97,6 +100,7 @@ class BlockLatent:
             first = _ratio_latent(grid, self.latent.detach(), step) if grid.canonical else torch.zeros_like(step)
             self.scale_latent = nn.Parameter(first)
         self.adapter: Any = None
+        self.step = step  # float32 [..., S], of the last decode
         self._scales: Scales | None = None  # of the last decode, for the pull that follows it, on a CPU
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -144,9 +148,10 @@ class BlockLatent:
 
     @torch.no_grad()
     def decode(self) -> None:
-        """Write the decoded values into the model's weight."""
+        """Write the decoded values into the model's weight, and remember their steps."""
         own = local(self.weight)
-        own.copy_(self.compute(own.dtype)[0])
+        values, self.step = self.compute(own.dtype)
+        own.copy_(values)
 
     @torch.no_grad()
     def pull(self) -> None:
@@ -190,29 +195,19 @@ class BlockLatent:
     @torch.no_grad()
     def freeze(self) -> None:
         """Fix the codes of the present forward; only the scales go on learning."""
-        quantized = self.pack()
-        step = quantized.step.to(self.latent.device)
-        self.codes = quantized.codes.to(self.latent.device)
-        self.base, self.mode, self._scales = step, "frozen", None
-        self.scale_latent = nn.Parameter(torch.zeros_like(step))
+        own = local(self.weight.detach())
+        self.codes, self.base = self.grid.codes_of(own, self.step), self.step
+        self.mode, self._scales = "frozen", None
+        self.scale_latent = nn.Parameter(torch.zeros_like(self.step))
 
     @torch.no_grad()
     def pack(self) -> Quantized:
         """Codes and scales of the forward itself, of this process's rows, on the CPU: nothing is fitted anew.
 
-        Codes are read off the values that were decoded. Raises MismatchError if they do not decode to those very
-        values, or if the model's weight holds others.
+        Codes are read off the model's weight, under the steps that it was decoded with: a compiled kernel may round a
+        tie its own way. Raises MismatchError if they do not decode to the very values of the weight.
         """
-        own = local(self.weight.detach())
-        values, step = self.compute(own.dtype)
-        if not torch.equal(values, own):
-            changed = int((values != own).sum())
-            raise MismatchError(
-                f"{self.name}: {changed} of {own.numel()} values of the model ({own.dtype}) are not what its grid "
-                "decodes to: the weight was changed or cast behind the optimizer's back; train it through the grid's "
-                "optimizer alone, and cast a model before it is prepared"
-            )
-        step, values = step.cpu(), values.cpu()
+        values, step = local(self.weight.detach()).cpu(), self.step.cpu()
         codes = self.grid.codes_of(values, step)
         if self.mode == "fixed":
             assert self.scale is not None
@@ -222,8 +217,18 @@ class BlockLatent:
             step = torch.where(step == 0, torch.full_like(step, -0.0), step)  # as ggml writes empty blocks
             quantized = from_steps(self.grid, codes, step)
         if not torch.equal(quantized.decode(values.dtype), values):
-            raise MismatchError(f"{self.name}: packed codes do not decode to the values of the training forward")
+            raise not_decoded(self.name, values, quantized.decode(values.dtype))
         return quantized
+
+
+def not_decoded(name: str, values: Tensor, decoded: Tensor) -> MismatchError:
+    """The error for a weight that holds other values than its latent decodes to."""
+    changed = int((values != decoded).sum())
+    return MismatchError(
+        f"{name}: {changed} of {values.numel()} values of the model ({values.dtype}) are not what its grid decodes to: "
+        "the weight was changed or cast behind the optimizer's back: train it with GridOptimizer in place of a plain "
+        "optimizer, and cast a model before it is prepared"
+    )
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from intaglio.plan.plan import Plan, PlannedTensor
 from intaglio.train.latent import BlockLatent, FloatLatent
 from intaglio.train.lora import adapt, check_adapters, is_adapter
 from intaglio.train.quantize import FITS, fit_rows
-from intaglio.train.sharding import average_over_processes, local, own_rows, own_slice, sum_over_processes
+from intaglio.train.sharding import average_over_processes, local, own_rows, own_slice, sum_over_processes, world_size
 from intaglio.train.start import check_begins
 from intaglio.train.static import attach_static, bare_path, put_scales
 
@@ -69,13 +69,22 @@ class Latents:
 
     def pull(self) -> None:
         """Move the gradients of the model's weights to the latents, and average what FSDP2 has not averaged."""
-        weights = [latent.weight for latent in self.trained.values()]
-        average_over_processes([w.grad for w in weights if w.grad is not None and not isinstance(w, DTensor)])
+        self.average_whole()
         for latent in self.trained.values():
             latent.pull()
-        own = {id(parameter) for latent in self.trained.values() for _, parameter in latent.named_parameters()}
-        rest = [p for name, p in self.named_parameters() if id(p) not in own and ".lora_" not in name]
-        average_over_processes([p.grad for p in rest if p.grad is not None])
+        self.average_rest()
+
+    def average_whole(self) -> None:
+        """Average, over processes, gradients of weights that each of them has whole."""
+        weights = [latent.weight for latent in self.trained.values()]
+        average_over_processes([w.grad for w in weights if w.grad is not None and not isinstance(w, DTensor)])
+
+    def average_rest(self) -> None:
+        """Average gradients of what is no latent, such as static scales; those of adapters are sums already."""
+        if world_size() > 1:
+            own = {id(parameter) for latent in self.trained.values() for _, parameter in latent.named_parameters()}
+            rest = [p for name, p in self.named_parameters() if id(p) not in own and ".lora_" not in name]
+            average_over_processes([p.grad for p in rest if p.grad is not None])
 
     def clip(self, largest: float) -> None:
         """Scale the gradients of all that is trained so that their norm, over all processes, is at most `largest`."""

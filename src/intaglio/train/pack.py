@@ -12,8 +12,8 @@ from intaglio.errors import WeightError
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.model import write_packed
 from intaglio.plan.plan import PlannedTensor
+from intaglio.train.grid_optimizer import check_trainable
 from intaglio.train.latents import Latents, check_inventory
-from intaglio.train.optimizer import check_trainable
 from intaglio.train.sharding import gather_rows, is_main, settle
 from intaglio.train.static import read_scales
 
