@@ -40,8 +40,11 @@ def own_rows(value: Any, parameter: Tensor) -> Any:
         return value
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     rows = slice(offset[0], offset[0] + shape[0])
-    if isinstance(value, Tensor):
-        return value[rows]
+    return value[rows] if isinstance(value, Tensor) else rows_of(value, rows)
+
+
+def rows_of(value: Quantized, rows: slice) -> Quantized:
+    """Some rows of a weight on a grid."""
     parts = (value.codes, value.scale, value.super_scale)
     return Quantized(value.grid, *(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
 
@@ -50,6 +53,18 @@ def take_gradient(weight: nn.Parameter) -> Tensor | None:
     """This process's rows of a weight's gradient, which the weight then no longer has."""
     grad, weight.grad = weight.grad, None
     return None if grad is None else local(grad)
+
+
+def check_unchanged(name: str, weight: Tensor, values: Tensor) -> None:
+    """Raise MismatchError unless a weight of the model holds `values`, of this process's rows, cast to its dtype."""
+    own = local(weight.detach())
+    changed = int((values.to(own.dtype) != own).sum())
+    if changed:
+        raise MismatchError(
+            f"{name}: {changed} of {own.numel()} values of the model ({own.dtype}) are not what its latents decode to: "
+            "the weight was changed or cast behind them: train it with GridOptimizer in the place of another optimizer, "
+            "load checkpoints before prepare(), and cast a model before it is prepared"
+        )
 
 
 class FloatLatent:
@@ -79,8 +94,13 @@ class FloatLatent:
         self.latent.grad = None if grad is None else grad.float()
 
     def pack(self) -> Tensor:
-        """float32 values as the forward has them, of this process's rows, on the CPU."""
-        return self.grid.round(self.latent.detach().cpu())
+        """float32 values as the forward has them, of this process's rows, on the CPU.
+
+        Raises MismatchError if the model's weight holds others.
+        """
+        values = self.grid.round(self.latent.detach())
+        check_unchanged(self.name, self.weight, values)
+        return values.cpu()
 
 
 class BlockLatent:
@@ -221,24 +241,17 @@ class BlockLatent:
         Codes are read off the values that were decoded. Raises MismatchError if they do not decode to those very
         values, or if the model's weight holds others.
         """
-        own = local(self.weight.detach())
-        values, step = self.compute(own.dtype)
-        if not torch.equal(values, own):
-            changed = int((values != own).sum())
-            raise MismatchError(
-                f"{self.name}: {changed} of {own.numel()} values of the model ({own.dtype}) are not what its grid "
-                "decodes to: the weight was changed or cast behind the optimizer's back; train it through the grid's "
-                "optimizer alone, and cast a model before it is prepared"
-            )
-        step, values = step.cpu(), values.cpu()
-        codes = self.grid.codes_of(values, step)
+        values, step = self.compute(self.weight.dtype)
+        codes = self.grid.codes_of(values, step).cpu()
         if self.mode == "fixed":
             assert self.scale is not None
             super_scale = None if self.super_scale is None else self.super_scale.cpu()
             quantized = Quantized(self.grid, codes, self.scale.cpu(), super_scale)
         else:
             step = torch.where(step == 0, torch.full_like(step, -0.0), step)  # as ggml writes empty blocks
-            quantized = from_steps(self.grid, codes, step)
+            quantized = from_steps(self.grid, codes, step.cpu())
+        check_unchanged(self.name, self.weight, values)
+        values = values.cpu()
         if not torch.equal(quantized.decode(values.dtype), values):
             raise MismatchError(f"{self.name}: packed codes do not decode to the values of the training forward")
         return quantized
