@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from intaglio.train.attach import prepare
+from intaglio.train.decode import StepWeights
+from intaglio.train.modules import merged_latent
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -23,9 +26,6 @@ from intaglio.export.hf import export_hf
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
-from intaglio.train.attach import prepare
-from intaglio.train.decode import StepWeights
-from intaglio.train.modules import merged_latent
 from intaglio.train.pack import pack_model
 from tests.support.tiny import TOKENIZER
 from tests.support.training import small_corpus, small_model, small_plan

@@ -1,4 +1,4 @@
-"""One weight's latents: the forward is the grid, the gradients are autograd's, and packing reads off what was computed."""
+"""One weight's latents: the forward is the grid, the gradients are autograd's, and codes are read off it."""
 
 from __future__ import annotations
 

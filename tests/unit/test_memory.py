@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from intaglio.train.decode import StepWeights
 from torch.autograd.graph import saved_tensors_hooks
 
 from intaglio.errors import InputError
@@ -13,7 +14,6 @@ from intaglio.plan.bundled import bundled_config
 from intaglio.plan.memory import activation_bytes, layer_bytes, training_memory
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.train.decode import StepWeights
 from intaglio.train.optimizer import make_optimizer
 from intaglio.train.student import build_student
 from tests.support.tiny import GEMMA3, GEMMA4, GEMMA4_DENSE, build, fill

@@ -62,8 +62,8 @@ def check_unchanged(name: str, weight: Tensor, values: Tensor) -> None:
     if changed:
         raise MismatchError(
             f"{name}: {changed} of {own.numel()} values of the model ({own.dtype}) are not what its latents decode to: "
-            "the weight was changed or cast behind them: train it with GridOptimizer in the place of another optimizer, "
-            "load checkpoints before prepare(), and cast a model before it is prepared"
+            "the weight was changed or cast behind them: train it with GridOptimizer in the place of another "
+            "optimizer, load checkpoints before prepare(), and cast a model before it is prepared"
         )
 
 
