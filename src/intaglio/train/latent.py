@@ -241,6 +241,8 @@ class BlockLatent:
         Codes are read off the values that were decoded. Raises MismatchError if they do not decode to those very
         values, or if the model's weight holds others.
         """
+        if self.adapter is not None:
+            self.adapter.decode_if_switched()
         values, step = self.compute(self.weight.dtype)
         codes = self.grid.codes_of(values, step).cpu()
         if self.mode == "fixed":

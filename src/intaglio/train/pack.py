@@ -7,7 +7,7 @@ from typing import Any
 
 from intaglio.errors import WeightError
 from intaglio.packed.model import write_packed
-from intaglio.train.latents import Latents, check_inventory
+from intaglio.train.latents import Latents
 from intaglio.train.optimizer import check_trainable
 from intaglio.train.static import read_scales
 
@@ -26,7 +26,6 @@ def pack_model(
     adapters are part of the decoded weights, and so of the codes. Raises MismatchError for a model whose weights are
     not what its latents decode to, and InputError for parameters that the plan does not hold.
     """
-    check_inventory(latents.model, latents.plan)
     check_trainable(latents)
     plan = latents.plan
     with write_packed(Path(path), plan, assets=Path(assets), provenance=provenance or {}, replace=replace) as writer:
