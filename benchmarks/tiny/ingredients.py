@@ -30,7 +30,7 @@ from intaglio.measure.simulate import decoded_model
 from intaglio.plan.plan import Plan
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.corpus import held_out_windows
-from intaglio.train.static import read_scales, switch_static
+from intaglio.train.static import attach_static, read_scales, switch_static
 
 # Ingredient -> rules of recipe `mobile` whose tensors are quantized; the others stay bfloat16.
 WEIGHTS = {

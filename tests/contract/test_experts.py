@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from intaglio.train.attach import prepare
+from intaglio.train.decode import StepWeights, freeze_codes
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -23,8 +25,6 @@ from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import read_gguf, verify
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.train.attach import prepare
-from intaglio.train.decode import StepWeights, freeze_codes
 from intaglio.train.loop import train
 from intaglio.train.pack import pack_model
 from intaglio.train.start import plan_to_go_on

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from intaglio.train.attach import prepare
 from torch import Tensor
 
 from intaglio.errors import InputError, RecipeError
@@ -19,7 +20,6 @@ from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import verify
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.train.attach import prepare
 from intaglio.train.loop import train
 from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize

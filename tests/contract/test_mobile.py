@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from intaglio.train.attach import prepare
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -24,7 +25,6 @@ from intaglio.packed.verify import read_gguf, verify
 from intaglio.plan.carried import whole_name
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.train.attach import prepare
 from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
 from intaglio.train.static import put_scales, switch_static
