@@ -20,7 +20,7 @@ from torch import Tensor
 
 from intaglio.errors import ConfigError
 from intaglio.numerics.grid import BlockGrid, Quantized
-from intaglio.numerics.layout import from_blocks, row_chunks
+from intaglio.numerics.layout import from_blocks, map_chunks, row_chunks
 from intaglio.packed.checkpoint import is_mobile, shards
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import open_safetensors
@@ -138,8 +138,11 @@ def _compare_blocks(tensor: PlannedTensor, value: Quantized, stored: ReaderTenso
     if stored.tensor_type.name != value.grid.ggml_type or shape != tensor.spec.shape:
         tally.unlike.append(stored.name)
         return
-    for rows, part in row_chunks(value):
-        found = from_blocks(value.grid, np.asarray(stored.data[rows]))
+
+    def read(rows: slice, part: Quantized) -> tuple[Quantized, Quantized]:
+        return part, from_blocks(value.grid, np.asarray(stored.data[rows]))
+
+    for part, found in map_chunks(read, value):
         tally.compare("codes", part.codes, found.codes)
         tally.compare("scales", part.scale, found.scale)
         if part.super_scale is not None and found.super_scale is not None:
