@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError
-from intaglio.packed.store import SafetensorsReader, open_safetensors, row_slices
+from intaglio.packed.store import SafetensorsReader, headers, open_safetensors, row_slices
 from intaglio.plan.carried import describe_whole, unused_names
 from intaglio.plan.family import TOWER_ROLES, ModelSpec, TensorSpec, load_config, one_line, read_spec, text_config
 
@@ -33,11 +33,14 @@ def model_name(model_dir: str | Path) -> str:
     return path.parent.name if path.name in NAMELESS and path.parent.name else path.name
 
 
-def load_model(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> TextModel:
+def load_model(
+    model_dir: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> TextModel:
     """The text model of a checkpoint folder, in eval mode, loaded by transformers.
 
     Weights are read in `dtype` rather than cast later: a cast of the whole model would round
-    rotary tables too. Raises ConfigError for a folder that is incomplete or does not fit its config.
+    rotary tables too. Each goes from the file to `device`, so that a model on a GPU is never whole on the host.
+    Raises ConfigError for a folder that is incomplete or does not fit its config.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -51,6 +54,7 @@ def load_model(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> Tex
             path,
             config=AutoConfig.for_model(**spec.config),
             dtype=dtype,
+            device_map={"": torch.device(device)},
             local_files_only=True,
             trust_remote_code=False,
             key_mapping={"^" + prefix.replace(".", r"\."): "model." for prefix in TEXT_PREFIXES},
@@ -58,6 +62,15 @@ def load_model(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> Tex
     except Exception as error:  # safetensors, JSON and shape errors come in many types
         raise ConfigError(f"{path}: transformers cannot load this checkpoint: {one_line(error)}") from error
     return model.eval()
+
+
+def stored_dtype(model_dir: str | Path) -> torch.dtype:
+    """bfloat16 for a checkpoint whose tensors all are; float32, which holds every other, for the rest.
+
+    Not float16: Gemma's activations leave its range. Only headers are read.
+    """
+    kinds = {dtype for shard in shards(Path(model_dir)) for dtype, _ in headers(shard).values()}
+    return torch.bfloat16 if kinds == {"BF16"} else torch.float32
 
 
 def is_mobile(model_dir: str | Path) -> bool:
