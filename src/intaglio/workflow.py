@@ -15,6 +15,7 @@ first codes.
 
 from __future__ import annotations
 
+import gc
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -102,6 +103,7 @@ def run(
     with new_path(out / HELD_OUT_FILE, replace=True) as temporary, open(temporary, "wb") as file:
         np.save(file, windows_NT)
     del student
+    gc.collect()  # a session and its model hold each other, and a GPU's memory with them
     given = teacher if device.type == "cpu" else None  # on a GPU it is loaded again, without what training left in it
     del teacher
     bench = Bench.open(model_dir, out, tokenizer, ["trained"], device=device, given=given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -27,9 +28,8 @@ def weight_distances(
     """
     planned = [tensor for tensor in plan if isinstance(tensor.grid, BlockGrid)]
     norms: dict[str, dict[str, list[float]]] = {tensor.name: defaultdict(list) for tensor in planned}
-    for name, rows, values in stream_chunks(Path(model_dir), plan.model):
-        if name not in norms:
-            continue
+    text = dataclasses.replace(plan.model, tensors=tuple(tensor.spec for tensor in planned), carried=())
+    for name, rows, values in stream_chunks(Path(model_dir), text):
         original = values.to(device).float()
         norms[name][ORIGINAL].append(float(original.norm()))
         for label, model in packed.items():
