@@ -109,14 +109,17 @@ def with_references(
 ) -> Bench:
     """The bench with what can be had without training, each with its files, or with the reason why one cannot.
 
-    "start" is where training began. Without GPTQ that is the recipe's fit, and no model of its own.
+    "start" is where training began, which training itself has packed. Without GPTQ that is the recipe's fit.
     """
     for kind in REFERENCES[references]:
-        if kind == "start" and not bench.plan.recipe.schedule.gptq_tokens:
+        if kind in bench.failures or (kind == "start" and not bench.plan.recipe.schedule.gptq_tokens):
             continue
-        progress.stage(f"Making {bench.labels[kind].lower()}")
         try:
-            if bench.given is None and (kind == "start" or bench.plan.static_scales):
+            if kind == "start":
+                bench = bench.opened(kind)  # training left it
+                continue
+            progress.stage(f"Making {bench.labels[kind].lower()}")
+            if bench.given is None and bench.plan.static_scales:
                 bench = dataclasses.replace(bench, given=load_model(bench.model_dir, device=bench.device))
             _make_reference(bench, kind, corpus, options, replace=replace)
             bench = bench.opened(kind)
@@ -130,17 +133,8 @@ def _make_reference(bench: Bench, kind: str, corpus: Corpus, options: Options | 
     plan, path = bench.plan, bench.out / PACKED[kind]
     if kind == "stock":
         plan = make_plan(bench.model_dir, format_of(plan).stock_recipe(plan.recipe))
-    if kind == "start" or plan.static_scales:
-        quantize_on_text(
-            bench.given,
-            plan,
-            corpus,
-            path,
-            assets=bench.model_dir,
-            gptq=kind == "start",
-            options=options,
-            replace=replace,
-        )
+    if plan.static_scales:
+        quantize_on_text(bench.given, plan, corpus, path, assets=bench.model_dir, options=options, replace=replace)
     else:
         quantize(bench.model_dir, plan, path, replace=replace, device=bench.device)
 

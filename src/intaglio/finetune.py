@@ -86,15 +86,15 @@ def finetune(
     corpus = training_text(plan, data, tokenizer, teacher if teacher is not None else model, progress)
     corpus, windows_NT = held_out(corpus, evaluation, plan, tokenizer)
     progress.stage("Training")
-    student = train(
+    latents = train(
         model, plan, corpus, out, teacher=teacher, start=start, options=options, resume=resume, on_step=progress.step
     )
     progress.stage("Packing and exporting")
     record = {**start.provenance, "method": "fine-tuned on the grid", "data": str(data), "from": start.sha256()}
     with TemporaryDirectory(dir=out, prefix=".text.") as folder:
-        pack_model(student, plan, Path(folder) / "packed", assets=start.path, provenance=record)
+        pack_model(latents, Path(folder) / "packed", assets=start.path, provenance=record)
         join_packed(PackedModel.open(Path(folder) / "packed"), start, out / "packed", replace=resume)
-    del student
+    del latents
     packed = PackedModel.open(out / "packed")
     files = _export(packed, out, replace=resume)
     progress.stage("Measuring")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from intaglio.bench import PACKED, REFERENCES, Bench, make_files, verify_files, with_references
-from intaglio.errors import CorpusError, InputError
+from intaglio.bench import PACKED, REFERENCES, Bench, failure_of, make_files, verify_files, with_references
+from intaglio.errors import CorpusError, InputError, IntaglioError
 from intaglio.formats import format_of
 from intaglio.measure.candidates import artifact_candidate, packed_candidate
 from intaglio.measure.evaluate import evaluate_pair
@@ -40,12 +41,13 @@ from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
 from intaglio.packed.verify import Verification
-from intaglio.plan.family import check_runs_alone, read_spec
+from intaglio.plan.family import ModelSpec, check_runs_alone, read_spec
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.proof import Evaluation, prove
 from intaglio.train.corpus import Corpus, held_out_windows, load_corpus, sample_corpus
+from intaglio.train.latents import Latents
 from intaglio.train.loop import Options, train
 from intaglio.train.pack import pack_model
 from intaglio.train.run_folder import check_run_dir
@@ -83,12 +85,13 @@ def run(
     plan = make_plan(spec, recipe)
     check_run_dir(out, {"plan": plan.digest}, resume)
     format_of(plan).check(plan, Path(model_dir))
-    tokenizer, teacher = load_tokenizer(model_dir), _teacher(model_dir, device)
+    tokenizer, teacher = load_tokenizer(model_dir), _teacher(model_dir, spec, device)
     progress.stage("Reading text")
     corpus = training_text(plan, data, tokenizer, teacher, progress)
     corpus, windows_NT = held_out(corpus, evaluation, plan, tokenizer)
     progress.stage("Training")
-    student = train(
+    failures: dict[str, str] = {}
+    latents = train(
         teacher,
         plan,
         corpus,
@@ -97,19 +100,37 @@ def run(
         resume=resume,
         on_step=progress.step,
         on_calibration=lambda done, total: progress.part(done, total, "tokens calibrated"),
+        on_start=_keep_start(model_dir, plan, out, evaluation, failures),
     )
     progress.stage("Packing")
-    pack_model(student, plan, out / "packed", assets=model_dir, provenance=_provenance(model_dir, data), replace=resume)
+    pack_model(latents, out / "packed", assets=model_dir, provenance=_provenance(model_dir, data), replace=resume)
     with new_path(out / HELD_OUT_FILE, replace=True) as temporary, open(temporary, "wb") as file:
         np.save(file, windows_NT)
-    del student
+    del latents
     gc.collect()  # a session and its model hold each other, and a GPU's memory with them
     given = teacher if device.type == "cpu" else None  # on a GPU it is loaded again, without what training left in it
     del teacher
-    bench = Bench.open(model_dir, out, tokenizer, ["trained"], device=device, given=given)
+    bench = Bench.open(model_dir, out, tokenizer, ["trained"], device=device, given=given, failures=failures)
     verified = _files(bench, replace=resume, progress=progress)
     bench = with_references(bench, evaluation.references, corpus, options, progress, replace=resume)
     return _measure(bench, windows_NT, evaluation, verified, progress, began=began, replace=resume)
+
+
+def _keep_start(
+    model_dir: str | Path, plan: Plan, out: Path, evaluation: Evaluation, failures: dict[str, str]
+) -> Callable[[Latents], None]:
+    """Packs what training begins with, if GPTQ chose it and it is to be measured; a failure is noted and no more."""
+
+    def keep(latents: Latents) -> None:
+        if not (plan.recipe.schedule.gptq_tokens and "start" in REFERENCES[evaluation.references]):
+            return
+        record = {"name": model_name(model_dir), "method": f"fit {plan.recipe.fit}, GPTQ"}
+        try:
+            pack_model(latents, out / PACKED["start"], assets=model_dir, provenance=record, replace=True)
+        except IntaglioError as error:
+            failures["start"] = failure_of(error)
+
+    return keep
 
 
 def report(
@@ -137,11 +158,11 @@ def report(
     return _measure(bench, windows_NT, evaluation, verified, progress, began=None, replace=True)
 
 
-def _teacher(model_dir: str | Path, device: torch.device) -> TextModel:
+def _teacher(model_dir: str | Path, spec: ModelSpec, device: torch.device) -> TextModel:
     """The original to train from: float32 on a CPU; in its own dtype on a GPU, whose memory the student needs."""
     if device.type == "cpu":
         return load_model(model_dir)
-    return load_model(model_dir, stored_dtype(model_dir), device)
+    return load_model(model_dir, stored_dtype(model_dir, spec), device)
 
 
 def _files(bench: Bench, *, replace: bool, progress: Progress) -> dict[str, Verification]:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from intaglio import bench, proof
-from intaglio.errors import ConfigError, InputError, RecipeError
+from intaglio import bench, proof, workflow
+from intaglio.errors import ConfigError, InputError, OutputError, RecipeError
 from intaglio.packed.model import FILE_NAME, PackedModel
 from intaglio.packed.verify import verify
 from intaglio.plan.recipe import Recipe
@@ -81,9 +81,10 @@ def test_the_files_are_there_before_anything_is_compared(everything: tuple[Any, 
     out, _, log = everything
     order = [name for name, _ in log.stages]
     expected = ["Loading the original", "Reading text", "Training", "Packing", "Writing files"]
-    expected += ["Making stock rounding", "Making mse fit", "Making gptq start", "Loading the original"]
+    expected += ["Making stock rounding", "Making mse fit", "Loading the original"]
     assert order[: len(expected)] == expected and order[len(expected)].startswith("Measuring")
-    assert log.at("Making stock") == FILES
+    assert log.at("Packing") == {"run.json", "losses.jsonl", "start"}
+    assert log.at("Making stock") == FILES | {"start"}
     assert log.at("Measuring") == FILES | {"stock", "stock.gguf", "fitted", "start"}
     for name in ("packed", "model.gguf", "hf"):
         assert f"{out / name}: holds what was trained, 0 bits differ" in log.notes
@@ -109,14 +110,32 @@ def test_the_start_that_is_measured_is_where_training_began(
     packed, begun = PackedModel.open(out / "start"), out.parent / "begun"
 
     def stop(session: Any, *arguments: Any) -> None:
-        pack_model(session.student, packed.plan, begun / "first", assets=gemma4.checkpoint)
+        pack_model(session.latents, begun / "first", assets=gemma4.checkpoint)
         raise InterruptedError
 
     monkeypatch.setattr(loop.Session, "run", stop)
     with pytest.raises(InterruptedError):
         train(gemma4, text, begun, "none", gptq_tokens=64)
+    assert not (begun / "start").exists()
     first = load_file(begun / "first" / FILE_NAME)
     assert all(torch.equal(first[name], value) for name, value in load_file(packed.path / FILE_NAME).items())
+
+
+def test_a_start_that_cannot_be_packed_stops_no_training(
+    gemma4: Case, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = workflow.pack_model
+
+    def fail(latents: Any, path: Path, **how: Any) -> None:
+        if path.name == "start":
+            raise OutputError("the disk is full")
+        plain(latents, path, **how)
+
+    monkeypatch.setattr(workflow, "pack_model", fail)
+    values, _ = train(gemma4, text, tmp_path / "run", "all", gptq_tokens=64)
+    assert {row["label"]: row["failure"] for row in values["comparisons"] if row["failure"]} == {
+        "GPTQ start": "the disk is full"
+    }
 
 
 @pytest.mark.parametrize(("references", "made"), [("none", set()), ("stock", {"stock", "stock.gguf"})])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from intaglio import workflow
 from intaglio.measure import original as original_module
 from intaglio.measure.distances import weight_distances
 from intaglio.measure.evaluate import Candidate, Kept, evaluate_many, evaluate_pair, logits_of
@@ -23,7 +24,7 @@ from intaglio.numerics.device import device_for
 from intaglio.numerics.fit import fit_absmax
 from intaglio.numerics.fit_stock import fit_stock
 from intaglio.numerics.grid import BlockGrid, grid_named
-from intaglio.packed.checkpoint import load_model, stored_dtype
+from intaglio.packed.checkpoint import load_model
 from intaglio.packed.codes import _unpack_by_shifts, pack_codes, unpack_codes
 from intaglio.packed.model import PackedModel
 from intaglio.plan.family import read_spec
@@ -91,12 +92,14 @@ def test_fits_are_made_on_the_device(gemma4: Case, tmp_path: Path, monkeypatch: 
     assert asked == ["cuda:3"] and made.sha256() == gemma4.packed.sha256()
 
 
-def test_a_checkpoint_of_bfloat16_is_trained_from_in_bfloat16(gemma4: Case, tmp_path: Path) -> None:
-    assert stored_dtype(gemma4.checkpoint) == torch.bfloat16
-    for dtype in (torch.float16, torch.float32):
-        model = build(GEMMA4).to(dtype)
-        model.save_pretrained(tmp_path / str(dtype))
-        assert stored_dtype(tmp_path / str(dtype)) == torch.float32
+def test_training_begins_from_the_original_in_its_own_dtype_on_a_gpu(
+    gemma4: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[torch.dtype, torch.device]] = []
+    monkeypatch.setattr(workflow, "load_model", lambda path, *how: asked.append(how))
+    workflow._teacher(gemma4.checkpoint, read_spec(gemma4.checkpoint), GPU)
+    workflow._teacher(gemma4.checkpoint, read_spec(gemma4.checkpoint), torch.device("cpu"))
+    assert asked == [(torch.bfloat16, GPU), ()]
 
 
 def test_weights_are_read_to_the_device_they_are_for(gemma4: Case) -> None:

@@ -105,8 +105,8 @@ def run(
     for name, plan in plans.items():
         progress.stage(f"Training {name}")
         how: dict[str, Any] = {"target_digest": identity, "options": options, "resume": resume}
-        student = train_drafter(target, first, plan, corpus, out / name, on_step=progress.step, **how)
-        pack_model(student, plan, out / name / "packed", assets=target_dir, provenance=record, replace=resume)
+        latents = train_drafter(target, first, plan, corpus, out / name, on_step=progress.step, **how)
+        pack_model(latents, out / name / "packed", assets=target_dir, provenance=record, replace=resume)
         first = trained[name] = load_packed(PackedModel.open(out / name / "packed"))
     progress.stage("Exporting")
     export(PackedModel.open(out / list(plans)[-1] / "packed"), out, replace=resume)

@@ -24,13 +24,13 @@ from intaglio.packed.checkpoint import TextModel
 from intaglio.plan.drafting import Drafting
 from intaglio.plan.plan import Plan
 from intaglio.train import checkpoint
-from intaglio.train.attach import prepare
 from intaglio.train.corpus import Corpus
 from intaglio.train.distill import chunked_kl
 from intaglio.train.kernels import compile_layers
-from intaglio.train.lesson import head_weight
-from intaglio.train.loop import Options, Session, StepInfo, make_accelerator, session_dtype
+from intaglio.train.latents import Latents, prepare
+from intaglio.train.loop import Options, Session, StepInfo, dtype_of, make_accelerator
 from intaglio.train.run_folder import check_run_dir, claim
+from intaglio.train.student import cast_weights
 
 
 class DraftLesson(nn.Module):
@@ -41,18 +41,16 @@ class DraftLesson(nn.Module):
         self.drafter, self.weights, self.softcap = drafter, drafting.step_weights, softcap
         self.clusters = drafter.config.use_ordered_embeddings and drafting.clusters == "train"
 
-    def forward(
-        self, input_ids: Tensor, positions: Tensor, dtype: torch.dtype, states: TargetStates, target_head: Tensor
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, states: TargetStates, target_head: Tensor) -> Tensor:
         """Mean loss over the drafts that stay in their document, in nats, float32 scalar."""
         count = len(self.weights)
         counted, places = inside(positions, count), positions.shape[1] - count
-        head, total = head_weight(self.drafter, dtype), torch.zeros((), device=input_ids.device)
+        head, total = self.drafter.get_output_embeddings().weight, torch.zeros((), device=input_ids.device)
         for number, (weight, out) in enumerate(
             zip(self.weights, steps(self.drafter, states, positions, count), strict=True)
         ):
             here = counted[..., number]
-            hidden, target = out[here].to(dtype), states.hidden[:, number + 1 : number + 1 + places][here]
+            hidden, target = out[here], states.hidden[:, number + 1 : number + 1 + places][here]
             loss = chunked_kl(hidden, head, target, target_head, softcap=None, teacher_softcap=self.softcap)
             if self.clusters:
                 embedder = self.drafter.masked_embedding
@@ -72,8 +70,8 @@ def train_drafter(
     options: Options | None = None,
     resume: bool = False,
     on_step: Callable[[StepInfo], None] = lambda info: None,
-) -> TextModel:
-    """Train a copy of `drafter` to the plan's grids and return it, prepared and on the grid.
+) -> Latents:
+    """Train a copy of `drafter` to the plan's grids and return its latents; `.model` is the drafter itself.
 
     target: what it drafts for, as `measure.simulate.decoded_model` makes it of a packed model, or a float one.
     target_digest: says which target this is, where a run is resumed. Raises ConfigError for models that do not fit,
@@ -97,18 +95,21 @@ def train_drafter(
     student = copy.deepcopy(drafter).to(accelerator.device).requires_grad_(True).train()
     if student.config.use_ordered_embeddings and drafting.clusters == "keep":
         student.masked_embedding.centroids.requires_grad_(False)
-    prepare(student, plan, compiled=False)
-    dtype = session_dtype(accelerator)
+    dtype = dtype_of(options)
+    cast_weights(student, dtype)
+    latents = prepare(student, plan, source=None if student.dtype == drafter.dtype else drafter.state_dict())
     head = target.get_output_embeddings().weight.to(dtype)
     if compiled:
         compile_layers(target)
 
     def teach(input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
-        states = target_states(target, input_ids, positions)
-        return TargetStates(states.embeds, states.hidden.to(dtype), states.kv), head
+        with torch.autocast(input_ids.device.type, dtype, enabled=target.dtype != dtype):
+            states = target_states(target, input_ids, positions)
+        kv = {kind: (keys.to(dtype), values.to(dtype)) for kind, (keys, values) in states.kv.items()}
+        return TargetStates(states.embeds.to(dtype), states.hidden.to(dtype), kv), head
 
     lesson = DraftLesson(student, drafting, softcap_of(target))
-    session = Session(student, lesson, teach, plan, corpus, run_dir, accelerator, False, options)
+    session = Session(latents, lesson, teach, corpus, run_dir, accelerator, options)
     claim(run_dir, identity)
     session.run(checkpoint.latest(run_dir), on_step)
-    return student
+    return latents

@@ -8,8 +8,7 @@ from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.decoded import decode_into
 from intaglio.packed.model import PackedModel
 from intaglio.plan.static import StaticScale
-from intaglio.train.attach import attach_static
-from intaglio.train.static import StaticScales, fix_scales, switch_static
+from intaglio.train.static import StaticScales, attach_static, fix_scales, switch_static
 
 
 class Simulation:

@@ -64,15 +64,6 @@ def load_model(
     return model.eval()
 
 
-def stored_dtype(model_dir: str | Path) -> torch.dtype:
-    """bfloat16 for a checkpoint whose tensors all are; float32, which holds every other, for the rest.
-
-    Not float16: Gemma's activations leave its range. Only headers are read.
-    """
-    kinds = {dtype for shard in shards(Path(model_dir)) for dtype, _ in headers(shard).values()}
-    return torch.bfloat16 if kinds == {"BF16"} else torch.float32
-
-
 def is_mobile(model_dir: str | Path) -> bool:
     """Whether a folder's config says that its weights are in the Gemma mobile format."""
     path = Path(model_dir)
@@ -232,6 +223,24 @@ def stream_tensors(model_dir: Path, spec: ModelSpec) -> Iterator[tuple[str, Tens
         with SafetensorsReader(shard) as file:
             for tensor, stored_name in entries:
                 yield tensor.name, file.read(stored_name)
+
+
+def stream_rows(model_dir: str | Path, spec: ModelSpec, rows: dict[str, slice]) -> Iterator[tuple[str, Tensor]]:
+    """These rows of each tensor of the text model, in the order of the files: only they are read from disk."""
+    for shard, entries in _entries(Path(model_dir), spec.tensors).items():
+        with SafetensorsReader(shard) as file:
+            for tensor, stored_name in entries:
+                part = rows[tensor.name]
+                yield tensor.name, file.read(stored_name, None if part == slice(None) else part)
+
+
+def stored_dtype(model_dir: str | Path, spec: ModelSpec) -> torch.dtype:
+    """bfloat16 if all the text model's tensors are stored in it, else float32, which holds any of them exactly."""
+    wanted = {name for entries in _entries(Path(model_dir), spec.tensors).values() for _, name in entries}
+    kinds = {
+        dtype for shard in shards(Path(model_dir)) for name, (dtype, _) in headers(shard).items() if name in wanted
+    }
+    return torch.bfloat16 if kinds <= {"BF16", "I64"} else torch.float32
 
 
 def stream_chunks(model_dir: Path, spec: ModelSpec) -> Iterator[tuple[str, slice | None, Tensor]]:

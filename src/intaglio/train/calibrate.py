@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from intaglio.numerics.fit_static import BINS, fit_static_scale, magnitude_counts
 from intaglio.plan.plan import Plan
+from intaglio.train.sharding import final_hidden, settle
 from intaglio.train.static import modules_by_name, put_scales, switch_static
 
 Batch = tuple[Tensor, Tensor]  # input_ids and positions, int64 [B, T]
@@ -84,9 +85,10 @@ def calibrate(
     with observers.watching():
         for input_ids, positions in batches:
             observers.counted = positions > 0
-            model.model(input_ids=input_ids, position_ids=positions, use_cache=False)
+            final_hidden(model, input_ids, positions)
             done += input_ids.numel()
             on_progress(done, total)
+    settle(model)
     switch_static(model, activations=True, kv_cache=True)
     values = {name: fit_static_scale(reduce(counts), name) for name, counts in observers.counts.items()}
     put_scales(model, plan, values)

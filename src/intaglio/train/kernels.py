@@ -17,7 +17,6 @@ codes and steps from the latents: nothing but the latents themselves is kept bet
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,8 +25,6 @@ import torch
 from torch import Tensor
 
 from intaglio.numerics.grid import BlockGrid
-
-Modes = tuple[tuple[str, BlockGrid], ...]
 
 LOWEST_RATIO = 0.6  # of the canonical step; a tighter clip would cost more than it gains
 CHUNK_ELEMENTS = 1 << 17
@@ -57,11 +54,6 @@ class Scales(NamedTuple):
     peak: Tensor
     pull: Tensor
     slope: Tensor
-
-    def split(self, counts: list[int]) -> list[Scales]:
-        """Those of the weights that have so many blocks each."""
-        none = [self.step.new_empty(0)] * len(counts)
-        return [Scales(*p) for p in zip(*(t.split(counts) if t.numel() else none for t in self), strict=True)]
 
 
 def features(mode: str, blocks: Tensor, z: Tensor, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,37 +142,6 @@ def _zero_where_clipped(grad: Tensor, position: Tensor, lowest: float, highest: 
         grad.copy_(derivative(grad, position, lowest, highest))
     else:
         derivative.grad_input(grad, position, lowest, highest, grad_input=grad)
-
-
-def forward_group(modes: Modes, dtype: torch.dtype, arguments: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, Tensor]]:
-    """Values in `dtype` and steps of several weights: one compiled call for all of a decoder layer."""
-    results = []
-    for (mode, grid), (blocks, frozen, *rest) in zip(modes, arguments, strict=True):
-        blocks = blocks.float()
-        scales = scales_of(mode, grid, *features(mode, blocks, *rest))
-        results.append((*forward(dtype, mode, grid, blocks, frozen, *scales), scales.step))
-    return results
-
-
-def backward_group(
-    modes: Modes, grads: list[Tensor], arguments: list[tuple[Tensor, ...]], dtypes: list[torch.dtype]
-) -> list[tuple[Tensor, Tensor]]:
-    """Gradients of latents, in `dtypes`, and of z for the gradients of several weights, likewise in one call."""
-    results = []
-    for (mode, grid), grad, (blocks, frozen, *rest), dtype in zip(modes, grads, arguments, dtypes, strict=True):
-        blocks = blocks.float()
-        scales = scales_of(mode, grid, *features(mode, blocks, *rest))
-        grad = grad.to(torch.float32, copy=True)
-        (grad_z,) = backward(mode, grid, grad, blocks, frozen, *scales)
-        results.append((grad.to(dtype), grad_z))
-    return results
-
-
-@functools.cache
-def compile_for(function: Callable, modes: Modes) -> Callable:
-    """Compiled for fixed shapes: a model has few kinds of layers, and each gets its own kernels."""
-    expect_compilations(64)
-    return torch.compile(functools.partial(function, modes), dynamic=False)
 
 
 def compile_layers(*models: Any) -> None:

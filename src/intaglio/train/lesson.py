@@ -1,7 +1,7 @@
 """What a student learns from a batch: the distribution of a teacher, or the text itself.
 
-A lesson is a module that takes text and what a `Teach` made of it and returns the loss, so that accelerate
-can wrap the student and its loss as one.
+A lesson is a module that takes text and what a `Teach` made of it and returns the loss, so that the
+student and its loss can be wrapped as one.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from intaglio.packed.checkpoint import TextModel
 from intaglio.train.distill import chunked_cross_entropy, chunked_kl
-from intaglio.train.modules import QuantLinear
+from intaglio.train.sharding import final_hidden
 
 
 class Distiller(nn.Module):
-    """Student plus loss as one module, so that accelerate can wrap the whole."""
+    """Student plus loss as one module, so that both can be wrapped as a whole."""
 
     def __init__(self, student: TextModel, softcap: float | None, compiled: bool):
         super().__init__()
@@ -30,12 +30,11 @@ class Distiller(nn.Module):
         self,
         input_ids: Tensor,
         positions: Tensor,
-        dtype: torch.dtype,
         teacher_hidden: Tensor | None = None,
         teacher_head: Tensor | None = None,
     ) -> Tensor:
         """KL to the teacher whose final hidden states [B x T, D] and head are given, else cross-entropy."""
-        hidden = final_hidden(self.student, input_ids, positions).to(dtype).flatten(0, 1)
+        hidden = final_hidden(self.student, input_ids, positions).flatten(0, 1)
         return self.loss(hidden, input_ids, positions, teacher_hidden, teacher_head)
 
     def loss(
@@ -47,7 +46,7 @@ class Distiller(nn.Module):
         teacher_head: Tensor | None,
     ) -> Tensor:
         """The same from the student's final hidden states [B x T, D]."""
-        head, how = head_weight(self.student, hidden.dtype), {"softcap": self.softcap, "compiled": self.compiled}
+        head, how = self.student.get_output_embeddings().weight, {"softcap": self.softcap, "compiled": self.compiled}
         if teacher_hidden is not None and teacher_head is not None:
             return chunked_kl(hidden, head, teacher_hidden, teacher_head, **how)  # type: ignore[arg-type]
         labels, counted = input_ids.roll(-1, 1), positions.roll(-1, 1) > 0  # none for the last token of a document
@@ -65,25 +64,15 @@ def nothing(input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
 
 
 class Teacher:
-    """What `Distiller` learns from a teacher: its final hidden states [B x T, D] and its head [V, D]."""
+    """What `Distiller` learns from a teacher: its final hidden states [B x T, D] and its head [V, D], in `dtype`.
+
+    dtype: in which products are computed; a teacher that is held in another one runs under autocast.
+    """
 
     def __init__(self, model: TextModel, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
-        self.head = model.get_output_embeddings().weight.to(dtype)
 
     def __call__(self, input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
-        return final_hidden(self.model, input_ids, positions).to(self.dtype).flatten(0, 1), self.head
-
-
-def final_hidden(model: TextModel, input_ids: Tensor, positions: Tensor) -> Tensor:
-    """Output of the final norm, [B, T, D]. Positions that restart keep documents apart."""
-    return model.model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
-
-
-def head_weight(model: TextModel, dtype: torch.dtype) -> Tensor:
-    """Output embedding [V, D] as the forward decodes it."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if not isinstance(head, QuantLinear):
-        return head.weight.to(dtype)
-    decoded = head.quantizer.decoded
-    return decoded if decoded is not None else head.quantizer(head.weight, dtype)
+        with torch.autocast(input_ids.device.type, self.dtype, enabled=self.model.dtype != self.dtype):
+            hidden = final_hidden(self.model, input_ids, positions)
+        return hidden.to(self.dtype).flatten(0, 1), self.model.get_output_embeddings().weight.to(self.dtype)

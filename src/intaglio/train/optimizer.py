@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from intaglio.plan.schedule import Schedule
+from intaglio.train.fused import FusedGridAdamW
+from intaglio.train.grid_optimizer import GridOptimizer, is_scale
+from intaglio.train.latents import Latents
 
 
 @dataclass(frozen=True)
@@ -42,19 +45,20 @@ def _cosine(progress: float) -> float:
 
 
 def make_optimizer(
-    model: nn.Module, schedule: Schedule, before: torch.optim.Optimizer | None = None
-) -> torch.optim.AdamW:
+    latents: Latents, schedule: Schedule, before: GridOptimizer | None = None, *, fused: bool | None = None
+) -> GridOptimizer:
     """AdamW with one group for each kind of parameter; `base_lr` of a group is its peak rate.
 
-    before: the optimizer of the steps so far; parameters that were there keep their moments.
+    before: the optimizer of the steps so far; parameters that were there keep their moments. fused: step, clip and
+    decode in one pass (see `fused`); by default on a GPU.
 
     Scale latents are logarithms and take `scale_lr`; weight decay would pull scales to 1, so they
-    have none. Parameters that do not require gradients are left out: in the tail, all latents.
+    have none. In the tail, masters whose codes are frozen are left out.
     """
     groups: dict[str, list[nn.Parameter]] = {"scale": [], "embedding": [], "float": [], "weight": []}
-    for name, parameter in model.named_parameters():
+    for name, parameter in latents.named_parameters():
         if parameter.requires_grad:
-            groups[_kind(name)].append(parameter)
+            groups[kind_of(name)].append(parameter)
     peaks = {
         "scale": schedule.scale_lr,
         "embedding": schedule.lr * schedule.embedding_lr,
@@ -62,12 +66,17 @@ def make_optimizer(
         "weight": schedule.lr,
     }
     decay = {"scale": 0.0, "embedding": 0.0, "float": schedule.weight_decay, "weight": schedule.weight_decay}
-    optimizer = torch.optim.AdamW(
-        [
+    if fused is None:
+        fused = any(parameter.is_cuda for _, parameter in latents.named_parameters())
+    make: type[GridOptimizer] = FusedGridAdamW if fused else GridOptimizer
+    optimizer = make(
+        latents,
+        groups=[
             {"params": params, "lr": peaks[kind], "base_lr": peaks[kind], "weight_decay": decay[kind]}
             for kind, params in groups.items()
             if params
         ],
+        clip=schedule.clip,
         betas=schedule.betas,
         fused=True,
     )
@@ -77,8 +86,9 @@ def make_optimizer(
     return optimizer
 
 
-def _kind(name: str) -> str:
-    if name.endswith("scale_latent"):
+def kind_of(name: str) -> str:
+    """Which rate of the schedule a parameter of `Latents.named_parameters` has."""
+    if is_scale(name):
         return "scale"
     if "embed_tokens" in name:
         return "embedding"

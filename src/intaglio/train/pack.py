@@ -1,4 +1,4 @@
-"""From a prepared model to a PackedModel: codes and scales are read back out of the forward."""
+"""Write what a prepared model computes with: the codes and scales of its forward become a packed model."""
 
 from __future__ import annotations
 
@@ -6,72 +6,62 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from intaglio.errors import WeightError
-from intaglio.numerics.grid import FloatGrid
+from intaglio.numerics.grid import Quantized
 from intaglio.packed.model import write_packed
-from intaglio.plan.plan import Plan, PlannedTensor
-from intaglio.train.attach import check_adapters, owners_of
-from intaglio.train.decode import StepWeights
-from intaglio.train.modules import FrozenEmbedding, QuantLoraLinear, merged_latent, quantizers_of
+from intaglio.plan.plan import PlannedTensor
+from intaglio.train.grid_optimizer import check_trainable
+from intaglio.train.latents import Latents, check_inventory
+from intaglio.train.sharding import gather_rows, is_main, settle
 from intaglio.train.static import read_scales
 
 
-@torch.no_grad()
-def packed_value(model_owner: tuple[nn.Module, str], tensor: PlannedTensor, merged: Tensor | None = None) -> Any:
-    """Quantized or float32 tensor, as the forward uses it."""
-    module, attribute = model_owner
-    if isinstance(module, FrozenEmbedding):
-        return module.frozen.quantized()
-    stored = module._parameters.get(attribute)
-    latent = merged if merged is not None else stored if stored is not None else module._buffers[attribute]
-    assert latent is not None
-    if isinstance(tensor.grid, FloatGrid):
-        return tensor.grid.round(latent.detach().cpu())
-    return quantizers_of(module)[attribute].pack(latent.detach())
-
-
 def pack_model(
-    model: nn.Module,
-    plan: Plan,
+    latents: Latents,
     path: str | Path,
     *,
     assets: str | Path,
-    dtype: torch.dtype = torch.float32,
     provenance: dict[str, Any] | None = None,
     replace: bool = False,
 ) -> None:
     """Write the prepared model as a PackedModel folder; static scales that were never calibrated are off.
 
-    assets: the source model's folder, for tokenizer and generation files. dtype: in which the
-    training forward multiplied. LoRA adapters are merged into the latents, as the forward did.
+    latents: as `prepare` returned them. assets: the source model's folder, for tokenizer and generation files. LoRA
+    adapters are part of the decoded weights, and so of the codes. Raises MismatchError for a model whose weights are
+    not what its latents decode to, and InputError for parameters that the plan does not hold. Of several processes all
+    must call this, and the main one writes.
     """
-    check_adapters(model)
-    owners = owners_of(model)
-    merged = _merged_latents(model)
-    weights = StepWeights(model)
-    weights.drop()
-    record = provenance or {}
+    settle(latents.model)
+    check_inventory(latents.model, latents.plan)
+    check_trainable(latents)
+    plan = latents.plan
+    if not is_main():
+        for tensor in plan:
+            _whole(latents, tensor)
+        return
+    with write_packed(Path(path), plan, assets=Path(assets), provenance=provenance or {}, replace=replace) as writer:
+        for tensor in plan:
+            writer.add(tensor.name, _whole(latents, tensor))
+        scales = read_scales(latents.model, plan)
+        for scale in plan.static_scales:
+            if scale.owned:
+                writer.add_static(scale.name, scales[scale.name])
+
+
+def _whole(latents: Latents, tensor: PlannedTensor) -> Quantized | Tensor:
+    """A planned tensor as the forward uses it, put together from the rows of all processes on the main one."""
     try:
-        if not merged:  # decode as the training loop does: a compiled kernel may round a tie its own way
-            weights.decode(dtype)
-        with write_packed(Path(path), plan, assets=Path(assets), provenance=record, replace=replace) as writer:
-            for tensor in plan:
-                try:
-                    value = packed_value(owners[tensor.name], tensor, merged.get(tensor.name))
-                except WeightError as error:
-                    raise WeightError(f"{tensor.name}: {error}") from error
-                writer.add(tensor.name, value)
-            scales = read_scales(model, plan)
-            for scale in plan.static_scales:
-                if scale.owned:
-                    writer.add_static(scale.name, scales[scale.name])
-    finally:
-        weights.close()
-
-
-@torch.no_grad()
-def _merged_latents(model: nn.Module) -> dict[str, Tensor]:
-    layers = ((path, module) for path, module in model.named_modules() if isinstance(module, QuantLoraLinear))
-    return {path.removeprefix("base_model.model.") + ".weight": merged_latent(module) for path, module in layers}
+        value = latents.pack(tensor)
+    except WeightError as error:
+        raise WeightError(f"{tensor.name}: {error}") from error
+    if not latents.is_sharded(tensor.name):
+        return value
+    rows = gather_rows(value)
+    if rows is None:
+        return value
+    if isinstance(value, Tensor):
+        return torch.cat(rows)
+    parts = zip(*((part.codes, part.scale, part.super_scale) for part in rows), strict=True)
+    return Quantized(value.grid, *(None if part[0] is None else torch.cat(part) for part in parts))  # type: ignore[arg-type]

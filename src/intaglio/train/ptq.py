@@ -9,7 +9,7 @@ from typing import Any
 from intaglio.packed.checkpoint import TextModel
 from intaglio.plan.plan import Plan
 from intaglio.train.corpus import Corpus
-from intaglio.train.loop import Options, make_accelerator
+from intaglio.train.loop import Options, dtype_of, make_accelerator
 from intaglio.train.pack import pack_model
 from intaglio.train.student import build_student, calibrate_student, gptq_start
 
@@ -33,14 +33,15 @@ def quantize_on_text(
     gptq: let GPTQ choose the codes, on the schedule's share of the corpus. on_progress: tokens done and in all.
     Raises as `prepare` and `calibrate` do.
     """
-    accelerator = make_accelerator(options or Options(), None)
-    student = build_student(teacher.to(accelerator.device), plan)
+    options = options or Options()
+    accelerator = make_accelerator(options, None)
+    latents = build_student(teacher.to(accelerator.device), plan, dtype=dtype_of(options))
     method = f"fit {plan.recipe.fit}"
     if gptq:
-        gptq_start(student, teacher, plan.recipe.schedule, corpus, accelerator)
+        gptq_start(latents, teacher, corpus, accelerator)
         method += f", GPTQ on {corpus.source}"
     if plan.static_scales:
-        calibrate_student(student, plan, corpus, accelerator, on_progress)
+        calibrate_student(latents, corpus, accelerator, on_progress)
         method += f", calibrated on {corpus.source}"
     record = {"method": method, **(provenance or {})}
-    pack_model(student, plan, out, assets=assets, provenance=record, replace=replace)
+    pack_model(latents, out, assets=assets, provenance=record, replace=replace)

@@ -5,12 +5,16 @@ keys and values, share it. The forward is the runtime's (see `numerics.activatio
 gradients through what is not clipped, and what clipping stops reaches the scale, as in LSQ (Esser et
 al. 2020, arXiv:1902.08153). Quantized activations are computed again in the backward, not kept.
 
+Attention: transformers hands every attention function the rotated keys and normed values, those of a donor layer to
+the layers that share them. So this is where they are quantized: with the donor's scale each time, to the same codes.
+
 The parameter appears once calibration has found its first value (`calibrate`); until then, and where it
 is switched off, activations pass as they are.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +22,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from intaglio.errors import InputError
 from intaglio.numerics.activation import (
     CODE_MAX,
     CODE_MIN,
@@ -29,6 +37,8 @@ from intaglio.numerics.activation import (
     round_scale,
 )
 from intaglio.plan.plan import Plan
+
+ATTENTION = "intaglio_static_kv"  # as transformers' registry of attention functions knows it
 
 
 class StaticScales(nn.Module):
@@ -115,18 +125,71 @@ def with_gradients_of(value: Tensor, *paths: Tensor) -> Tensor:
     return value
 
 
+class StaticLinearFunction(torch.autograd.Function):
+    """y = x W^T, with x and y on their static scales.
+
+    Saves x and W, as a plain linear does; the quantized x and y are computed again in the backward. Scales are None
+    where they are not learned or off.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, input_z, output_z):
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, None if output_z is None else bias, input_z, output_z)
+        return quantize_static(F.linear(quantize_static(x, input_z), weight, bias), output_z)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, input_z, output_z = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        quantized_x = quantize_static(x, input_z)
+        grad_output_z = grad_input_z = grad_x = grad_weight = None
+        if output_z is not None:
+            grad, grad_output_z = static_gradients(grad, F.linear(quantized_x, weight, bias), output_z)
+        if needs[0] or needs[3]:
+            grad_x, grad_input_z = static_gradients(grad @ weight, x, input_z)
+        flat = grad.flatten(0, -2)
+        if needs[1]:
+            grad_weight = flat.T @ quantized_x.flatten(0, -2)
+        return grad_x, grad_weight, flat.sum(0) if ctx.has_bias else None, grad_input_z, grad_output_z
+
+
 class StaticLinear:
-    """Mixin for a linear whose weight is not trained: its input and output are quantized all the same."""
+    """Mixin for a linear whose input and output are quantized by static scales."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = static(self, "input", x)
-        return static(self, "output", F.linear(x, self.weight, self.bias))  # type: ignore[attr-defined]
+        scales = self._modules["static"]  # type: ignore[attr-defined]
+        weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
+        learned = scales.on and not scales.fixed and scales.latents  # type: ignore[union-attr]
+        if learned and not torch.compiler.is_compiling():
+            return StaticLinearFunction.apply(x, weight, bias, scales.latent("input"), scales.latent("output"))  # type: ignore[union-attr]
+        return static(self, "output", F.linear(static(self, "input", x), weight, bias))
 
 
-def latent_of(module: Any, kind: str) -> nn.Parameter | None:
-    """The learned scale of a kind that this module uses at present."""
-    scales = module._modules.get("static")  # a module takes long to say that it has no such attribute
-    return None if scales is None else scales.latent(kind)
+@functools.cache
+def _mixed(mixin: Any, base: Any) -> Any:
+    return type(f"{mixin.__name__}[{base.__name__}]", (mixin, base), {})
+
+
+def swap_class(module: Any, mixin: Any) -> None:
+    """Give `module` a subclass of its own class that behaves as `mixin`.
+
+    One subclass serves all modules of a class: torch.compile would compile each type anew.
+    """
+    module.__class__ = _mixed(mixin, type(module))  # type: ignore[arg-type]
+
+
+def attach_static(model: Any, plan: Plan) -> None:
+    """Give every module of the plan's static scales its place for them; no scale is known yet."""
+    modules = modules_by_name(model)
+    for scale in plan.static_scales:
+        module = modules[scale.module]
+        if not isinstance(getattr(module, "static", None), StaticScales):
+            module.static = StaticScales()
+        if scale.kind == "input" and not isinstance(module, StaticLinear):
+            swap_class(module, StaticLinear)
+    if plan.recipe.kv_cache is not None:
+        use_static_attention(model)
 
 
 def static(module: Any, kind: str, x: Tensor) -> Tensor:
@@ -141,8 +204,10 @@ def static(module: Any, kind: str, x: Tensor) -> Tensor:
 
 
 def bare_path(path: str) -> str:
-    """A module's name in the bare model: PEFT's wrappers are looked through."""
-    return path.removeprefix("base_model.model.").replace(".base_layer", "")
+    """A module's name in the bare model: wrappers of PEFT, torch.compile, checkpointing and DDP are looked through."""
+    parts = [part for part in path.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module", "base_layer")]
+    path = ".".join(parts).removeprefix("module.")
+    return path.removeprefix("base_model.model.")
 
 
 def modules_by_name(model: nn.Module) -> dict[str, Any]:
@@ -188,3 +253,28 @@ def switch_static(model: nn.Module, *, activations: bool, kv_cache: bool) -> Non
         if isinstance(module, StaticScales):
             kinds = module.latents.keys() | module.fixed.keys()
             module.on = kv_cache if any("cache" in kind for kind in kinds) else activations
+
+
+def static_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """transformers' sdpa attention; key and value [B, heads, T, width] are quantized by the module's scales."""
+    scales = getattr(module, "static", None)
+    if scales is not None and scales.observer is not None:
+        scales.observer("k_cache", key.transpose(1, 2))
+        scales.observer("v_cache", value.transpose(1, 2))
+    key, value = static(module, "k_cache", key), static(module, "v_cache", value)
+    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+
+def use_static_attention(model: Any) -> None:
+    """Let all layers of a transformers model attend through `static_attention`.
+
+    Raises InputError for a model with another attention than sdpa: its numbers would change.
+    """
+    kind = model.config._attn_implementation
+    if kind not in ("sdpa", ATTENTION):
+        raise InputError(
+            f"[kv_cache]: the model attends by {kind!r}, expected 'sdpa': load it with attn_implementation='sdpa'"
+        )
+    AttentionInterface.register(ATTENTION, static_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)

@@ -13,75 +13,80 @@ from torch import Tensor
 
 from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.model import PackedModel
-from intaglio.plan.memory import is_frozen_table
 from intaglio.plan.plan import Plan
 from intaglio.plan.schedule import Schedule
-from intaglio.train.attach import prepare
 from intaglio.train.calibrate import calibrate
 from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.gptq import start_from_gptq
+from intaglio.train.latents import Latents, prepare
 from intaglio.train.lora import add_lora
+from intaglio.train.sharding import like, world_size
 
 
 def build_student(
-    teacher: TextModel, plan: Plan, *, start: PackedModel | None = None, compiled: bool = False
-) -> TextModel:
-    """A copy of the teacher with every planned tensor on its grid, ready to train.
+    original: TextModel, plan: Plan, *, start: PackedModel | None = None, dtype: torch.dtype | None = None
+) -> Latents:
+    """A copy of the original with every planned tensor on its grid, ready to train; the original stays as it is.
 
-    Of the table of per-layer embeddings no copy is made where it is not trained: the student has codes of it.
-    start: a packed model whose values the student has instead; the student is then `teacher` itself.
+    dtype: in which the copy holds its weights and computes; the original's by default. start: a packed model whose
+    values the student has instead; the student is then `original` itself.
     """
-    rank = plan.recipe.schedule.lora_rank
-    if start is not None:
-        student = teacher.requires_grad_(True).train()
-        if rank:
-            add_lora(student, plan, rank)
-        return prepare(student, plan, start=start, compiled=compiled, compact=True)
-    frozen = {tensor.name for tensor in plan if is_frozen_table(tensor)}
-    tables = [parameter for name, parameter in teacher.named_parameters() if name in frozen]
-    student = copy.deepcopy(teacher, {id(table): table for table in tables}).requires_grad_(True)
-    student.train()
-    if rank:
-        add_lora(student, plan, rank)
-    prepare(student, plan, compiled=compiled, compact=True)
-    for table in tables:
-        table.requires_grad_(False)
-    return student
+    if world_size() > 1:
+        student = like(original, next(original.parameters()).device)
+    else:
+        student = original if start is not None else copy.deepcopy(original)
+        cast_weights(student, dtype or student.dtype)
+    student.requires_grad_(True).train()
+    if plan.recipe.schedule.lora_rank:
+        add_lora(student, plan, plan.recipe.schedule.lora_rank)
+    source = None if start is not None or student.dtype == original.dtype else original.state_dict()
+    return prepare(student, plan, start=start, source=source)
+
+
+@torch.no_grad()
+def cast_weights(model: TextModel, dtype: torch.dtype) -> None:
+    """Hold a model's weights in `dtype`: what a checkpoint stores, and nothing else.
+
+    A cast of the whole model would round rotary tables too, which moves logits.
+    """
+    stored = set(model.state_dict())
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for name, buffer in model.named_buffers():
+        if name in stored and buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
 
 
 def calibrate_student(
-    student: TextModel,
-    plan: Plan,
+    latents: Latents,
     corpus: Corpus,
     accelerator: Accelerator,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Find the plan's static scales on the schedule's share of the corpus; every process takes its part."""
-    if not plan.static_scales:
+    if not latents.plan.static_scales:
         return
-    schedule = plan.recipe.schedule
+    schedule = latents.plan.recipe.schedule
     rows = _share(corpus, schedule, schedule.calibration_tokens)
     own = rows[accelerator.process_index :: accelerator.num_processes]
     size = schedule.micro_batch or schedule.batch_size
     batches = [own[i : i + size] for i in range(0, len(own), size)]
-    with accelerator.autocast():
-        calibrate(
-            student,
-            plan,
-            [(on_device(corpus.tokens[b], accelerator), on_device(corpus.positions[b], accelerator)) for b in batches],
-            reduce=lambda counts: accelerator.reduce(counts, reduction="sum"),
-            on_progress=on_progress,
-        )
+    calibrate(
+        latents.model,
+        latents.plan,
+        [(on_device(corpus.tokens[b], accelerator), on_device(corpus.positions[b], accelerator)) for b in batches],
+        reduce=lambda counts: accelerator.reduce(counts, reduction="sum"),
+        on_progress=on_progress,
+    )
 
 
-def gptq_start(
-    student: TextModel, original: TextModel, schedule: Schedule, corpus: Corpus, accelerator: Accelerator
-) -> None:
+def gptq_start(latents: Latents, original: TextModel, corpus: Corpus, accelerator: Accelerator) -> None:
     """Let GPTQ choose the first codes, on the schedule's share of the corpus."""
+    schedule = latents.plan.recipe.schedule
     rows = _share(corpus, schedule, schedule.gptq_tokens)
+    rows = rows[accelerator.process_index :: accelerator.num_processes]
     tokens, positions = (on_device(array[rows], accelerator) for array in (corpus.tokens, corpus.positions))
-    with accelerator.autocast():
-        start_from_gptq(student, original, tokens, positions)
+    start_from_gptq(latents, original, tokens, positions)
 
 
 def _share(corpus: Corpus, schedule: Schedule, tokens: int) -> NDArray[np.int64]:

@@ -21,8 +21,7 @@ from intaglio.plan.carried import tower_kind
 from intaglio.plan.family import transformers_config
 from intaglio.plan.plan import Plan
 from intaglio.train.media import Inputs, Samples, counted
-from intaglio.train.modules import swap_class
-from intaglio.train.static import StaticLinear, StaticScales
+from intaglio.train.static import StaticLinear, StaticScales, swap_class
 
 
 class Towers:

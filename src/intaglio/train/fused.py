@@ -1,0 +1,284 @@
+"""AdamW over latents in one pass on a GPU: pull, clip, step and decode of many weights by two compiled kernels.
+
+Weights of one mode, grid and rate share flat buffers. By its bytes a step is bound by the card's memory: gradients are
+read twice, since the norm that clips them must be known first; masters and moments are read and written once. The plain
+path, `GridOptimizer` over torch's AdamW, computes the same and is what a CPU uses.
+
+Shape suffixes: N blocks of K neighbouring columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from intaglio.numerics.grid import BlockGrid, FloatGrid
+from intaglio.train.grid_optimizer import GridOptimizer, check_trainable
+from intaglio.train.kernels import backward, features, forward, scales_of
+from intaglio.train.latent import BlockLatent, FloatLatent, take_gradient
+from intaglio.train.latents import Latents
+from intaglio.train.sharding import local, sum_over_processes
+
+BUCKET_VALUES = 1 << 28  # a bucket's gradients and decoded values are in memory beside the model's own
+HYPER = ("lr", "beta1", "beta2", "eps", "decay", "bias1", "bias2", "clip")  # entries of a kernel's float32 [8]
+
+
+def _adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, hyper: Tensor) -> Tensor:
+    """AdamW's step (Loshchilov and Hutter 2019, arXiv:1711.05101) on one tensor, in place, as torch computes it."""
+    lr, beta1, beta2, eps, decay, bias1, bias2, clip = hyper.unbind()
+    grad = grad * clip
+    mean.copy_(mean + (grad - mean) * (1 - beta1))
+    square.copy_(square * beta2 + grad * grad * (1 - beta2))
+    value.copy_(value * (1 - lr * decay) - lr / bias1 * mean / ((square / bias2).sqrt() + eps))
+    return value
+
+
+def _pulled(mode: str, grid: BlockGrid, grad: Tensor, latent: Tensor, codes: Tensor, z: Tensor, given: Tensor) -> Any:
+    """float32 gradients of latents [N, K] and of z [N], the latter empty where there is none."""
+    scales = scales_of(mode, grid, *features(mode, latent, z, given))
+    grad = grad.float().clone()
+    (grad_z,) = backward(mode, grid, grad, latent, codes, *scales)
+    return grad, grad_z
+
+
+def _block_norm(mode: str, grid: BlockGrid, *tensors: Tensor) -> Tensor:
+    """Squared norm of the gradients of latents and scale latents, float32 scalar."""
+    grad, grad_z = _pulled(mode, grid, *tensors)
+    total = grad_z.square().sum() if grad_z.numel() else grad.new_zeros(())
+    return total if mode == "frozen" else total + grad.square().sum()
+
+
+def _block_step(
+    mode: str,
+    grid: BlockGrid,
+    dtype: torch.dtype,
+    tensors: tuple[Tensor, ...],
+    moments: list[Tensor],
+    hyper: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Step latents and scale latents in place; return decoded values [N, K] in `dtype` and their steps [N]."""
+    _, latent, codes, z, given = tensors
+    grad, grad_z = _pulled(mode, grid, *tensors)
+    if mode != "frozen":
+        latent = _adam(latent, grad, moments[0], moments[1], hyper[0])
+    if grad_z.numel():
+        z = _adam(z, grad_z, moments[2], moments[3], hyper[1])
+    scales = scales_of(mode, grid, *features(mode, latent, z, given))
+    return forward(dtype, mode, grid, latent, codes, *scales)[0], scales.step
+
+
+def _float_step(
+    grid: FloatGrid, dtype: torch.dtype, grad: Tensor, latent: Tensor, moments: list[Tensor], hyper: Tensor
+) -> Tensor:
+    return grid.round(_adam(latent, grad.float(), moments[0], moments[1], hyper)).to(dtype)
+
+
+_compiled: dict[Callable, Callable] = {}
+
+
+def _kernel(function: Callable) -> Callable:
+    if function not in _compiled:
+        _compiled[function] = torch.compile(function, dynamic=True)
+    return _compiled[function]
+
+
+def _flat(parts: Sequence[Tensor], width: int) -> Tensor:
+    """One tensor [N, width] of several; width 0: [N]."""
+    shape = (-1, width) if width else (-1,)
+    return torch.cat([part.detach().reshape(shape) for part in parts])
+
+
+def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        part.view(tensor.shape)
+        for part, tensor in zip(flat.view(-1).split([t.numel() for t in like]), like, strict=True)
+    ]
+
+
+class Bucket:
+    """Latents of one mode, grid and rate in flat buffers: each latent's own tensors become views of these."""
+
+    def __init__(self, latents: list[Any], optimizer: torch.optim.Optimizer):
+        self.latents = latents
+        self.sharded = isinstance(latents[0].weight, DTensor)
+        self.weights = [local(latent.weight.detach()) for latent in latents]
+        self.dtype = self.weights[0].dtype
+        self.groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self.state = optimizer.state
+        self.steps_done = torch.zeros((), device=self.weights[0].device)
+        self.grad: Tensor | None = None
+        self.moments: list[Tensor] = []
+        self.latent = torch.empty(0, device=self.weights[0].device)
+        if getattr(latents[0], "mode", "") != "frozen":  # else only scales go on
+            self.latent = self._adopt([latent.latent for latent in latents], self.width)
+            self._learn([latent.latent for latent in latents], self.width)
+
+    width = 0  # of a block; 0 for floats
+
+    def _adopt(self, parameters: list[Any], width: int) -> Tensor:
+        """Move parameters into a flat buffer."""
+        flat = _flat(parameters, width)
+        for parameter, view in zip(parameters, _views(flat, parameters), strict=True):
+            parameter.data = view
+        return flat
+
+    def _learn(self, parameters: list[nn.Parameter], width: int) -> None:
+        """Moments of parameters in flat buffers, with what they have already."""
+        for key in ("exp_avg", "exp_avg_sq"):
+            before = [self.state[p].get(key) if p in self.state else None for p in parameters]
+            flat = _flat(
+                [torch.zeros_like(p) if b is None else b for p, b in zip(parameters, before, strict=True)], width
+            )
+            self.moments.append(flat)
+            for parameter, view in zip(parameters, _views(flat, parameters), strict=True):
+                self.state[parameter][key] = view
+        for parameter in parameters:
+            self.steps_done.fill_(float(self.state[parameter].get("step", 0.0)))
+        for parameter in parameters:
+            self.state[parameter]["step"] = self.steps_done
+
+    def take_gradients(self) -> Tensor | None:
+        """Squared norm of the latents' gradients; None where no weight of the bucket has a gradient."""
+        grads = [take_gradient(latent.weight) for latent in self.latents]
+        if all(grad is None for grad in grads):
+            return None
+        self.grad = _flat(
+            [torch.zeros_like(w) if g is None else g for g, w in zip(grads, self.weights, strict=True)], self.width
+        )
+        return self._norm()
+
+    def _norm(self) -> Tensor:
+        assert self.grad is not None
+        return self.grad.float().square().sum()
+
+    def _hyper(self, parameter: nn.Parameter, clip: Tensor) -> Tensor:
+        group, step = self.groups[id(parameter)], self.steps_done
+        beta1, beta2 = group["betas"]
+        fixed = [group["lr"], beta1, beta2, group["eps"], group["weight_decay"]]
+        known = torch.tensor(fixed, dtype=torch.float32).to(step.device, non_blocking=True)
+        return torch.stack([*known.unbind(), 1 - known[1] ** step, 1 - known[2] ** step, clip])
+
+    def step(self, clip: Tensor) -> None:
+        """Step and decode into the model's weights. clip: factor of the gradients, float32 scalar."""
+        if self.grad is None:
+            return
+        self.steps_done += 1
+        values = self._step(clip)
+        self.grad = None
+        torch._foreach_copy_(self.weights, _views(values, self.weights))
+
+    def _step(self, clip: Tensor) -> Tensor:
+        hyper = self._hyper(self.latents[0].latent, clip)
+        return _kernel(_float_step)(self.latents[0].grid, self.dtype, self.grad, self.latent, self.moments, hyper)
+
+
+class BlockBucket(Bucket):
+    """The same of weights on a BlockGrid, with their scales."""
+
+    def __init__(self, latents: list[BlockLatent], optimizer: torch.optim.Optimizer):
+        first = latents[0]
+        self.width, self.mode, self.grid = first.grid.block_size, first.mode, first.grid
+        none = torch.empty(0, device=first.latent.device)
+        super().__init__(latents, optimizer)
+        scales = [latent.scale_latent for latent in latents if latent.scale_latent is not None]
+        self.z = self._adopt(scales, 0) if scales else none
+        if scales:
+            self._learn(scales, 0)  # type: ignore[arg-type]
+        self.codes = _flat([latent.codes for latent in latents], self.width) if self.mode == "frozen" else none  # type: ignore[misc]
+        self.given = none if self.mode == "canonical" else _flat([latent.z_and_given()[1] for latent in latents], 0)
+        self.codes_views = _views(self.codes, [latent.codes for latent in latents]) if self.mode == "frozen" else []  # type: ignore[misc]
+        for latent, view in zip(latents, self.codes_views, strict=False):
+            latent.codes = view
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        assert self.grad is not None
+        return self.grad, self.latent, self.codes, self.z, self.given
+
+    def _norm(self) -> Tensor:
+        return _kernel(_block_norm)(self.mode, self.grid, *self._tensors)
+
+    def _step(self, clip: Tensor) -> Tensor:
+        first = self.latents[0]
+        hyper = [self._hyper(first.latent, clip)] if self.mode != "frozen" else [self._hyper(first.scale_latent, clip)]
+        hyper.append(hyper[0] if first.scale_latent is None else self._hyper(first.scale_latent, clip))
+        moments = self.moments if self.mode != "frozen" else [*self.moments, *self.moments]
+        values, steps = _kernel(_block_step)(self.mode, self.grid, self.dtype, self._tensors, moments, hyper)
+        for latent, step in zip(self.latents, _views(steps, [latent.step for latent in self.latents]), strict=True):
+            latent.step = step
+        return values
+
+
+def make_buckets(latents: Latents, optimizer: torch.optim.Optimizer) -> list[Bucket]:
+    """Buckets of all trained weights but those with adapters, whose latents are more than a buffer."""
+    groups = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    alike: dict[Any, list[Any]] = {}
+    for latent in latents.trained.values():
+        if isinstance(latent, BlockLatent) and latent.adapter is not None:
+            continue
+        kinds = (latent.grid, getattr(latent, "mode", "float"), isinstance(latent.weight, DTensor), latent.weight.dtype)
+        rates = tuple(groups.get(id(parameter)) for _, parameter in latent.named_parameters())
+        found = alike.setdefault((*kinds, rates), [[]])
+        if sum(other.latent.numel() for other in found[-1]) + latent.latent.numel() > BUCKET_VALUES and found[-1]:
+            found.append([])
+        found[-1].append(latent)
+    return [
+        (Bucket if isinstance(part[0], FloatLatent) else BlockBucket)(part, optimizer)
+        for parts in alike.values()
+        for part in parts
+    ]
+
+
+class FusedGridAdamW(GridOptimizer):
+    """`GridOptimizer` over AdamW whose step is fused; for GPUs."""
+
+    def __init__(self, latents: Latents, **kwargs: Any):
+        super().__init__(latents, torch.optim.AdamW, **kwargs)
+        self.buckets: list[Bucket] = []
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Pull, clip, step and decode; as `GridOptimizer.step`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.buckets:
+            check_trainable(self.latents)
+            self.buckets = make_buckets(self.latents, self.inner)
+            bucketed = {id(latent) for bucket in self.buckets for latent in bucket.latents}
+            self.rest = [latent for latent in self.latents.trained.values() if id(latent) not in bucketed]
+        self.latents.average_whole()
+        norms = [(bucket.sharded, bucket.take_gradients()) for bucket in self.buckets]
+        for latent in self.rest:
+            latent.pull()
+        self.latents.average_rest()
+        clip = self._clip_factor(norms)
+        for bucket in self.buckets:
+            bucket.step(clip)
+        self.inner.step()
+        self.inner.zero_grad()
+        for latent in self.rest:
+            latent.decode()
+        return loss
+
+    def _clip_factor(self, norms: list[tuple[bool, Tensor | None]]) -> Tensor:
+        """Factor of all gradients, float32 scalar; those outside of buckets are scaled here."""
+        rest = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        device = self.buckets[0].latent.device
+        zero = torch.zeros((), device=device)
+        if not self.clip:
+            return zero + 1
+        sharded = sum((norm for is_sharded, norm in norms if is_sharded and norm is not None), zero)
+        whole = sum((norm for is_sharded, norm in norms if not is_sharded and norm is not None), zero)
+        if rest:
+            whole = whole + nn.utils.get_total_norm([p.grad for p in rest]).square()  # type: ignore[misc]
+        total = (sum_over_processes(sharded + zero) + whole).sqrt()
+        factor = (self.clip / (total + 1e-6)).clamp(max=1.0)
+        if rest:
+            torch._foreach_mul_([p.grad for p in rest], factor)
+        return factor

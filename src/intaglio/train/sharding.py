@@ -1,0 +1,219 @@
+"""Training over several processes with torch's FSDP2: each owns rows of every weight, and reads only those from disk.
+
+A process that torchrun or accelerate started knows its place from the environment; without them there is one process
+and nothing here does anything. FSDP2 shards along rows, and blocks of a grid lie along rows, so each process decodes,
+trains and packs what it owns, and sees no other process's latents.
+
+Tables that are looked up, not multiplied by, are kept whole on each process: gathering E2B's table of per-layer
+embeddings for every forward would move 4.7 GB to use a few rows of it.
+"""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState, init_empty_weights
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from intaglio.errors import InputError
+from intaglio.numerics.grid import Quantized
+from intaglio.packed.checkpoint import TextModel, stream_rows
+from intaglio.plan.family import ModelSpec, transformers_config
+
+LOOKED_UP = "embed_tokens_per_layer"  # tables that no head is tied to
+
+
+def start_processes() -> torch.device:
+    """Join the processes that torchrun or accelerate started, if any, and return this one's device."""
+    return PartialState().device
+
+
+def world_size() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes logs, reports and whole files."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that this process owns: all of a plain tensor, its shard of a sharded one."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_slice(parameter: Tensor) -> slice:
+    """The rows of a whole tensor that belong to this process's shard of `parameter`."""
+    if not isinstance(parameter, DTensor):
+        return slice(None)
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return slice(offset[0], offset[0] + shape[0])
+
+
+def own_rows(value: Quantized | Tensor, parameter: Tensor) -> Quantized | Tensor:
+    """Those rows of a whole value."""
+    rows = own_slice(parameter)
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim else value
+    parts = (value.codes, value.scale, value.super_scale)
+    return Quantized(value.grid, *(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
+
+
+def load_own_rows(model_dir: str | Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> TextModel:
+    """The text model of a checkpoint folder in `dtype`, in eval mode, of which each process reads its own rows.
+
+    No process and no host ever holds the whole model in floats: it is built without memory, sharded where there are
+    several processes, and filled tensor by tensor. Raises ConfigError as `load_model` does.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(transformers_config(spec.config), dtype=dtype)
+    model.tie_weights()
+    model.requires_grad_(False).eval()
+    if world_size() > 1:
+        shard(model, device)
+    allocate(model, device)
+    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, values in stream_rows(model_dir, spec, {name: own_slice(t) for name, t in targets.items()}):
+            local(targets[name]).copy_(values)
+    return model
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Give a model that was built without memory its weights, not filled, on `device`; buffers keep their values."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def like(model: TextModel, device: torch.device) -> TextModel:
+    """A model of the same shape and dtype, sharded likewise, with the same values in memory of its own."""
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        other = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    other.tie_weights()
+    shard(other, device)
+    allocate(other, device)
+    values = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, target in [*other.named_parameters(), *other.named_buffers()]:
+            local(target).copy_(local(values[name]))
+    return other
+
+
+def mesh_of(device: torch.device) -> DeviceMesh:
+    """All processes in a row."""
+    return init_device_mesh(device.type, (world_size(),))
+
+
+def shard(model: TextModel, device: torch.device) -> None:
+    """Shard a text model in place, each decoder layer by itself; gradients are averaged in float32."""
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = mesh_of(device)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    whole = {p for name, p in model.named_parameters() if LOOKED_UP in name}
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    model.read = types.MethodType(_read, model)
+    register_fsdp_forward_method(model, "read")
+
+
+def _read(self: Any, input_ids: Tensor, positions: Tensor) -> Tensor:
+    return self.model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+
+
+def final_hidden(model: TextModel, input_ids: Tensor, positions: Tensor) -> Tensor:
+    """Output of a text model's final norm, [B, T, D]. Positions that restart keep documents apart."""
+    read = getattr(model, "read", None) if isinstance(model, FSDPModule) else None
+    return _read(model, input_ids, positions) if read is None else read(input_ids, positions)
+
+
+def settle(model: Any) -> None:
+    """Give back gathered weights after forwards without a backward, so that each process holds its own rows again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def check_together(batch_size: int, identity: dict[str, str]) -> None:
+    """Raise InputError, on every process alike, where processes cannot train together.
+
+    identity: what all must have in common, by name: recipe, data, model.
+    """
+    size = world_size()
+    if size == 1:
+        return
+    if batch_size % size:
+        raise InputError(
+            f"schedule.batch_size = {batch_size} sequences on {size} processes: expected a multiple of {size}: "
+            f"choose one with --set schedule.batch_size={-(-batch_size // size) * size}, or start fewer processes"
+        )
+    found: list[dict[str, str]] = [{} for _ in range(size)]
+    dist.all_gather_object(found, identity)
+    for rank, other in enumerate(found):
+        for key, value in found[0].items():
+            if other.get(key) != value:
+                raise InputError(
+                    f"process {rank} has another {key} than process 0: start all with one command, on the same files"
+                )
+
+
+def from_main(value: Any) -> Any:
+    """What the main process gave, on all processes."""
+    if world_size() == 1:
+        return value
+    found = [value]
+    dist.broadcast_object_list(found, src=0, group=_cpu_group())
+    return found[0]
+
+
+def wait_for_all() -> None:
+    """Return once every process is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def average_over_processes(tensors: list[Tensor]) -> None:
+    """Average each of these tensors over all processes, in place."""
+    for tensor in tensors if world_size() > 1 else ():
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(value: Any) -> list[Any] | None:
+    """On the main process what each process gave, in order; None elsewhere."""
+    found: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, found, group=_cpu_group())
+    return found
+
+
+_groups: dict[str, Any] = {}
+
+
+def _cpu_group() -> Any:
+    """A group that moves CPU memory, beside the one that moves a GPU's."""
+    if dist.get_backend() == "gloo":
+        return None
+    if "cpu" not in _groups:
+        _groups["cpu"] = dist.new_group(backend="gloo")
+    return _groups["cpu"]
