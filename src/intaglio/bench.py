@@ -25,6 +25,7 @@ from intaglio.train.quantize import quantize
 
 # kind -> folder of the run, in the order of the report
 PACKED = {"stock": "stock", "fitted": "fitted", "start": "start", "trained": "packed"}
+FAILURES = (IntaglioError, torch.OutOfMemoryError)  # of references and measurements, which take no run down
 REFERENCES = {"none": (), "stock": ("stock",), "all": ("stock", "fitted", "start")}
 
 
@@ -124,7 +125,7 @@ def with_references(
             _make_reference(bench, kind, corpus, options, replace=replace)
             bench = bench.opened(kind)
             make_files(bench, kind, replace=replace)
-        except (IntaglioError, torch.OutOfMemoryError) as error:
+        except FAILURES as error:
             bench = bench.failed(kind, error)
     return bench
 

@@ -17,11 +17,10 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from intaglio.bench import REFERENCES, Bench, failure_of
-from intaglio.errors import InputError, IntaglioError
+from intaglio.bench import FAILURES, REFERENCES, Bench, failure_of
+from intaglio.errors import InputError
 from intaglio.measure.candidates import artifact_candidate
 from intaglio.measure.distances import weight_distances
 from intaglio.measure.evaluate import Candidate, evaluate_pair, greedy, logits_of, transformers_runtime
@@ -80,14 +79,7 @@ def prove(
     verifications: what reading the trained model's files back said. began: when the run began, in seconds of
     `time.perf_counter`; None when a finished run is measured again.
     """
-    progress.stage("Loading the original")
-    original = open_original(bench.model_dir, bench.plan.model, windows_NT, bench.device, bench.given)
-    measuring = _Measuring(bench, original, evaluation, progress)
-    rows = measuring.simulations() + measuring.artifacts()
-    failed = [
-        ComparisonRow(label=bench.labels[kind], kind=kind, comparison=None, failure=reason)  # type: ignore[arg-type]
-        for kind, reason in bench.failures.items()
-    ]
+    rows, samples, notes = _measure(bench, windows_NT, evaluation, progress)
     size = sum(2 * tensor.numel for tensor in bench.plan.model.tensors)
     losses = read_losses(bench.out)
     progress.stage("Comparing weights")
@@ -101,28 +93,49 @@ def prove(
         comparisons=[
             ComparisonRow(label="Original", kind="original", comparison=None, size_bytes=size),
             *rows,
-            *failed,
+            *_failed(bench, bench.failures),
         ],
         loss_curve=[CurvePoint(step=int(r["step"]), tokens=int(r["tokens"]), value=r["loss"]) for r in losses],
         layers=weight_distances(
             bench.model_dir, bench.plan, {IN_WEIGHTS[kind]: p for kind, p in bench.packed.items()}, bench.device
         ),
         artifacts=_artifacts(bench, verifications),
-        samples=measuring.samples(),
+        samples=samples,
         provenance=Provenance(
             versions={name: version(name) for name in ("intaglio", "torch", "transformers", "gguf")},
             command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             seconds=None if began is None else time.perf_counter() - began,
             tokens=int(losses[-1]["tokens"]) if losses else None,
         ),
-        notes=_notes(bench, original),
+        notes=notes + _notes(bench),
     )
 
 
-def _notes(bench: Bench, original: Original) -> list[str]:
+def _measure(
+    bench: Bench, windows_NT: Tensor, evaluation: Evaluation, progress: Progress
+) -> tuple[list[ComparisonRow], list[Sample], list[str]]:
+    """Rows, samples, and a note on how exact they are; without the original, rows that say why there is none."""
+    progress.stage("Loading the original")
+    try:
+        original = open_original(bench.model_dir, bench.plan.model, windows_NT, bench.device, bench.given)
+    except FAILURES as error:
+        return _failed(bench, dict.fromkeys(bench.packed, failure_of(error))), [], []
+    measuring = _Measuring(bench, original, evaluation, progress)
+    rows = measuring.simulations() + measuring.artifacts()
+    return rows, measuring.samples(), [original.note]
+
+
+def _failed(bench: Bench, reasons: dict[str, str]) -> list[ComparisonRow]:
+    """Rows of kinds that could not be made or measured."""
+    return [
+        ComparisonRow(label=bench.labels[kind], kind=kind, comparison=None, failure=reason)  # type: ignore[arg-type]
+        for kind, reason in reasons.items()
+    ]
+
+
+def _notes(bench: Bench) -> list[str]:
     notes = [
         "Rows named “simulated” compute with the decoded weights in transformers.",
-        original.note,
         "Intervals are 95%, from the spread between windows.",
     ]
     if bench.plan.recipe.kv_cache is not None:
@@ -207,13 +220,18 @@ class _Measuring:
                     simulated=found.simulated,
                     on_progress=on_progress,
                 )
-        except (IntaglioError, torch.OutOfMemoryError) as error:
+        except FAILURES as error:
             return replace(row, failure=failure_of(error))
         return replace(row, comparison=comparison)
 
     def continue_prompts(self, label: str, model: TextModel) -> None:
-        if self.prompts:
+        """Keep what the model continues each prompt with, or why it continues none."""
+        if not self.prompts:
+            return
+        try:
             self.texts[label] = greedy(model, self.bench.tokenizer, self.prompts, self.sample_tokens)
+        except FAILURES as error:
+            self.texts[label] = [f"(none: {failure_of(error)})"] * len(self.prompts)
 
     def samples(self) -> list[Sample]:
         """What every model continued each prompt with."""

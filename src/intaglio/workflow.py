@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from intaglio.bench import PACKED, REFERENCES, Bench, failure_of, make_files, verify_files, with_references
-from intaglio.errors import CorpusError, InputError, IntaglioError
+from intaglio.bench import FAILURES, PACKED, REFERENCES, Bench, failure_of, make_files, verify_files, with_references
+from intaglio.errors import CorpusError, InputError
 from intaglio.formats import format_of
 from intaglio.measure.candidates import artifact_candidate, packed_candidate
 from intaglio.measure.evaluate import evaluate_pair
@@ -127,7 +127,7 @@ def _keep_start(
         record = {"name": model_name(model_dir), "method": f"fit {plan.recipe.fit}, GPTQ"}
         try:
             pack_model(latents, out / PACKED["start"], assets=model_dir, provenance=record, replace=True)
-        except IntaglioError as error:
+        except FAILURES as error:
             failures["start"] = failure_of(error)
 
     return keep

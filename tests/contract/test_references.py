@@ -222,3 +222,19 @@ def test_an_artifact_that_cannot_be_run_is_a_row_with_the_reason(
     assert result.headline().startswith("QAT ")
     outcome = intaglio("report", out, f"--original={gemma4.checkpoint}", "--references=stock")
     assert outcome.code == 0 and f"QAT, in llama.cpp: not measured: {reason}" in " ".join(outcome.out.split())
+
+
+@pytest.mark.parametrize("failing", ["open_original", "greedy"])
+def test_an_original_that_cannot_be_measured_leaves_the_files(
+    failing: str, gemma4: Case, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(proof, failing, fail)
+    values, _ = train(gemma4, text, tmp_path / "run", "none")
+    assert names(tmp_path / "run") == FILES | REPORTS
+    failed = {row["label"]: row["failure"] for row in values["comparisons"] if row["failure"]}
+    reason = "CUDA out of memory. Tried to allocate 20.00 GiB."
+    assert failed == ({"QAT": reason} if failing == "open_original" else {})
+    assert not values["samples"] or reason in values["samples"][0]["continuations"]["QAT"]
