@@ -84,7 +84,8 @@ def make_files(bench: Bench, kind: str, *, replace: bool = False) -> dict[str, V
     """
     exports = [export for export in bench.format.exports if export.kind == kind]
     for export in exports:
-        export.write(bench.packed[kind], bench.path(export), replace=replace)
+        device = {"device": bench.device} if export.on_device else {}
+        export.write(bench.packed[kind], bench.path(export), replace=replace, **device)
     return verify_files(bench, exports)
 
 
@@ -93,7 +94,7 @@ def verify_files(bench: Bench, exports: Iterable[Export]) -> dict[str, Verificat
     results = {}
     for export in exports:
         path = bench.path(export)
-        result = results[export.name] = verify(bench.packed[export.kind], path)
+        result = results[export.name] = verify(bench.packed[export.kind], path, device=bench.device)
         if not result.exact:
             raise MismatchError(f"{path}: {result.summary()}: the export is not what was trained; please report this")
     return results

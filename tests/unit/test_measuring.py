@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from intaglio import workflow
+from intaglio.export.hf import export_hf
 from intaglio.measure import original as original_module
 from intaglio.measure.distances import weight_distances
 from intaglio.measure.evaluate import Candidate, Kept, evaluate_many, evaluate_pair, logits_of
@@ -27,6 +30,7 @@ from intaglio.numerics.grid import BlockGrid, grid_named
 from intaglio.packed.checkpoint import load_model
 from intaglio.packed.codes import _unpack_by_shifts, pack_codes, unpack_codes
 from intaglio.packed.model import PackedModel
+from intaglio.packed.verify import verify
 from intaglio.plan.family import read_spec
 from intaglio.train import quantize as quantize_module
 from tests.support.cases import Case
@@ -259,3 +263,22 @@ def test_distances_of_weights_are_the_same_in_parts(gemma4: Case, monkeypatch: p
         expected = float((gemma4.packed.decode(one.tensor) - original).norm() / original.norm())
         assert one.relative_rms["MSE"] == pytest.approx(expected, rel=1e-6)
         assert other.relative_rms["MSE"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("device", ON, ids=str)
+def test_a_checkpoint_is_written_and_compared_on_the_device(
+    device: torch.device, gemma4: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("intaglio.packed.store.CHUNK_ELEMENTS", 1 << 14)  # several chunks a tensor
+    monkeypatch.setattr("intaglio.numerics.layout.CHUNK_ELEMENTS", 1 << 13)  # and several pieces a chunk
+    export_hf(gemma4.packed, tmp_path / "hf", device=device)
+    path = tmp_path / "hf" / "model.safetensors"
+    assert path.read_bytes() == (gemma4.hf / "model.safetensors").read_bytes()
+    assert verify(gemma4.packed, tmp_path / "hf", device=device) == replace(
+        verify(gemma4.packed, gemma4.hf), artifact=tmp_path / "hf"
+    )
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight"][-1, -1] *= 2
+    tensors["model.norm.weight"][3] += 1
+    save_file(tensors, path, {"format": "pt"})
+    assert verify(gemma4.packed, tmp_path / "hf", device=device).differing_values == 2
