@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from common import environment, write_result
 
 from intaglio.packed.store import SafetensorsWriter, row_slices
 from intaglio.plan.bundled import bundled_config, bundled_name
-from intaglio.plan.family import ModelSpec, TensorSpec, describe, text_config
+from intaglio.plan.family import TensorSpec, describe, text_config
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 
 SHARD_BYTES = 4 << 30
@@ -49,8 +51,9 @@ VERIFIED = "holds what was trained"
 MEMORY = {"VmRSS": "resident", "RssAnon": "anonymous"}
 
 
-def make_checkpoint(folder: Path, spec: ModelSpec) -> None:
+def make_checkpoint(folder: Path, config: dict[str, Any]) -> None:
     """Write random weights of the model's shape, shard by shard, a few rows of a tensor at a time."""
+    spec = describe(config)
     folder.mkdir(parents=True)
     generator = torch.Generator(device="cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
     shards: list[list[TensorSpec]] = [[]]
@@ -271,17 +274,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     name = bundled_name(options.model)
     config = json.loads(options.config.read_text("utf-8")) if options.config else bundled_config(str(name))
-    spec = describe(text_config(config))
+    config = text_config(config)
     folder = options.cache / "real-size"
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
-    make_checkpoint(folder / "checkpoint", spec)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:  # whose GPU memory ends with it
+        child.submit(make_checkpoint, folder / "checkpoint", config).result()
     write_text(folder / "train.jsonl", TRAIN_TEXT, options.tokens)
     write_text(folder / "heldout.jsonl", HELDOUT_TEXT, options.eval_tokens)
-    parameters = sum(tensor.numel for tensor in spec.tensors)
+    parameters = sum(tensor.numel for tensor in describe(config).tensors)
     print(f"{parameters / 1e9:.2f} B parameters made in {time.monotonic() - began:.0f} s", flush=True)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     try:
         result = measure(options, folder)
     finally:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from intaglio.plan.family import describe
 from tests.support.cli import intaglio
 from tests.support.tiny import GEMMA4
 
@@ -39,7 +38,7 @@ def real_size(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_its_checkpoint_is_trained_by_its_command(real_size: Any, tmp_path: Path) -> None:
     options = real_size.parse([f"--cache={tmp_path}", f"--out={tmp_path / 'out.json'}", *SETTINGS])
-    real_size.make_checkpoint(tmp_path / "checkpoint", describe(CONFIG))
+    real_size.make_checkpoint(tmp_path / "checkpoint", CONFIG)
     real_size.write_text(tmp_path / "train.jsonl", real_size.TRAIN_TEXT, options.tokens)
     real_size.write_text(tmp_path / "heldout.jsonl", real_size.HELDOUT_TEXT, options.eval_tokens)
     outcome = intaglio(*real_size.command(options, tmp_path))

@@ -74,7 +74,7 @@ def open_original(
     reference = exact if exact is not None else _by_another_kernel(model, few_NT)
     noise = evaluate_pair(reference, logits_of(model, few_NT, batch), few_NT, runtime="", simulated=True)
     logits = Kept(lambda some_NT: logits_of(model, some_NT, batch), windows_NT, keep_bytes)
-    noise_of += f", {len(few_NT)} windows"
+    noise_of += f", {len(few_NT)} window{'s' * (len(few_NT) > 1)}"
     return Original(model, logits, windows_NT, batch, noise.kl_mean_nats, noise_of)
 
 
