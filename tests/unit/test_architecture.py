@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "__init__": set(),  # names its homes as strings
 }
 # Only what learns or quantizes may fit a scale; anything else that could would be able to re-quantize.
-MAY_FIT = {f"intaglio.train.{name}" for name in ("attach", "calibrate", "gptq", "quantize", "towers")}
+MAY_FIT = {f"intaglio.train.{name}" for name in ("calibrate", "gptq", "latents", "quantize", "towers")}
 NUMERICS_NEEDS = {"torch", "numpy"}
 
 
