@@ -199,7 +199,7 @@ class _Measuring:
             path, runtime = bench.path(export), "llama.cpp" if is_gguf else "transformers"
             label = f"{bench.labels[export.kind]}, in {runtime}"
             row = ComparisonRow(label=label, kind=export.kind, comparison=None, size_bytes=_size(path))  # type: ignore[arg-type]
-            rows.append(self.measured(row, partial(artifact_candidate, path, device=bench.device)))
+            rows.append(self.measured(row, partial(artifact_candidate, path, original=self.original)))
         return rows
 
     def measured(self, row: ComparisonRow, candidate: Callable[[ExitStack], Candidate]) -> ComparisonRow:

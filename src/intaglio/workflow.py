@@ -274,7 +274,7 @@ def compare(
         elif int8_cache:
             raise InputError(f"{artifact}: only a packed model knows the scales that an int8 cache needs")
         else:
-            candidate = artifact_candidate(artifact, stack, device)
+            candidate = artifact_candidate(artifact, stack, measured)
         progress.stage("Measuring")
         return evaluate_pair(
             measured.logits,

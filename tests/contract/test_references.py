@@ -221,7 +221,7 @@ def test_an_artifact_that_cannot_be_run_is_a_row_with_the_reason(
     assert failed == {"QAT, in llama.cpp": reason, "Stock rounding, in llama.cpp": reason}
     assert result.headline().startswith("QAT ")
     outcome = intaglio("report", out, f"--original={gemma4.checkpoint}", "--references=stock")
-    assert outcome.code == 0 and f"QAT, in llama.cpp: not measured: {reason}" in " ".join(outcome.out.split())
+    assert outcome.code == 1 and f"QAT, in llama.cpp: not measured: {reason}" in " ".join(outcome.out.split())
 
 
 @pytest.mark.parametrize("failing", ["open_original", "greedy"])

@@ -145,3 +145,5 @@ def report(
         evaluation = evaluation_of(text, eval_tokens, prompt, references)
         made = run_report(original, run_dir, evaluation=evaluation, progress=bars.progress)
     print_report(made, run_dir)
+    if any(row.failure for row in made.comparisons):
+        raise typer.Exit(1)

@@ -6,10 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from intaglio.errors import InputError
-from intaglio.measure.evaluate import Candidate, logits_of, transformers_runtime, transformers_source
+from intaglio.measure.evaluate import Candidate, logits_of, transformers_runtime
 from intaglio.measure.int8_cache import int8_source
 from intaglio.measure.llamacpp import LlamaCpp
 from intaglio.measure.original import Original
@@ -21,15 +19,21 @@ from intaglio.plan.family import load_config
 from intaglio.train.static import switch_static
 
 
-def artifact_candidate(path: Path, stack: ExitStack, device: torch.device) -> Candidate:
-    """An exported file or folder in its own runtime: llama.cpp for .gguf, transformers, on the device, for folders."""
+def artifact_candidate(path: Path, stack: ExitStack, original: Original) -> Candidate:
+    """An exported file or folder in its own runtime, on the original's windows.
+
+    llama.cpp runs a .gguf. transformers runs a folder, on the original's device and in its dtype.
+    """
     if path.suffix == ".gguf":
         llama = stack.enter_context(LlamaCpp(path))
         return Candidate(source=llama.logits, runtime=llama.version, simulated=False)
     if is_mlx(path):
         raise InputError(f"{path}: a folder for mlx-lm, which measures nothing here: measure the packed model instead")
-    model = load_quantized(path) if "quantization_config" in load_config(path) else load_model(path, device=device)
-    return Candidate(source=transformers_source(model.to(device)), runtime=transformers_runtime(), simulated=False)
+    device, dtype = original.model.device, original.model.dtype
+    quantized = "quantization_config" in load_config(path)
+    model = load_quantized(path, dtype).to(device) if quantized else load_model(path, dtype, device)
+    source = logits_of(model, original.windows_NT, original.batch)
+    return Candidate(source=source, runtime=transformers_runtime(), simulated=False)
 
 
 def packed_candidate(original: Original, packed: PackedModel, int8_cache: bool) -> Candidate:
