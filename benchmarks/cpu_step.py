@@ -38,6 +38,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import environment, write_result
+from intaglio.train.decode import StepWeights
 from torch import Tensor, nn
 
 from intaglio import load_model, make_plan
@@ -45,7 +46,6 @@ from intaglio.plan.family import build_meta_model, load_config
 from intaglio.plan.plan import Plan
 from intaglio.plan.recipe import Recipe
 from intaglio.tiny import MODEL_DIR
-from intaglio.train.decode import StepWeights
 from intaglio.train.distill import chunked_kl
 from intaglio.train.lesson import final_hidden, head_weight
 from intaglio.train.optimizer import make_optimizer

@@ -23,13 +23,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from intaglio.train.attach import prepare
+from intaglio.train.decode import StepWeights
 from torch import Tensor, nn
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.train.attach import prepare
-from intaglio.train.decode import StepWeights
 from intaglio.train.distill import chunked_kl
 
 SLIDING, FULL = "sliding_attention", "full_attention"

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from common import environment, write_result
 from gpu_step import e2b_config, median_ms, random_model
+from intaglio.train.attach import prepare
+from intaglio.train.decode import StepWeights
 from torch import Tensor, nn
 
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.plan.schedule import Schedule
-from intaglio.train.attach import prepare
-from intaglio.train.decode import StepWeights
 from intaglio.train.kernels import compile_layers
 from intaglio.train.lesson import Distiller
 from intaglio.train.optimizer import make_optimizer

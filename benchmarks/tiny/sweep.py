@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from intaglio.train.attach import prepare
 from torch import Tensor, nn
 
 from intaglio import calibrate
@@ -30,7 +31,6 @@ from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.tiny import MODEL_DIR
 from intaglio.train import loop
-from intaglio.train.attach import prepare
 from intaglio.train.corpus import Corpus
 from intaglio.train.loop import Options, StepInfo, train
 from intaglio.train.run_folder import read_losses

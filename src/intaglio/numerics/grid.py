@@ -153,11 +153,14 @@ class BlockGrid:
     def product(self, codes_SK: Tensor, step_S: Tensor, dtype: torch.dtype) -> Tensor:
         """code x step, [..., S, K] in `dtype`: one multiplication.
 
-        In float32, as in ggml's dequantize_row functions, and rounded after. Of channel grids, in
-        `dtype` itself, as in transformers' QuantizedLinear: there the step is rounded first.
+        In float32, as in ggml's dequantize_row functions, and rounded after. Of channel grids the step is rounded to
+        `dtype` first, as in transformers' QuantizedLinear, which multiplies in `dtype`: float32 holds that product
+        exactly, so rounding it gives the same bits.
         """
-        computed = dtype if self.positive else torch.float32
-        return (codes_SK.to(computed) * step_S.to(computed).unsqueeze(-1)).to(dtype)
+        step = step_S.to(dtype).float() if self.positive else step_S.float()
+        if self.positive and dtype == torch.bfloat16:  # the same bits, which a compiler cannot leave out as it does a cast
+            step = round_significant(step_S.float(), BFLOAT16_SIGNIFICANT_BITS)
+        return (codes_SK.float() * step.unsqueeze(-1)).to(dtype)
 
     def codes_of(self, decoded_RC: Tensor, step_RS: Tensor) -> Tensor:
         """The codes, int8 [R, C], that `decode` gave these values in their dtype."""

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from intaglio.numerics.grid import BlockGrid, FloatGrid
 from intaglio.train.grid_optimizer import GridOptimizer, check_trainable
-from intaglio.train.kernels import backward, features, forward, scales_of
+from intaglio.train.kernels import backward, expect_compilations, features, forward, scales_of
 from intaglio.train.latent import BlockLatent, FloatLatent, take_gradient
 from intaglio.train.latents import Latents
 from intaglio.train.sharding import local, sum_over_processes
@@ -80,9 +80,17 @@ def _float_step(
 _compiled: dict[Callable, Callable] = {}
 
 
-def _kernel(function: Callable) -> Callable:
+def _kernel(function: Callable, *tensors: Tensor) -> Callable:
+    """The compiled function; the first dimension of these tensors may be another one at the next call.
+
+    All else is constant, above all what a grid's arithmetic shifts by, which torch would otherwise make symbolic.
+    """
+    for tensor in tensors:
+        if tensor.numel():
+            torch._dynamo.mark_dynamic(tensor, 0)
     if function not in _compiled:
-        _compiled[function] = torch.compile(function, dynamic=True)
+        expect_compilations(32)
+        _compiled[function] = torch.compile(function, dynamic=False)
     return _compiled[function]
 
 
@@ -173,7 +181,8 @@ class Bucket:
 
     def _step(self, clip: Tensor) -> Tensor:
         hyper = self._hyper(self.latents[0].latent, clip)
-        return _kernel(_float_step)(self.latents[0].grid, self.dtype, self.grad, self.latent, self.moments, hyper)
+        kernel = _kernel(_float_step, self.grad, self.latent, *self.moments)  # type: ignore[arg-type]
+        return kernel(self.latents[0].grid, self.dtype, self.grad, self.latent, self.moments, hyper)
 
 
 class BlockBucket(Bucket):
@@ -200,14 +209,15 @@ class BlockBucket(Bucket):
         return self.grad, self.latent, self.codes, self.z, self.given
 
     def _norm(self) -> Tensor:
-        return _kernel(_block_norm)(self.mode, self.grid, *self._tensors)
+        return _kernel(_block_norm, *self._tensors)(self.mode, self.grid, *self._tensors)
 
     def _step(self, clip: Tensor) -> Tensor:
         first = self.latents[0]
         hyper = [self._hyper(first.latent, clip)] if self.mode != "frozen" else [self._hyper(first.scale_latent, clip)]
         hyper.append(hyper[0] if first.scale_latent is None else self._hyper(first.scale_latent, clip))
         moments = self.moments if self.mode != "frozen" else [*self.moments, *self.moments]
-        values, steps = _kernel(_block_step)(self.mode, self.grid, self.dtype, self._tensors, moments, hyper)
+        kernel = _kernel(_block_step, *self._tensors, *moments)
+        values, steps = kernel(self.mode, self.grid, self.dtype, self._tensors, moments, hyper)
         for latent, step in zip(self.latents, _views(steps, [latent.step for latent in self.latents]), strict=True):
             latent.step = step
         return values

@@ -94,6 +94,8 @@ def allocate(model: nn.Module, device: torch.device) -> None:
     """Give a model that was built without memory its weights, not filled, on `device`; buffers keep their values."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to_empty(device=device)
+    if not isinstance(model, FSDPModule):
+        model.tie_weights()  # type: ignore[operator]
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
 
