@@ -7,7 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from intaglio.errors import InputError
+from intaglio.numerics.device import Device, device_for
 from intaglio.packed.checkpoint import load_model, load_tokenizer, model_name
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan, make_plan
@@ -30,16 +33,18 @@ def quantize_model(
     trained: PackedModel | None = None,
     replace: bool = False,
     progress: Progress | None = None,
+    device: Device = None,
 ) -> dict[str, float]:
     """Write a PackedModel without training; return what calibrated activations change in each tower's output.
 
     data: text to calibrate static scales on, and for GPTQ where the schedule has gptq_tokens; None leaves the scales
     off. images, audio: folders, likewise for the towers' scales. trained: as `quantize` takes it, a text model that is
-    packed already. Raises InputError for samples of what the recipe does not quantize, and for GPTQ without text.
+    packed already. device: where tensors are fitted; None picks a GPU if there is one. Raises InputError for samples of
+    what the recipe does not quantize, and for GPTQ without text.
     """
     if plan.recipe.schedule.gptq_tokens and data is None and trained is None:
         raise InputError("schedule.gptq_tokens: GPTQ needs text, and there is none: give --data")
-    progress, out = progress or Progress(), Path(out)
+    progress, out, device = progress or Progress(), Path(out), device_for(device)
     samples = [image_samples(model_dir, images)] if images is not None else []
     samples += [audio_samples(model_dir, audio)] if audio is not None else []
 
@@ -51,13 +56,13 @@ def quantize_model(
 
     towers = Towers(plan, samples, on_sample=on_sample) if samples else None
     if data is not None and not plan.carried:
-        _fit_on_text(model_dir, plan, out, data, replace, progress)
+        _fit_on_text(model_dir, plan, out, data, device, replace, progress)
         return {}
     with ExitStack() as stack:
         if data is not None:  # the text model by itself, which what is carried then joins
             out.parent.mkdir(parents=True, exist_ok=True)
             alone = Path(stack.enter_context(TemporaryDirectory(dir=out.parent, prefix=f".{out.name}."))) / "text"
-            _fit_on_text(model_dir, make_plan(model_dir, plan.recipe), alone, data, replace, progress)
+            _fit_on_text(model_dir, make_plan(model_dir, plan.recipe), alone, data, device, replace, progress)
             trained = PackedModel.open(alone)
         total, done = len(plan.everything), itertools.count(1)
         progress.stage(f"Fitting {total} tensors")
@@ -68,13 +73,20 @@ def quantize_model(
             trained=trained,
             towers=towers,
             replace=replace,
+            device=device,
             on_tensor=lambda name: progress.part(next(done), total, name),
         )
     return towers.errors if towers is not None else {}
 
 
 def _fit_on_text(
-    model_dir: str | Path, plan: Plan, out: Path, data: str | Path, replace: bool, progress: Progress
+    model_dir: str | Path,
+    plan: Plan,
+    out: Path,
+    data: str | Path,
+    device: torch.device,
+    replace: bool,
+    progress: Progress,
 ) -> None:
     schedule = plan.recipe.schedule
     if not plan.static_scales and not schedule.gptq_tokens:
@@ -83,7 +95,7 @@ def _fit_on_text(
             "--set schedule.gptq_tokens=32768"
         )
     progress.stage("Loading the original")
-    tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir)
+    tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir, device=device)
     corpus = load_corpus(
         data,
         tokenizer,

@@ -21,13 +21,14 @@ class Export:
     """A file or folder that a run leaves.
 
     name: in the run folder. kind: of the packed model that it is made from, "trained" or "stock".
-    runs: whether it is measured in its runtime; one that says nothing new is not.
+    runs: False for an artifact whose measurement would repeat another's. on_device: whether `write` takes a device.
     """
 
     name: str
     kind: str
     write: Callable[..., Any]
     runs: bool = True
+    on_device: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ def _absmax(recipe: Recipe) -> Recipe:
     return replace(recipe, name=f"{recipe.name}-absmax", fit="absmax")
 
 
+HF = Export(name="hf", kind="trained", write=export_hf, runs=False, on_device=True)
 GGUF = Format(
     label="Q4_0",
     stock_label="Stock rounding",
@@ -62,7 +64,7 @@ GGUF = Format(
     exports=(
         Export(name="model.gguf", kind="trained", write=export_gguf),
         Export(name="stock.gguf", kind="stock", write=export_gguf),
-        Export(name="hf", kind="trained", write=export_hf, runs=False),
+        HF,
     ),
     check=_check_gguf,
 )
@@ -82,7 +84,7 @@ LITERT = Format(
     label="absmax for LiteRT",
     stock_label="Absmax rounding",
     stock_recipe=_absmax,
-    exports=(Export(name="hf", kind="trained", write=export_hf, runs=False),),  # the bundle needs an environment
+    exports=(HF,),  # the bundle needs an environment
     check=lambda plan, model_dir: check_litert(plan),
 )
 

@@ -1,8 +1,8 @@
 """What a run made, read back, measured, and put into a report.
 
-A run folder holds the packed models of three kinds: "stock" and "fitted", which are not trained, and
-"trained". Of each, the decoded weights are measured in transformers, and the files that were exported
-in their own runtime.
+A run folder holds packed models of up to four kinds: "trained", and the references "stock", "fitted" and "start", which
+are not trained. The decoded weights of each are measured in transformers, and the files that were exported in their own
+runtime. One of them at a time is in memory beside the original.
 """
 
 from __future__ import annotations
@@ -10,97 +10,79 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from intaglio.errors import InputError, MismatchError
-from intaglio.formats import Export, Format, format_of
-from intaglio.measure.evaluate import Candidate, evaluate_many, greedy, transformers_runtime, transformers_source
-from intaglio.measure.llamacpp import LlamaCpp
-from intaglio.measure.metrics import Comparison
+from intaglio.bench import FAILURES, REFERENCES, Bench, failure_of
+from intaglio.errors import InputError
+from intaglio.measure.candidates import artifact_candidate
+from intaglio.measure.distances import weight_distances
+from intaglio.measure.evaluate import Candidate, evaluate_pair, greedy, logits_of, transformers_runtime
+from intaglio.measure.original import Original, open_original
 from intaglio.measure.report import (
     Artifact,
     ComparisonRow,
     CurvePoint,
-    LayerRow,
     Provenance,
     Report,
     Sample,
     plan_rows,
 )
-from intaglio.measure.simulate import decoded_model, switched_source
-from intaglio.numerics.grid import BlockGrid
-from intaglio.packed.checkpoint import TextModel, load_model, load_quantized, model_name, stream_tensors
+from intaglio.measure.simulate import Simulation
+from intaglio.packed.checkpoint import TextModel, model_name
 from intaglio.packed.model import PackedModel, file_sha256
-from intaglio.packed.verify import Verification, verify
-from intaglio.packed.verify_affine import is_mlx
-from intaglio.plan.family import load_config
-from intaglio.plan.plan import Plan
+from intaglio.packed.verify import Verification
 from intaglio.progress import Progress
 from intaglio.train.run_folder import read_losses
 from intaglio.train.static import switch_static
 
-PACKED = {"stock": "stock", "fitted": "fitted", "trained": "packed"}  # kind -> folder of the run
+IN_WEIGHTS = {"stock": "stock", "fitted": "MSE", "start": "GPTQ", "trained": "QAT"}  # as columns of weights' distances
 FLOAT_ACTIVATIONS = "float activations"  # the variant without quantized activations and KV cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is measured after training. tokens, window: of held-out text; prompts: for samples."""
+    """What is measured after training. tokens, window: of held-out text; prompts: for samples.
+
+    references: the models without training that are made and measured too: "none"; "stock", which is anyone's rounding;
+    or "all", which adds the recipe's fit and the start that GPTQ gave. InputError for another word.
+    """
 
     text: Path | None = None
     tokens: int = 16384
     window: int = 256
     prompts: tuple[str, ...] = ()
     sample_tokens: int = 40
+    references: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.references not in REFERENCES:
+            raise InputError(f"references {self.references!r}: expected one of {', '.join(REFERENCES)}")
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A finished run: the original, and what was made of it, by kind."""
+def prove(
+    bench: Bench,
+    windows_NT: Tensor,
+    evaluation: Evaluation,
+    verifications: dict[str, Verification],
+    progress: Progress,
+    began: float | None,
+) -> Report:
+    """Measure everything on the windows and return the report. A row that cannot be measured says why.
 
-    model_dir: Path
-    out: Path
-    tokenizer: Any
-    teacher: TextModel
-    packed: dict[str, PackedModel]
-
-    @classmethod
-    def open(cls, model_dir: str | Path, out: Path, tokenizer: Any, teacher: TextModel) -> Bench:
-        packed = {kind: PackedModel.open(out / folder) for kind, folder in PACKED.items()}
-        return cls(Path(model_dir), out, tokenizer, teacher, packed)
-
-    @property
-    def plan(self) -> Plan:
-        return self.packed["trained"].plan
-
-    @property
-    def format(self) -> Format:
-        return format_of(self.plan)
-
-    @property
-    def labels(self) -> dict[str, str]:
-        return {"stock": self.format.stock_label, "fitted": "MSE fit", "trained": "QAT"}
-
-    def path(self, export: Export) -> Path:
-        return self.out / export.name
-
-
-def prove(bench: Bench, windows_NT: Tensor, evaluation: Evaluation, progress: Progress, began: float | None) -> Report:
-    """Read every file back, measure everything on the windows, and return the report.
-
-    began: when the run began, in seconds of `time.perf_counter`; None if it was another one.
-    Raises MismatchError for a file that does not hold what was packed.
+    verifications: what reading the trained model's files back said. began: when the run began, in seconds of
+    `time.perf_counter`; None when a finished run is measured again.
     """
-    verifications = _verify(bench)
-    models = {kind: decoded_model(bench.teacher, packed) for kind, packed in bench.packed.items()}
-    comparisons = _compare(bench, models, windows_NT, progress)
+    rows, samples, notes = _measure(bench, windows_NT, evaluation, progress)
+    size = sum(2 * tensor.numel for tensor in bench.plan.model.tensors)
     losses = read_losses(bench.out)
+    progress.stage("Comparing weights")
     return Report(
         title=f"{model_name(bench.model_dir)}, {bench.plan.recipe.name}",
         model=model_name(bench.model_dir),
@@ -108,24 +90,52 @@ def prove(bench: Bench, windows_NT: Tensor, evaluation: Evaluation, progress: Pr
         recipe_name=bench.plan.recipe.name,
         recipe_toml=bench.plan.recipe.to_toml(),
         plan=plan_rows(bench.plan),
-        comparisons=comparisons,
+        comparisons=[
+            ComparisonRow(label="Original", kind="original", comparison=None, size_bytes=size),
+            *rows,
+            *_failed(bench, bench.failures),
+        ],
         loss_curve=[CurvePoint(step=int(r["step"]), tokens=int(r["tokens"]), value=r["loss"]) for r in losses],
-        layers=_layers(bench),
+        layers=weight_distances(
+            bench.model_dir, bench.plan, {IN_WEIGHTS[kind]: p for kind, p in bench.packed.items()}, bench.device
+        ),
         artifacts=_artifacts(bench, verifications),
-        samples=_samples(bench, models, evaluation),
+        samples=samples,
         provenance=Provenance(
             versions={name: version(name) for name in ("intaglio", "torch", "transformers", "gguf")},
             command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             seconds=None if began is None else time.perf_counter() - began,
             tokens=int(losses[-1]["tokens"]) if losses else None,
         ),
-        notes=_notes(bench),
+        notes=notes + _notes(bench),
     )
+
+
+def _measure(
+    bench: Bench, windows_NT: Tensor, evaluation: Evaluation, progress: Progress
+) -> tuple[list[ComparisonRow], list[Sample], list[str]]:
+    """Rows, samples, and a note on how exact they are; without the original, rows that say why there is none."""
+    progress.stage("Loading the original")
+    try:
+        original = open_original(bench.model_dir, bench.plan.model, windows_NT, bench.device, bench.given)
+    except FAILURES as error:
+        return _failed(bench, dict.fromkeys(bench.packed, failure_of(error))), [], []
+    measuring = _Measuring(bench, original, evaluation, progress)
+    rows = measuring.simulations() + measuring.artifacts()
+    return rows, measuring.samples(), [original.note]
+
+
+def _failed(bench: Bench, reasons: dict[str, str]) -> list[ComparisonRow]:
+    """Rows of kinds that could not be made or measured."""
+    return [
+        ComparisonRow(label=bench.labels[kind], kind=kind, comparison=None, failure=reason)  # type: ignore[arg-type]
+        for kind, reason in reasons.items()
+    ]
 
 
 def _notes(bench: Bench) -> list[str]:
     notes = [
-        "Rows named “simulated” compute with the decoded weights in transformers, in float32.",
+        "Rows named “simulated” compute with the decoded weights in transformers.",
         "Intervals are 95%, from the spread between windows.",
     ]
     if bench.plan.recipe.kv_cache is not None:
@@ -149,88 +159,93 @@ def _has_llama() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
 
 
-def _verify(bench: Bench) -> dict[str, Verification]:
-    results = {}
-    for export in bench.format.exports:
-        path = bench.path(export)
-        result = results[export.name] = verify(bench.packed[export.kind], path)
-        if not result.exact:
-            raise MismatchError(f"{path}: {result.summary()}: the export is not what was trained; please report this")
-    return results
+class _Measuring:
+    """Measures one model after the other against the original; continues prompts with each on the way."""
+
+    def __init__(self, bench: Bench, original: Original, evaluation: Evaluation, progress: Progress):
+        self.bench, self.original, self.progress = bench, original, progress
+        self.prompts, self.sample_tokens = evaluation.prompts, evaluation.sample_tokens
+        self.texts: dict[str, list[str]] = {}
+        self.continue_prompts("Original", original.model)
+
+    def simulations(self) -> list[ComparisonRow]:
+        """The decoded weights of every kind, in transformers."""
+        bench, rows, simulation = self.bench, [], Simulation(self.original.model)
+        variants = {"": True} | ({FLOAT_ACTIVATIONS: False} if bench.plan.static_scales else {})
+        for kind, packed in bench.packed.items():
+            size = next((_size(bench.path(e)) for e in bench.format.exports if e.kind == kind and e.runs), None)
+            for variant, on in variants.items():
+
+                def candidate(stack: ExitStack, packed: PackedModel = packed, on: bool = on) -> Candidate:
+                    model = simulation.load(packed)
+                    switch_static(model, activations=on, kv_cache=on)
+                    source = logits_of(model, self.original.windows_NT, self.original.batch)
+                    return Candidate(source=source, runtime=transformers_runtime(), simulated=True)
+
+                label = f"{bench.labels[kind]}, {variant}" if variant else bench.labels[kind]
+                row = ComparisonRow(label=label, kind=kind, variant=variant, comparison=None, size_bytes=size)  # type: ignore[arg-type]
+                rows.append(self.measured(row, candidate))
+            if not rows[-1].failure:
+                self.continue_prompts(bench.labels[kind], simulation.load(packed))
+        return rows
+
+    def artifacts(self) -> list[ComparisonRow]:
+        """Exported files in their own runtimes."""
+        bench, rows = self.bench, []
+        for export in bench.format.exports:
+            is_gguf = export.name.endswith(".gguf")
+            if not export.runs or export.kind not in bench.packed or (is_gguf and not _has_llama()):
+                continue
+            path, runtime = bench.path(export), "llama.cpp" if is_gguf else "transformers"
+            label = f"{bench.labels[export.kind]}, in {runtime}"
+            row = ComparisonRow(label=label, kind=export.kind, comparison=None, size_bytes=_size(path))  # type: ignore[arg-type]
+            rows.append(self.measured(row, partial(artifact_candidate, path, original=self.original)))
+        return rows
+
+    def measured(self, row: ComparisonRow, candidate: Callable[[ExitStack], Candidate]) -> ComparisonRow:
+        """The row with its figures, or with the reason why it has none."""
+        self.progress.stage(f"Measuring {row.label}")
+
+        def on_progress(done: int, total: int, kl: dict[str, float]) -> None:
+            self.progress.part(done, total, f"KL {kl['candidate']:.4f}")
+
+        try:
+            with ExitStack() as stack:
+                found = candidate(stack)
+                comparison = evaluate_pair(
+                    self.original.logits,
+                    found.source,
+                    self.original.windows_NT,
+                    runtime=found.runtime,
+                    simulated=found.simulated,
+                    on_progress=on_progress,
+                )
+        except FAILURES as error:
+            return replace(row, failure=failure_of(error))
+        return replace(row, comparison=comparison)
+
+    def continue_prompts(self, label: str, model: TextModel) -> None:
+        """Keep what the model continues each prompt with, or why it continues none."""
+        if not self.prompts:
+            return
+        try:
+            self.texts[label] = greedy(model, self.bench.tokenizer, self.prompts, self.sample_tokens)
+        except FAILURES as error:
+            self.texts[label] = [f"(none: {failure_of(error)})"] * len(self.prompts)
+
+    def samples(self) -> list[Sample]:
+        """What every model continued each prompt with."""
+        return [
+            Sample(prompt=prompt, continuations={label: lines[i] for label, lines in self.texts.items()})
+            for i, prompt in enumerate(self.prompts)
+        ]
 
 
-def artifact_candidate(path: Path, stack: ExitStack) -> Candidate:
-    """An exported file or folder in its own runtime: llama.cpp for .gguf, transformers for folders."""
-    if path.suffix == ".gguf":
-        llama = stack.enter_context(LlamaCpp(path))
-        return Candidate(source=llama.logits, runtime=llama.version, simulated=False)
-    if is_mlx(path):
-        raise InputError(f"{path}: a folder for mlx-lm, which measures nothing here: measure the packed model instead")
-    model = load_quantized(path) if "quantization_config" in load_config(path) else load_model(path)
-    return Candidate(source=transformers_source(model), runtime=transformers_runtime(), simulated=False)
-
-
-def _candidates(
-    bench: Bench, models: dict[str, TextModel], stack: ExitStack
-) -> dict[str, tuple[ComparisonRow, Candidate]]:
-    """Everything that is measured, with its row of the report but for the figures."""
-    runtime, found = transformers_runtime(), []
-    variants = {"": True} | ({FLOAT_ACTIVATIONS: False} if bench.plan.static_scales else {})
-    for kind, model in models.items():
-        size = next((_size(bench.path(e)) for e in bench.format.exports if e.kind == kind and e.runs), None)
-        for variant, on in variants.items():
-            source = switched_source(model, on=on) if bench.plan.static_scales else transformers_source(model)
-            label = f"{bench.labels[kind]}, {variant}" if variant else bench.labels[kind]
-            row = ComparisonRow(label=label, kind=kind, variant=variant, comparison=None, size_bytes=size)  # type: ignore[arg-type]
-            found.append((row, Candidate(source=source, runtime=runtime, simulated=True)))
-    for export in bench.format.exports:
-        is_gguf = export.name.endswith(".gguf")
-        if not export.runs or (is_gguf and not _has_llama()):
-            continue
-        label = f"{bench.labels[export.kind]}, in {'llama.cpp' if is_gguf else 'transformers'}"
-        path = bench.path(export)
-        row = ComparisonRow(label=label, kind=export.kind, comparison=None, size_bytes=_size(path))  # type: ignore[arg-type]
-        found.append((row, artifact_candidate(path, stack)))
-    return {row.label: (row, candidate) for row, candidate in found}
-
-
-def _compare(bench: Bench, models: dict[str, TextModel], windows_NT: Tensor, progress: Progress) -> list[ComparisonRow]:
-    def on_progress(done: int, total: int, kl: dict[str, float]) -> None:
-        qat, stock = kl[bench.labels["trained"]], kl[bench.labels["stock"]]
-        progress.part(done, total, f"KL {qat:.4f}, {bench.labels['stock'].lower()} {stock:.4f}")
-
-    with ExitStack() as stack:
-        named = _candidates(bench, models, stack)
-        candidates = {label: candidate for label, (_, candidate) in named.items()}
-        results = evaluate_many(transformers_source(bench.teacher), candidates, windows_NT, on_progress=on_progress)
-    original = sum(t.numel() * 2 for _, t in stream_tensors(bench.model_dir, bench.plan.model))
-    rows = [ComparisonRow(label="Original", kind="original", comparison=None, size_bytes=original)]
-    return rows + [_with(named[label][0], comparison) for label, comparison in results.items()]
-
-
-def _with(row: ComparisonRow, comparison: Comparison) -> ComparisonRow:
-    return ComparisonRow(**(vars(row) | {"comparison": comparison}))
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file; of a folder's weights."""
+def _size(path: Path) -> int | None:
+    """Bytes of a file; of a folder's weights. None if it is not there."""
+    if not path.exists():
+        return None
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.glob("*.safetensors"))
-
-
-def _layers(bench: Bench) -> list[LayerRow]:
-    """Relative RMS error of every tensor on a BlockGrid against the original."""
-    rows = {}
-    for name, original in stream_tensors(bench.model_dir, bench.plan.model):
-        tensor = bench.plan[name]
-        if not isinstance(tensor.grid, BlockGrid):
-            continue
-        norm = original.float().norm()
-        errors = {
-            label: float((bench.packed[kind].decode(name) - original.float()).norm() / norm)
-            for kind, label in (("stock", "stock"), ("fitted", "MSE"), ("trained", "QAT"))
-        }
-        rows[name] = LayerRow(tensor=name, role=tensor.spec.role, relative_rms=errors)
-    return [rows[t.name] for t in bench.plan if t.name in rows]
 
 
 def _artifacts(bench: Bench, verifications: dict[str, Verification]) -> list[Artifact]:
@@ -244,17 +259,3 @@ def _artifacts(bench: Bench, verifications: dict[str, Verification]) -> list[Art
                 Artifact(name=name, size_bytes=file.stat().st_size, sha256=file_sha256(file), verification=said)
             )
     return made
-
-
-def _samples(bench: Bench, models: dict[str, TextModel], evaluation: Evaluation) -> list[Sample]:
-    prompts = evaluation.prompts
-    if not prompts:
-        return []
-    texts = {"Original": greedy(bench.teacher, bench.tokenizer, prompts, evaluation.sample_tokens)}
-    for kind, model in models.items():
-        switch_static(model, activations=True, kv_cache=True)
-        texts[bench.labels[kind]] = greedy(model, bench.tokenizer, prompts, evaluation.sample_tokens)
-    return [
-        Sample(prompt=prompt, continuations={label: lines[i] for label, lines in texts.items()})
-        for i, prompt in enumerate(prompts)
-    ]

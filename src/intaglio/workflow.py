@@ -6,13 +6,18 @@ Every stage is a public function of its own; this file only puts them in order. 
     packed/                               codes and scales: the result
     model.gguf  hf/                       a GGUF recipe's files, or
     mobile/                               the mobile format's folder, verified against packed/
-    stock/  fitted/                       references without training, and stock's own files
+    stock/  fitted/  start/               references without training, and stock's own files
     report.html report.md report.json     the proof
+
+in this order, so that a user has the files before anything is measured. start/ is there where GPTQ chose the
+first codes.
 """
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,29 +27,30 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from intaglio.bench import FAILURES, PACKED, REFERENCES, Bench, failure_of, make_files, verify_files, with_references
 from intaglio.errors import CorpusError, InputError
 from intaglio.formats import format_of
-from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_runtime, transformers_source
-from intaglio.measure.int8_cache import int8_source
+from intaglio.measure.candidates import artifact_candidate, packed_candidate
+from intaglio.measure.evaluate import evaluate_pair
 from intaglio.measure.metrics import Comparison
+from intaglio.measure.original import open_original
 from intaglio.measure.report import Report, write_report
-from intaglio.measure.simulate import decoded_model
-from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer, model_name
+from intaglio.numerics.device import Device, device_for
+from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer, model_name, stored_dtype
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
-from intaglio.plan.family import check_runs_alone, read_spec
+from intaglio.packed.verify import Verification
+from intaglio.plan.family import ModelSpec, check_runs_alone, read_spec
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
-from intaglio.proof import PACKED, Bench, Evaluation, artifact_candidate, prove
+from intaglio.proof import Evaluation, prove
 from intaglio.train.corpus import Corpus, held_out_windows, load_corpus, sample_corpus
+from intaglio.train.latents import Latents
 from intaglio.train.loop import Options, train
 from intaglio.train.pack import pack_model
-from intaglio.train.ptq import quantize_on_text
-from intaglio.train.quantize import quantize
 from intaglio.train.run_folder import check_run_dir
-from intaglio.train.static import switch_static
 
 SHARE_HELD_OUT = 0.02  # of the training sequences, when no held-out text is given
 HELD_OUT_FILE = "heldout.npy"
@@ -60,25 +66,31 @@ def run(
     options: Options | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    device: Device = None,
 ) -> Report:
     """Train `model_dir` by `recipe` on `data`, and leave model, artifacts and report in `out`.
 
-    data: see `train.corpus.load_corpus`; None lets the model write its own text.
+    The files are written and read back as soon as training ends. What follows, references, measurement and report,
+    takes nothing away from them: a reference or a row that fails says why in the report.
+
+    data: see `train.corpus.load_corpus`; None lets the model write its own text. device: where the original is, and
+    where references are fitted and everything is measured; None picks a GPU if there is one.
     Raises MismatchError if an artifact does not hold the trained codes; see the stages for the rest.
     """
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
-    began = time.perf_counter()
+    began, device = time.perf_counter(), device_for(device)
     progress.stage("Loading the original")
     spec = read_spec(model_dir)
     check_runs_alone(spec, model_dir)
     plan = make_plan(spec, recipe)
     check_run_dir(out, {"plan": plan.digest}, resume)
     format_of(plan).check(plan, Path(model_dir))
-    tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir)
+    tokenizer, teacher = load_tokenizer(model_dir), _teacher(model_dir, spec, device)
     progress.stage("Reading text")
     corpus = training_text(plan, data, tokenizer, teacher, progress)
     corpus, windows_NT = held_out(corpus, evaluation, plan, tokenizer)
     progress.stage("Training")
+    failures: dict[str, str] = {}
     latents = train(
         teacher,
         plan,
@@ -88,44 +100,91 @@ def run(
         resume=resume,
         on_step=progress.step,
         on_calibration=lambda done, total: progress.part(done, total, "tokens calibrated"),
+        on_start=_keep_start(model_dir, plan, out, evaluation, failures),
     )
-    progress.stage("Packing and exporting")
+    progress.stage("Packing")
     pack_model(latents, out / "packed", assets=model_dir, provenance=_provenance(model_dir, data), replace=resume)
     with new_path(out / HELD_OUT_FILE, replace=True) as temporary, open(temporary, "wb") as file:
         np.save(file, windows_NT)
     del latents
-    _references(Path(model_dir), plan, corpus, teacher, out, options, replace=resume)
-    bench = Bench.open(model_dir, out, tokenizer, teacher.to("cpu"))
-    for export in bench.format.exports:
-        export.write(bench.packed[export.kind], bench.path(export), replace=resume)
-    return _measure(bench, windows_NT, evaluation, progress, began=began, replace=resume)
+    gc.collect()  # a session and its model hold each other, and a GPU's memory with them
+    given = teacher if device.type == "cpu" else None  # on a GPU it is loaded again, without what training left in it
+    del teacher
+    bench = Bench.open(model_dir, out, tokenizer, ["trained"], device=device, given=given, failures=failures)
+    verified = _files(bench, replace=resume, progress=progress)
+    bench = with_references(bench, evaluation.references, corpus, options, progress, replace=resume)
+    return _measure(bench, windows_NT, evaluation, verified, progress, began=began, replace=resume)
+
+
+def _keep_start(
+    model_dir: str | Path, plan: Plan, out: Path, evaluation: Evaluation, failures: dict[str, str]
+) -> Callable[[Latents], None]:
+    """Packs what training begins with, if GPTQ chose it and it is to be measured; a failure is noted and no more."""
+
+    def keep(latents: Latents) -> None:
+        if not (plan.recipe.schedule.gptq_tokens and "start" in REFERENCES[evaluation.references]):
+            return
+        record = {"name": model_name(model_dir), "method": f"fit {plan.recipe.fit}, GPTQ"}
+        try:
+            pack_model(latents, out / PACKED["start"], assets=model_dir, provenance=record, replace=True)
+        except FAILURES as error:
+            failures["start"] = failure_of(error)
+
+    return keep
 
 
 def report(
-    model_dir: str | Path, out: str | Path, *, evaluation: Evaluation | None = None, progress: Progress | None = None
+    model_dir: str | Path,
+    out: str | Path,
+    *,
+    evaluation: Evaluation | None = None,
+    progress: Progress | None = None,
+    device: Device = None,
 ) -> Report:
-    """Measure a finished run again and rewrite its report; on the run's own held-out text by default."""
+    """Measure a finished run again and rewrite its report; on the run's own held-out text by default.
+
+    References that the evaluation asks for are measured if the run has them.
+    """
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
-    progress.stage("Loading the original")
-    bench = Bench.open(model_dir, out, load_tokenizer(model_dir), load_model(model_dir))
+    progress.stage("Reading the files back")
+    kinds = [kind for kind in REFERENCES[evaluation.references] if (out / PACKED[kind]).is_dir()]
+    bench = Bench.open(model_dir, out, load_tokenizer(model_dir), ["trained", *kinds], device=device_for(device))
+    vocab_size = bench.plan.model.layer_config.vocab_size
     if evaluation.text is not None:
-        windows_NT = read_windows(evaluation, bench.teacher.config.vocab_size, bench.tokenizer)
+        windows_NT = read_windows(evaluation, vocab_size, bench.tokenizer)
     else:
-        windows_NT = _saved_windows(out / HELD_OUT_FILE, bench.plan.model.layer_config.vocab_size)
-    return _measure(bench, windows_NT, evaluation, progress, began=None, replace=True)
+        windows_NT = _saved_windows(out / HELD_OUT_FILE, vocab_size)
+    verified = verify_files(bench, [export for export in bench.format.exports if export.kind == "trained"])
+    return _measure(bench, windows_NT, evaluation, verified, progress, began=None, replace=True)
+
+
+def _teacher(model_dir: str | Path, spec: ModelSpec, device: torch.device) -> TextModel:
+    """The original to train from: float32 on a CPU; in its own dtype on a GPU, whose memory the student needs."""
+    if device.type == "cpu":
+        return load_model(model_dir)
+    return load_model(model_dir, stored_dtype(model_dir, spec), device)
+
+
+def _files(bench: Bench, *, replace: bool, progress: Progress) -> dict[str, Verification]:
+    """Write the trained model's files and read them back, then say where they are."""
+    progress.stage("Writing files")
+    verified = make_files(bench, "trained", replace=replace)
+    for path in [bench.out / PACKED["trained"], *(found.artifact for found in verified.values())]:
+        progress.note(f"{path}: holds what was trained, 0 bits differ")
+    return verified
 
 
 def _measure(
     bench: Bench,
     windows_NT: NDArray[np.int32],
     evaluation: Evaluation,
+    verified: dict[str, Verification],
     progress: Progress,
     *,
     began: float | None,
     replace: bool,
 ) -> Report:
-    progress.stage("Measuring")
-    result = prove(bench, torch.from_numpy(windows_NT).long(), evaluation, progress, began)
+    result = prove(bench, torch.from_numpy(windows_NT).long(), evaluation, verified, progress, began)
     write_report(result, bench.out, replace=replace)
     return result
 
@@ -185,26 +244,6 @@ def read_windows(evaluation: Evaluation, vocab_size: int, tokenizer: Any) -> NDA
     )
 
 
-def _references(
-    model_dir: Path,
-    plan: Plan,
-    corpus: Corpus,
-    teacher: TextModel,
-    out: Path,
-    options: Options | None,
-    *,
-    replace: bool,
-) -> None:
-    """What can be had without training: anyone's rounding, and the recipe's fit."""
-    stock = make_plan(model_dir, format_of(plan).stock_recipe(plan.recipe))
-    for kind, reference in (("stock", stock), ("fitted", plan)):
-        path = out / PACKED[kind]
-        if reference.static_scales:
-            quantize_on_text(teacher, reference, corpus, path, assets=model_dir, options=options, replace=replace)
-        else:
-            quantize(model_dir, reference, path, replace=replace)
-
-
 def compare(
     artifact: str | Path,
     original: str | Path,
@@ -212,49 +251,39 @@ def compare(
     progress: Progress | None = None,
     *,
     int8_cache: bool = False,
+    device: Device = None,
 ) -> Comparison:
     """Measure one artifact against the original on `evaluation.text`.
 
     artifact: a .gguf, run in llama.cpp; a packed model, simulated in transformers; or a transformers
     folder, run there. int8_cache: for a packed model with KV scales, read the text token by token
-    through a cache that holds int8.
+    through a cache that holds int8. device: for what transformers runs; None picks a GPU if there is one.
     """
-    progress, artifact = progress or Progress(), Path(artifact)
+    progress, artifact, device = progress or Progress(), Path(artifact), device_for(device)
     progress.stage("Loading")
     packed = PackedModel.open(artifact) if (artifact / PACKED_FILE).is_file() else None
-    check_runs_alone(read_spec(original), original)
+    spec = read_spec(original)
+    check_runs_alone(spec, original)
     if packed is not None:
         check_runs_alone(packed.plan.model, artifact)
-    teacher, tokenizer = load_model(original), load_tokenizer(original)
-    windows_NT = read_windows(evaluation, teacher.config.vocab_size, tokenizer)
+    windows_NT = read_windows(evaluation, spec.layer_config.vocab_size, load_tokenizer(original))
+    measured = open_original(original, spec, torch.from_numpy(windows_NT).long(), device)
     with ExitStack() as stack:
         if packed is not None:
-            candidate = _packed_candidate(teacher, packed, windows_NT, int8_cache)
+            candidate = packed_candidate(measured, packed, int8_cache)
         elif int8_cache:
             raise InputError(f"{artifact}: only a packed model knows the scales that an int8 cache needs")
         else:
-            candidate = artifact_candidate(artifact, stack)
+            candidate = artifact_candidate(artifact, stack, measured)
         progress.stage("Measuring")
-        results = evaluate_many(
-            transformers_source(teacher),
-            {"artifact": candidate},
-            torch.from_numpy(windows_NT).long(),
-            on_progress=lambda done, total, kl: progress.part(done, total, f"KL {kl['artifact']:.4f}"),
+        return evaluate_pair(
+            measured.logits,
+            candidate.source,
+            measured.windows_NT,
+            runtime=candidate.runtime,
+            simulated=candidate.simulated,
+            on_progress=lambda done, total, kl: progress.part(done, total, f"KL {kl['candidate']:.4f}"),
         )
-    return results["artifact"]
-
-
-def _packed_candidate(
-    teacher: TextModel, packed: PackedModel, windows_NT: NDArray[np.int32], int8_cache: bool
-) -> Candidate:
-    model = decoded_model(teacher, packed)
-    source: Any = transformers_source(model)
-    if int8_cache:
-        if packed.plan.recipe.kv_cache is None:
-            raise InputError(f"{packed.path}: recipe {packed.plan.recipe.name} leaves the KV cache in floats")
-        switch_static(model, activations=True, kv_cache=False)  # the cache itself rounds them
-        source = int8_source(model, torch.from_numpy(windows_NT).long(), packed.read_static())
-    return Candidate(source=source, runtime=transformers_runtime(), simulated=True)
 
 
 def _provenance(model_dir: str | Path, data: str | Path | None) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def run(cases: dict[str, Case], text: Path, tmp_path_factory: pytest.TempPathFac
 def test_it_leaves_what_it_promises(run: Path) -> None:
     names = {path.split("/")[0] for path in contents(run)}
     reports = {"report.html", "report.md", "report.json"}
-    folders = {"packed", "stock", "fitted", "mobile", "stock-mobile"}
+    folders = {"packed", "stock", "fitted", "start", "mobile", "stock-mobile"}
     assert names == reports | folders | {"run.json", "losses.jsonl", "heldout.npy"}
     packed = PackedModel.open(run / "packed")
     assert verify(packed, run / "mobile").exact
@@ -46,7 +46,7 @@ def test_references_are_calibrated_and_differ_in_their_fit(run: Path) -> None:
 def test_the_report_measures_with_scales_on_and_off(run: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     rows = {(row["kind"], row["variant"], row["comparison"]["simulated"]) for row in report["comparisons"][1:]}
-    kinds, floats = ("stock", "fitted", "trained"), "float activations"
+    kinds, floats = ("stock", "fitted", "start", "trained"), "float activations"
     expected = {(kind, variant, True) for kind in kinds for variant in ("", floats)}
     assert rows == expected | {("stock", "", False), ("trained", "", False)}
     kl = {row["label"]: row["comparison"]["kl_mean_nats"] for row in report["comparisons"][1:]}

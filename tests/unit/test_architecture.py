@@ -33,9 +33,12 @@ MAY_IMPORT = {
     "tiny": set(),
     "formats": {"numerics", "plan", "export"},
     "progress": {"train"},
-    "proof": {"errors", "numerics", "plan", "packed", "train", "measure", "formats", "progress"},
-    "fitting": {"errors", "plan", "packed", "train", "progress"},
-    "workflow": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof"},
+    "bench": {"errors", "numerics", "plan", "packed", "train", "formats", "progress"},
+    "proof": {"errors", "packed", "train", "measure", "bench", "progress"},
+    "fitting": {"errors", "numerics", "plan", "packed", "train", "progress"},
+    "workflow": {
+        *("errors", "numerics", "plan", "packed", "train", "measure", "formats", "progress", "bench", "proof"),
+    },
     "release": {"errors", "numerics", "plan", "packed", "export", "progress"},
     "finetune": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof", "workflow"},
     "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow", "drafter"},
@@ -51,7 +54,7 @@ MAY_IMPORT = {
     "__init__": set(),  # names its homes as strings
 }
 # Only what learns or quantizes may fit a scale; anything else that could would be able to re-quantize.
-MAY_FIT = {f"intaglio.train.{name}" for name in ("attach", "calibrate", "gptq", "quantize", "towers")}
+MAY_FIT = {f"intaglio.train.{name}" for name in ("calibrate", "gptq", "latents", "quantize", "towers")}
 NUMERICS_NEEDS = {"torch", "numpy"}
 
 

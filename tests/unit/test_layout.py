@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from transformers.integrations import gemma_quant
 
+from intaglio.numerics import layout
 from intaglio.numerics.fit_stock import fit_stock
 from intaglio.numerics.grid import INT2, INT4, INT8, Q4_0_FREE, Q6_K_FREE, Q8_0_FREE, BlockGrid, Quantized
 from intaglio.numerics.layout import CHUNK_ELEMENTS, from_blocks, row_chunks, to_blocks
@@ -116,3 +117,20 @@ def test_row_chunks_cover_every_row_once(grid: BlockGrid, rows: int) -> None:
     assert torch.equal(torch.cat([part.codes for _, part in parts]), codes)
     assert all(torch.equal(part.codes, codes[at]) and len(part.scale) == len(part.codes) for at, part in parts)
     assert len(parts) == -(-rows // 4)
+
+
+def test_chunks_come_in_their_order_however_many_threads_make_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "CHUNK_ELEMENTS", 64)
+    values = torch.randn(41, 64, generator=torch.Generator().manual_seed(0))
+    quantized = fit_stock(values, Q8_0_FREE)
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        parts = list(layout.map_chunks(lambda rows, part: (rows, to_blocks(part)), quantized))
+        assert [rows.start for rows, _ in parts] == list(range(41))
+        assert np.array_equal(np.concatenate([blocks for _, blocks in parts]), to_blocks(quantized))
+
+    def fail(rows: slice, part: Quantized) -> None:
+        raise ValueError(f"row {rows.start}")
+
+    with pytest.raises(ValueError, match="row 0"):
+        list(layout.map_chunks(fail, quantized))

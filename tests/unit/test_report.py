@@ -68,7 +68,8 @@ def comparison(kl: float, runtime: str = LLAMA, simulated: bool = False) -> Comp
 
 
 def row(kind: Kind, kl: float | None, runtime: str = LLAMA, simulated: bool = False) -> ComparisonRow:
-    label = {"original": "Original", "stock": "stock Q4_0", "fitted": "MSE-fitted", "trained": "QAT"}[kind]
+    labels = {"original": "Original", "stock": "stock Q4_0", "fitted": "MSE-fitted", "start": "GPTQ start"}
+    label = labels.get(kind, "QAT")
     measured = None if kl is None else comparison(kl, runtime, simulated)
     return ComparisonRow(label=label, kind=kind, comparison=measured, size_bytes=None if simulated else 5_450_000)
 
@@ -144,13 +145,68 @@ def written(report: Report, folder: Path) -> dict[str, str]:
 def test_headline_takes_the_artifact_before_the_simulation():
     report = full_report()
     assert [round(pair.share, 3) for pair in report.recoveries()] == [0.635, 0.584]
-    assert report.headline() == "QAT recovers 63% of what Q4_0 rounding loses"
+    assert report.headline().startswith("QAT recovers 63% of what Q4_0 rounding loses; ")
 
 
 def test_headline_of_a_simulation_when_nothing_else_was_measured():
     rows = [row("stock", 0.04, TRANSFORMERS, simulated=True), row("trained", 0.01, TRANSFORMERS, simulated=True)]
     report = dataclasses.replace(MINIMAL, comparisons=rows)
     assert report.headline() == "QAT recovers 75% of what Q4_0 rounding loses"
+
+
+SIMULATED = {"runtime": TRANSFORMERS, "simulated": True}
+
+
+@pytest.mark.parametrize(
+    ("kls", "headline", "summary"),
+    [
+        (
+            {"stock": 0.087, "fitted": 0.08, "start": 0.0529, "trained": 0.0516},
+            "QAT recovers 41% of what Q4_0 rounding loses; its GPTQ start alone recovers 39%",
+            "KL to the original: stock q4_0 0.0870, GPTQ start 0.0529, trained 0.0516. "
+            "Training took off 2.5% of the start's KL.",
+        ),
+        (
+            {"stock": 0.08, "fitted": 0.06, "trained": 0.02},
+            "QAT recovers 75% of what Q4_0 rounding loses; its MSE-fitted start alone recovers 25%",
+            "KL to the original: stock q4_0 0.0800, MSE-fitted 0.0600, trained 0.0200. "
+            "Training took off 66.7% of the start's KL.",
+        ),
+        (
+            {"stock": 0.08, "start": 0.05, "trained": 0.06},
+            "QAT recovers 25% of what Q4_0 rounding loses; its GPTQ start alone recovers 38%",
+            "KL to the original: stock q4_0 0.0800, GPTQ start 0.0500, trained 0.0600. "
+            "Training added 20.0% of the start's KL.",
+        ),
+        (
+            {"stock": 0.08, "start": 0.1, "trained": 0.06},
+            "QAT recovers 25% of what Q4_0 rounding loses; its GPTQ start alone is 25% further",
+            "KL to the original: stock q4_0 0.0800, GPTQ start 0.1000, trained 0.0600. "
+            "Training took off 40.0% of the start's KL.",
+        ),
+    ],
+    ids=["GPTQ", "fit", "worse", "bad start"],
+)
+def test_start_and_training_are_told_apart(kls: dict[Kind, float], headline: str, summary: str, tmp_path: Path) -> None:
+    rows = [row(kind, kl, **SIMULATED) for kind, kl in kls.items()]
+    report = dataclasses.replace(
+        MINIMAL, comparisons=[row("trained", 0.9), *rows]
+    )  # the artifact has no start to compare
+    assert report.headline() == headline
+    texts = written(report, tmp_path)
+    path = report.path()
+    assert path is not None and path.summary == summary
+    assert summary in texts["md"] and html.escape(summary, quote=False).replace("'", "&#39;") in texts["html"]
+
+
+def test_a_row_that_failed_says_why(tmp_path: Path) -> None:
+    reason = "it ended with signal 11"
+    failed = ComparisonRow(label="QAT, in llama.cpp", kind="trained", comparison=None, failure=reason)
+    rows = [row("original", None), row("stock", 0.04), failed]
+    texts = written(dataclasses.replace(MINIMAL, comparisons=rows), tmp_path)
+    assert f"| QAT, in llama.cpp | not measured: {reason} | " in texts["md"]
+    assert f"not measured: {reason}" in texts["html"]
+    assert json.loads(texts["json"])["comparisons"][2]["failure"] == reason
 
 
 def test_headline_says_when_training_made_it_worse():
@@ -189,7 +245,7 @@ def test_plan_rows_add_up_to_the_plan():
 
 def test_json_holds_the_numbers_and_what_follows_from_them(tmp_path: Path):
     data = json.loads(written(full_report(), tmp_path)["json"])
-    assert data["headline"] == "QAT recovers 63% of what Q4_0 rounding loses"
+    assert data["headline"] == "QAT recovers 63% of what Q4_0 rounding loses; its MSE-fitted start alone recovers 12%"
     assert data["comparisons"][3]["comparison"]["kl_mean_nats"] == 0.0238
     assert data["layers"][0]["snr_db"]["stock"] == pytest.approx(21.938, abs=1e-3)
     assert data["layers"][2]["snr_db"]["stock"] is None  # an exact tensor: infinite, which JSON cannot say

@@ -12,6 +12,7 @@ from intaglio.cli.options import (
     Json,
     Overrides,
     RecipeName,
+    References,
     Replace,
     Text,
     TextOnly,
@@ -134,13 +135,15 @@ def report(
     text: Text = None,
     eval_tokens: EvalTokens = 65536,
     prompt: Annotated[list[str], typer.Option(help="Show continuations of this.")] = (),  # type: ignore[assignment]
+    references: References = None,
 ) -> None:
     """Measure a finished run again and rewrite report.html, report.md and report.json."""
     from intaglio.cli.terminal import Bars, print_report
     from intaglio.workflow import report as run_report
 
     with Bars() as bars:
-        made = run_report(
-            original, run_dir, evaluation=evaluation_of(text, eval_tokens, prompt), progress=bars.progress
-        )
+        evaluation = evaluation_of(text, eval_tokens, prompt, references)
+        made = run_report(original, run_dir, evaluation=evaluation, progress=bars.progress)
     print_report(made, run_dir)
+    if any(row.failure for row in made.comparisons):
+        raise typer.Exit(1)

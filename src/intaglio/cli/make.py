@@ -13,6 +13,7 @@ from intaglio.cli.options import (
     ModelDir,
     Overrides,
     RecipeName,
+    References,
     Replace,
     Text,
     TextOnly,
@@ -119,6 +120,7 @@ def train(
     text: Text = None,
     eval_tokens: EvalTokens = 65536,
     prompt: Annotated[list[str], typer.Option(help="Show continuations of this in the report.")] = (),  # type: ignore[assignment]
+    references: References = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     checkpoint_every: Annotated[int, typer.Option(help="Optimizer steps between checkpoints; 0: none.")] = 100,
     precision: Annotated[str | None, typer.Option(help="bf16 or no; by default bf16 on a GPU.")] = None,
@@ -137,12 +139,16 @@ def train(
         tensorboard=tensorboard,
         gradient_checkpointing=gradient_checkpointing,
     )
-    evaluation = evaluation_of(text, eval_tokens, prompt)
+    evaluation = evaluation_of(text, eval_tokens, prompt, references)
     common: dict[str, Any] = {"data": data, "evaluation": evaluation, "options": options, "resume": resume}
     if (model / FILE_NAME).is_file():
         if recipe is not None:
             raise typer.BadParameter(
                 f"{model} is packed and has its recipe: leave out --recipe, or change it with --set"
+            )
+        if references is not None:
+            raise typer.BadParameter(
+                f"--references: {model} is packed, and is measured before and after training: leave it out"
             )
         _train_packed(model, out, teacher_dir=teacher, overrides=overrides, **common)
     else:

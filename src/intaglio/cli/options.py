@@ -28,13 +28,16 @@ Replace = Annotated[bool, typer.Option("--replace", help="Replace an existing ou
 TextOnly = Annotated[bool, typer.Option("--text-only", help="Leave out vision and audio towers.")]
 Text = Annotated[Path | None, typer.Option("--text", help="Held-out text (.txt, .jsonl, .parquet).")]
 EvalTokens = Annotated[int, typer.Option("--eval-tokens", help="Held-out tokens to measure on.")]
+References = Annotated[
+    str | None, typer.Option(help="Untrained models to measure beside it: none, stock, or all (default).")
+]
 
 
-def evaluation_of(text: Path | None, tokens: int, prompts: list[str]) -> Evaluation:
+def evaluation_of(text: Path | None, tokens: int, prompts: list[str], references: str | None = None) -> Evaluation:
     """What to measure on, as the options say it."""
     from intaglio.proof import Evaluation
 
-    return Evaluation(text=text, tokens=tokens, prompts=tuple(prompts))
+    return Evaluation(text=text, tokens=tokens, prompts=tuple(prompts), references=references or "all")
 
 
 def print_json(value: Any) -> None:

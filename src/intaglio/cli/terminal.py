@@ -35,7 +35,7 @@ class Bars:
         )
         self.task: TaskID | None = None
         self.first: StepInfo | None = None
-        self.progress = Callbacks(stage=self.stage, step=self.step, part=self.part)
+        self.progress = Callbacks(stage=self.stage, step=self.step, part=self.part, note=self.note)
 
     def __enter__(self) -> Bars:
         self.bars.start()
@@ -70,19 +70,28 @@ class Bars:
         assert self.task is not None
         self.bars.update(self.task, completed=done, total=total, figures=figures)
 
+    def note(self, line: str) -> None:
+        """Show a line above the bars."""
+        self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
 
 def print_report(report: Report, out: Path) -> None:
     """The comparison table, the headline, and where the files are."""
     table = new_table(report.headline(), ("model", *_headers(), "size"))
     for row in report.comparisons:
         bytes_ = "" if row.size_bytes is None else size(row.size_bytes)
-        if row.comparison is None:
+        if row.failure:
+            table.add_row(row.label, "not measured", *[""] * (len(_headers()) - 1), bytes_)
+        elif row.comparison is None:
             measured = next((r.comparison for r in report.comparisons if r.comparison), None)
             perplexity = f"{measured.perplexity_reference:.3f}" if measured else ""
             table.add_row(row.label, "0", *[""] * (len(_headers()) - 2), perplexity, bytes_)
         else:
             table.add_row(row.label, *_figures(row.comparison), bytes_)
     console.print(table)
+    for row in report.comparisons:
+        if row.failure:
+            console.print(f"{row.label}: not measured: {row.failure}", markup=False, highlight=False, style="yellow")
     for artifact in report.artifacts:
         console.print(artifact.verification, highlight=False)
     console.print(f"report: {out / 'report.html'}", highlight=False)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor
 from intaglio.errors import ConfigError, RecipeError
 from intaglio.export.gguf_tokenizer import add_tokenizer
 from intaglio.numerics.grid import Quantized
-from intaglio.numerics.layout import row_chunks, to_blocks
+from intaglio.numerics.layout import map_chunks, to_blocks
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
 from intaglio.plan.family import ModelSpec
@@ -277,8 +277,11 @@ def _stored(tensor: PlannedTensor, value: Quantized | Tensor, norm_offset: float
     if isinstance(value, Quantized):
         lead = value.codes.shape[:-1]
         blocks = np.empty((*lead, tensor.size_bytes // lead.numel()), dtype=np.uint8)
-        for rows, part in row_chunks(value):
+
+        def fill(rows: slice, part: Quantized) -> None:
             blocks[rows] = to_blocks(part)
+
+        deque(map_chunks(fill, value), maxlen=0)
         return blocks
     if tensor.spec.role == "norm" and norm_offset:  # adding zero would turn -0.0 into 0.0
         return (value.float() + norm_offset).numpy()  # in float32, as the model's own forward adds it

@@ -23,14 +23,18 @@ from intaglio.plan.family import TOWER_ROLES, ModelSpec, build_meta_model
 from intaglio.plan.plan import Plan, PlannedTensor
 
 
-def export_hf(packed: PackedModel, path: str | Path, *, replace: bool = False) -> None:
+def export_hf(
+    packed: PackedModel, path: str | Path, *, replace: bool = False, device: torch.device | str = "cpu"
+) -> None:
     """Write the folder `path`: config.json, model.safetensors, tokenizer and generation files.
 
     The weights are bfloat16 if the plan is portable, that is, if bfloat16 holds each code times its
     step exactly; and float32 if it is not, because a product of a 4-bit code and a float16 scale
     has up to 15 significant bits, and rounding it would move the codes that others find again.
-    Towers of a multimodal model go along, each tensor in a dtype that holds it. Raises WeightError
-    rather than round a weight; OutputError if the folder cannot be written.
+    Towers of a multimodal model go along, each tensor in a dtype that holds it.
+
+    device: where weights are decoded, a few rows at a time; the bits are the same on every device.
+    Raises WeightError rather than round a weight; OutputError if the folder cannot be written.
     """
     plan = packed.plan
     dtype = float_dtype(plan)
@@ -43,7 +47,8 @@ def export_hf(packed: PackedModel, path: str | Path, *, replace: bool = False) -
         (temporary / "config.json").write_text(text, "utf-8")
         with SafetensorsWriter(temporary / "model.safetensors", hf_tensors(plan), packed.file_metadata) as writer:
             for stored, (name, exact_in) in sources.items():
-                writer.write(stored, decoded(packed.read(name), exact_in, name))
+                for rows, value in packed.chunks(name, device):
+                    writer.write(stored, decoded(value, exact_in, name), rows)
 
 
 def float_dtype(plan: Plan) -> torch.dtype:
@@ -100,7 +105,7 @@ def decoded(value: Quantized | Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The values of a tensor in `dtype`. WeightError, with the tensor's name, if that does not hold them exactly."""
     if not isinstance(value, Quantized):
         return value.to(dtype)
-    decoded = torch.empty(value.codes.shape, dtype=dtype)
+    decoded = torch.empty(value.codes.shape, dtype=dtype, device=value.codes.device)
     for rows, part in row_chunks(value):
         exact = part.decode()
         decoded[rows] = exact.to(dtype)

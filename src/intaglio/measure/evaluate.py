@@ -3,9 +3,8 @@
 Shape suffixes: N windows, T tokens of a window, V vocabulary.
 
 Logits of position t predict token t + 1. The last position of a window has no label and is left
-out; nothing else is. A vocabulary of 262144 makes the logits of one window a gigabyte, so windows
-pass one at a time: with functions as sources, the teacher's logits and one candidate's are in
-memory and nothing more.
+out; nothing else is. A vocabulary of 262144 makes the logits of 1024 tokens a gigabyte, so a few
+windows pass at a time, and only as many of the reference's logits are kept as there is room for.
 """
 
 from __future__ import annotations
@@ -49,6 +48,29 @@ def logits_of(model: nn.Module, windows_NT: Tensor, batch: int = 1) -> Iterator[
     for windows in windows_NT.split(batch):
         for logits_TV in _forward(model, windows):
             yield logits_TV.float()
+
+
+class Kept:
+    """A reference's logits, for as many candidates as come: each iteration yields float32 [T, V] of every window.
+
+    compute: logits of windows [N, T], one window after the other, such as `logits_of` with its model.
+    keep_bytes: those of the first windows are kept, as far as they fit in here; the others are computed again.
+    """
+
+    def __init__(self, compute: Callable[[Tensor], Iterable[Tensor]], windows_NT: Tensor, keep_bytes: int):
+        self.compute, self.windows = compute, windows_NT
+        self.room, self.kept = keep_bytes, list[Tensor]()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.kept
+        start = len(self.kept)
+        if start == len(self.windows):
+            return
+        for index, logits_TV in enumerate(self.compute(self.windows[start:]), start):
+            if index == len(self.kept) and logits_TV.nbytes <= self.room:
+                self.room -= logits_TV.nbytes
+                self.kept.append(logits_TV.clone())  # a copy: a view would hold the logits of the whole batch
+            yield logits_TV
 
 
 def transformers_source(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -16,11 +16,12 @@ from typing import Any, Literal
 from intaglio.errors import OutputError
 from intaglio.measure import charts
 from intaglio.measure.metrics import Comparison, recovered_share
-from intaglio.measure.render import finite, percent, render_html, render_markdown
+from intaglio.measure.render import finite, nats, percent, render_html, render_markdown
 from intaglio.packed.store import new_path
 from intaglio.plan.plan import Plan
 
-Kind = Literal["original", "stock", "fitted", "trained"]
+BASELINES = ("stock", "fitted", "start")
+Kind = Literal["original", "stock", "fitted", "start", "trained"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,11 @@ class PlanRow:
 class ComparisonRow:
     """One model of the comparison.
 
-    kind: "original" (the reference), "stock" (the runtime's own rounding), "fitted" (our best
-        without training) or "trained". Shares are recovered by "trained" from "stock" and "fitted".
+    kind: "original" (the reference), "stock" (the runtime's own rounding), "fitted" (the recipe's fit),
+        "start" (where GPTQ let training begin) or "trained". Shares are recovered by "trained" from the others.
     variant: how it computes, if not as it is meant to; rows of a variant are compared with each other.
-    comparison: None for the reference itself. size_bytes: of its file, None without one.
+    comparison: None for the reference itself, and where measuring failed: failure says why.
+    size_bytes: of its file, None without one.
     """
 
     label: str
@@ -49,6 +51,7 @@ class ComparisonRow:
     comparison: Comparison | None
     variant: str = ""
     size_bytes: int | None = None
+    failure: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,33 @@ class Recovery:
     trained: ComparisonRow
     baseline: ComparisonRow
     measured: Comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPath:
+    """Rows of one runtime: rounding without training, where training began, and where it ended."""
+
+    stock: ComparisonRow
+    start: ComparisonRow
+    trained: ComparisonRow
+
+    @property
+    def kls(self) -> tuple[float, float, float]:
+        """Mean KL of each, in nats a token."""
+        stock, start, trained = self.stock.comparison, self.start.comparison, self.trained.comparison
+        assert stock and start and trained
+        return stock.kl_mean_nats, start.kl_mean_nats, trained.kl_mean_nats
+
+    @property
+    def summary(self) -> str:
+        """What the start gave, and what training added to it."""
+        stock, start, trained = self.kls
+        change = recovered_share(trained, start) if start > 0 else 0.0
+        turn = "took off" if change >= 0 else "added"
+        return (
+            f"KL to the original: {self.stock.label.lower()} {nats(stock)}, {self.start.label} {nats(start)}, trained "
+            f"{nats(trained)}. Training {turn} {percent(abs(change), 1)} of the start's KL."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +181,7 @@ class Report:
             )
             for trained, a in measured
             for baseline, b in measured
-            if trained.kind == "trained" and baseline.kind in ("stock", "fitted")
+            if trained.kind == "trained" and baseline.kind in BASELINES
             if trained.variant == baseline.variant and _comparable(a, b)
         ]
         return sorted(pairs, key=_by_weight)
@@ -160,14 +190,25 @@ class Report:
         """The pair of the headline: against stock, in the artifact's own runtime if it was run there."""
         return next((pair for pair in self.recoveries() if pair.baseline.kind == "stock"), None)
 
+    def path(self) -> TrainingPath | None:
+        """From stock rounding over the start to the trained model, if all three were measured in one runtime."""
+        measured = [(row, row.comparison) for row in self.comparisons if row.comparison is not None and not row.variant]
+        for trained_row, trained in measured:
+            rows = {row.kind: row for row, other in measured if _comparable(trained, other)}
+            start, stock = rows.get("start", rows.get("fitted")), rows.get("stock")
+            if trained_row.kind == "trained" and start is not None and stock is not None:
+                return TrainingPath(stock=stock, start=start, trained=trained_row)
+        return None
+
     def headline(self) -> str:
-        """The finding in one line: what training recovered of what rounding loses."""
-        lead = self.lead()
+        """The finding in one line: what was recovered of what rounding loses, and the start's share of that."""
+        lead, path = self.lead(), self.path()
         if lead is None:
             return self.title
         if lead.share < 0:
             return f"QAT is {percent(-lead.share)} further from the original than {self.format} rounding"
-        return f"QAT recovers {percent(lead.share)} of what {self.format} rounding loses"
+        start = "" if path is None else f"; its {path.start.label.removesuffix(' start')} start alone {_share(path)}"
+        return f"QAT recovers {percent(lead.share)} of what {self.format} rounding loses{start}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the fields, and what is derived from them. NaN and Inf become None."""
@@ -176,7 +217,11 @@ class Report:
             for pair in self.recoveries()
         ]
         layers = [asdict(row) | {"snr_db": {v: row.snr_db(v) for v in row.relative_rms}} for row in self.layers]
-        derived = {"headline": self.headline(), "recovered": recovered, "layers": layers}
+        path = self.path()
+        derived: dict[str, Any] = {"headline": self.headline(), "recovered": recovered, "layers": layers}
+        if path is not None:
+            names = ("kl_stock_nats", "kl_start_nats", "kl_trained_nats")
+            derived["start"] = {"label": path.start.label} | dict(zip(names, path.kls, strict=True))
         return finite(asdict(self) | derived)
 
 
@@ -231,6 +276,7 @@ def _template_values(report: Report) -> dict[str, Any]:
     return {
         "report": report,
         "lead": report.lead(),
+        "path": report.path(),
         "recoveries": report.recoveries(),
         "original": next((row for row in report.comparisons if row.kind == "original"), None),
         "measured": next((row.comparison for row in report.comparisons if row.comparison), None),
@@ -243,9 +289,16 @@ def _template_values(report: Report) -> dict[str, Any]:
     }
 
 
-def _by_weight(pair: Recovery) -> tuple[bool, bool, bool]:
-    """Artifacts before simulations, what is meant before its variants, stock before fitted."""
-    return pair.measured.simulated, bool(pair.trained.variant), pair.baseline.kind == "fitted"
+def _by_weight(pair: Recovery) -> tuple[bool, bool, int]:
+    """Artifacts before simulations, what is meant before its variants, stock before the others."""
+    return pair.measured.simulated, bool(pair.trained.variant), BASELINES.index(pair.baseline.kind)
+
+
+def _share(path: TrainingPath) -> str:
+    """What the start recovers of stock rounding's loss."""
+    stock, start, _ = path.kls
+    share = recovered_share(start, stock)
+    return f"recovers {percent(share)}" if share >= 0 else f"is {percent(-share)} further"
 
 
 def _comparable(trained: Comparison, baseline: Comparison) -> bool:

@@ -1,37 +1,43 @@
-"""A packed model, simulated: transformers computes in float32 with what the artifact decodes to."""
+"""A packed model, simulated: transformers computes with what the artifact decodes to."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
-from intaglio.measure.evaluate import transformers_source
 from intaglio.packed.checkpoint import TextModel
+from intaglio.packed.decoded import decode_into
 from intaglio.packed.model import PackedModel
-from intaglio.train.static import attach_static, fix_scales, switch_static
+from intaglio.plan.static import StaticScale
+from intaglio.train.static import StaticScales, attach_static, fix_scales, switch_static
 
 
-def decoded_model(teacher: TextModel, packed: PackedModel) -> TextModel:
-    """A copy of the teacher that computes as the packed model does: decoded weights, float32, static scales."""
-    model = copy.deepcopy(teacher)
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    with torch.no_grad():
-        for planned in packed.plan:
-            tensors[planned.name].copy_(packed.decode(planned.name))
-    attach_static(model, packed.plan)
-    fix_scales(model, packed.plan, packed.read_static())
-    return model
+class Simulation:
+    """One model in memory that computes as one packed model after another does.
+
+    It is a copy of the original, in its dtype and on its device. `load` changes weights and static scales in place.
+    """
+
+    def __init__(self, original: TextModel):
+        self.original = original
+        self.model: TextModel | None = None
+        self.scales: tuple[StaticScale, ...] = ()  # that the model has places for
+
+    def load(self, packed: PackedModel) -> TextModel:
+        """The model, from now on that of `packed`: decoded weights, static scales switched on."""
+        plan = packed.plan
+        if self.model is None or plan.static_scales != self.scales:
+            self.model = None  # one copy at a time
+            self.model, self.scales = copy.deepcopy(self.original), plan.static_scales
+            attach_static(self.model, plan)
+        decode_into(self.model, packed)
+        for module in self.model.modules():
+            if isinstance(module, StaticScales):
+                module.fixed.clear()  # of the packed model before
+        fix_scales(self.model, plan, packed.read_static())
+        switch_static(self.model, activations=True, kv_cache=True)
+        return self.model
 
 
-def switched_source(model: TextModel, *, on: bool) -> Callable[[Tensor], Tensor]:
-    """A logit source that computes with quantized activations and KV cache, or without."""
-    source = transformers_source(model)
-
-    def logits(window_T: Tensor) -> Tensor:
-        switch_static(model, activations=on, kv_cache=on)
-        return source(window_T)
-
-    return logits
+def decoded_model(original: TextModel, packed: PackedModel) -> TextModel:
+    """A copy of the original that computes as the packed model does: decoded weights, static scales."""
+    return Simulation(original).load(packed)

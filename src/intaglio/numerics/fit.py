@@ -16,7 +16,7 @@ from torch import Tensor
 from intaglio.errors import WeightError
 from intaglio.numerics.fit_channel import absmax_steps, search_steps
 from intaglio.numerics.grid import BlockGrid, Quantized, from_steps
-from intaglio.numerics.rounding import HALF_LARGEST, power_of_two_below, round_significant
+from intaglio.numerics.rounding import HALF_LARGEST, divide, power_of_two_below, round_significant
 
 # The search tries steps between these multiples of the one that maps the extremum to the last code.
 # Below 0.6 more than a quarter of a Gaussian block would be clipped; above 1.1 the range is wasted,
@@ -26,6 +26,7 @@ HIGHEST_RATIO = 1.1
 CANDIDATES = 26
 COARSE_BITS = 5  # steps of so few bits are further apart than candidates: all of them are tried, each once
 CHUNK_ELEMENTS = 1 << 18  # a chunk and its temporaries stay in the processor's cache
+GPU_CHUNK_ELEMENTS = 1 << 24  # a GPU wants few launches; a chunk and its temporaries take about a gigabyte
 
 
 def check_finite(values: Tensor, name: str, first_row: int = 0) -> None:
@@ -76,8 +77,9 @@ def fit_mse(values_RC: Tensor, grid: BlockGrid, importance_C: Tensor | None = No
 
 
 def row_chunks(values_RC: Tensor) -> tuple[Tensor, ...]:
-    """Views of rows, so few that one chunk's search stays in the processor's cache."""
-    rows = max(1, CHUNK_ELEMENTS // values_RC.shape[-1])
+    """Views of rows: so few that one chunk's search stays in the processor's cache, more on a GPU."""
+    elements = CHUNK_ELEMENTS if values_RC.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    rows = max(1, elements // values_RC.shape[-1])
     return values_RC.split(rows)
 
 
@@ -103,7 +105,7 @@ def _search_steps(values_RC: Tensor, grid: BlockGrid, importance_C: Tensor | Non
     """Least-squares step of each block, float32 [R, S], before super-blocks are joined."""
     blocks = grid.blocks(values_RC)
     peak = extremum(blocks)
-    base = peak / grid.code_min
+    base = divide(peak, grid.code_min)
     if base.numel() and float(base.abs().max()) > HALF_LARGEST:
         raise WeightError(
             f"a weight of {float(peak.abs().max()):.3g} is beyond the reach of grid {grid.name}: "

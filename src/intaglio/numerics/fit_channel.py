@@ -15,7 +15,7 @@ from torch import Tensor
 
 from intaglio.errors import WeightError
 from intaglio.numerics.grid import EMPTY_STEP, BlockGrid
-from intaglio.numerics.rounding import CHANNEL_STEP_LARGEST, FLOAT_SMALLEST
+from intaglio.numerics.rounding import CHANNEL_STEP_LARGEST, FLOAT_SMALLEST, divide
 
 CANDIDATES = 14
 # Where the search begins to clip, in root mean squares of the row, for one bit beside the sign and for
@@ -26,7 +26,7 @@ ROUNDS = 2  # of least squares after the search; a third one changes the error b
 
 def absmax_steps(values_RC: Tensor, grid: BlockGrid) -> Tensor:
     """The steps that put each block's largest magnitude on code_max, float32 [R, S]."""
-    step = grid.blocks(values_RC).abs().amax(-1) / grid.code_max
+    step = divide(grid.blocks(values_RC).abs().amax(-1), grid.code_max)
     if step.numel() and float(step.max()) > CHANNEL_STEP_LARGEST:
         raise WeightError(
             f"a weight of {float(values_RC.abs().max()):.3g} is beyond the reach of grid {grid.name}: "

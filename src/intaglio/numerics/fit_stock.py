@@ -1,4 +1,8 @@
-"""What llama.cpp's quantizer makes of a tensor, bit for bit.
+"""What llama.cpp's quantizer makes of a tensor, bit for bit, on a CPU and on a GPU.
+
+A fused multiply-add would change some codes. PyTorch's eager kernels do one operation each, and IEEE 754 says what each
+gives, so both devices find the same bits. Three rules keep it so: never compile this file, divide by a number with
+`divide`, and add in a fixed order, not with `sum`.
 
 Shape suffixes as in `grid`: R rows, C columns, S steps in a row, K columns under one step.
 """
@@ -11,6 +15,7 @@ from torch import Tensor
 from intaglio.errors import WeightError
 from intaglio.numerics.fit import concatenate, extremum, row_chunks
 from intaglio.numerics.grid import BlockGrid, Quantized
+from intaglio.numerics.rounding import divide
 
 Q6_K_EMPTY = 1e-15  # ggml: GROUP_MAX_EPS
 
@@ -37,7 +42,7 @@ def _stock_q4_0(values_RC: Tensor, grid: BlockGrid) -> Quantized:
 
 def _stock_q8_0(values_RC: Tensor, grid: BlockGrid) -> Quantized:
     blocks = grid.blocks(values_RC)
-    step = blocks.abs().amax(-1) / 127
+    step = divide(blocks.abs().amax(-1), 127)
     inverse = _inverse(step)
     scaled = blocks * inverse.unsqueeze(-1)
     # C's roundf: halves away from zero. Adding 0.5 in float32 would round 0.49999997 up.

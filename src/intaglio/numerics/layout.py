@@ -6,7 +6,10 @@ Source of the layouts: ggml-common.h (block_q4_0, block_q8_0, block_q6_K).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 from intaglio.numerics.grid import BlockGrid, Quantized
 
 CHUNK_ELEMENTS = 1 << 20  # rows are handled in chunks of about this size, for their temporaries
+Result = TypeVar("Result")
 
 
 def row_chunks(quantized: Quantized) -> Iterator[tuple[slice, Quantized]]:
@@ -25,6 +29,22 @@ def row_chunks(quantized: Quantized) -> Iterator[tuple[slice, Quantized]]:
         at = slice(start, start + step)
         super_scale = None if quantized.super_scale is None else quantized.super_scale[at]
         yield at, Quantized(quantized.grid, quantized.codes[at], quantized.scale[at], super_scale)
+
+
+def map_chunks(function: Callable[[slice, Quantized], Result], quantized: Quantized) -> Iterator[Result]:
+    """What `function` makes of each of the `row_chunks`, in their order, several computed at a time.
+
+    NumPy computes in one thread and lets others run meanwhile, so there is a thread for each that torch may use.
+    """
+    threads = torch.get_num_threads()
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for rows, part in row_chunks(quantized):
+            waiting.append(pool.submit(function, rows, part))
+            if len(waiting) > 2 * threads:  # results take memory
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def to_blocks(quantized: Quantized) -> np.ndarray:

@@ -18,6 +18,15 @@ FLOAT_SMALLEST = 2.0**-126  # the smallest normal float32: runtimes may flush wh
 CHANNEL_STEP_LARGEST = 2.0**120  # times any code of eight bits it is still finite
 
 
+def divide(x: Tensor, number: float) -> Tensor:
+    """x / number, correctly rounded on every device; any shape, same dtype out.
+
+    PyTorch's CUDA kernels multiply by the reciprocal of a Python number, which differs in the last bit. They divide by
+    a tensor as IEEE 754 says.
+    """
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
+
+
 def round_significant(x: Tensor, bits: int) -> Tensor:
     """Round float32 `x` to `bits` significant bits, ties to even; any shape, same dtype out.
 

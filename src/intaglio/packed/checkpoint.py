@@ -33,11 +33,14 @@ def model_name(model_dir: str | Path) -> str:
     return path.parent.name if path.name in NAMELESS and path.parent.name else path.name
 
 
-def load_model(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> TextModel:
+def load_model(
+    model_dir: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> TextModel:
     """The text model of a checkpoint folder, in eval mode, loaded by transformers.
 
     Weights are read in `dtype` rather than cast later: a cast of the whole model would round
-    rotary tables too. Raises ConfigError for a folder that is incomplete or does not fit its config.
+    rotary tables too. Each goes from the file to `device`, so that a model on a GPU is never whole on the host.
+    Raises ConfigError for a folder that is incomplete or does not fit its config.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -51,6 +54,7 @@ def load_model(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> Tex
             path,
             config=AutoConfig.for_model(**spec.config),
             dtype=dtype,
+            device_map={"": torch.device(device)},
             local_files_only=True,
             trust_remote_code=False,
             key_mapping={"^" + prefix.replace(".", r"\."): "model." for prefix in TEXT_PREFIXES},

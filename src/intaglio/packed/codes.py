@@ -27,9 +27,11 @@ FIELDS: dict[int, tuple[str, tuple[int, ...], int]] = {4: ("<u2", (4,), 0x0F0F),
 
 
 def unpack_codes(packed: Tensor, grid: BlockGrid) -> Tensor:
-    """What `pack_codes` stored, back to int8 [R, C]."""
+    """What `pack_codes` stored, back to int8 [R, C] on the same device."""
     if grid.code_bits not in FIELDS:
         return packed
+    if packed.device.type != "cpu":
+        return _unpack_by_shifts(packed, grid)
     wide, shifts, mask = FIELDS[grid.code_bits]
     spread = packed.numpy().astype(wide)
     for shift in shifts:
@@ -38,3 +40,11 @@ def unpack_codes(packed: Tensor, grid: BlockGrid) -> Tensor:
     codes = spread.view(np.int8)
     codes += grid.code_min
     return torch.from_numpy(codes)
+
+
+def _unpack_by_shifts(packed: Tensor, grid: BlockGrid) -> Tensor:
+    """The same in operations that every device has. On a CPU the fields above are several times as fast."""
+    bits = grid.code_bits
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    codes = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return (codes.to(torch.int8) + grid.code_min).flatten(-2)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from intaglio.numerics.grid import Quantized
 from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.model import PackedModel
 from intaglio.plan.family import build_meta_model, transformers_config
@@ -23,3 +25,17 @@ def load_packed(packed: PackedModel) -> TextModel:
         local_files_only=True,
         trust_remote_code=False,
     ).eval()
+
+
+@torch.no_grad()
+def decode_into(model: TextModel, packed: PackedModel) -> None:
+    """Overwrite a model's weights with what a packed model of its shape decodes to, a few rows at a time.
+
+    Decoding is in float32 on the model's device. Weights of another dtype are then rounded to it.
+    """
+    tensors: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+    for tensor in packed.plan:
+        target = tensors[tensor.name]
+        for rows, value in packed.chunks(tensor.name, target.device):
+            values = value.decode() if isinstance(value, Quantized) else value.float()
+            target[rows if rows is not None else ...].copy_(values)

@@ -232,20 +232,22 @@ class PackedModel:
         """The same without towers and their embedders."""
         return dataclasses.replace(self, plan=self.plan.text_only())
 
-    def read(self, name: str, rows: slice | None = None) -> Quantized | Tensor:
+    def read(self, name: str, rows: slice | None = None, device: torch.device | str = "cpu") -> Quantized | Tensor:
         """A Quantized for a tensor on a BlockGrid, a float tensor, as stored, for one on a FloatGrid.
 
-        rows: which of them, or of which experts, if not all.
+        rows: which of them, or of which experts, if not all. device: where they go; codes are unpacked there.
         """
         with self._reader() as file:
-            return self._read(file, self.plan[name], rows)
+            return self._read(file, self.plan[name], rows, device)
 
-    def chunks(self, name: str) -> Iterator[tuple[slice | None, Quantized | Tensor]]:
+    def chunks(
+        self, name: str, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[slice | None, Quantized | Tensor]]:
         """What `read` gives, a few rows at a time, with their numbers; None and all of a tensor that is small."""
         tensor = self.plan[name]
         with self._reader() as file:
             for rows in row_slices(tensor.spec.shape):
-                yield rows, self._read(file, tensor, rows)
+                yield rows, self._read(file, tensor, rows, device)
 
     def __iter__(self) -> Iterator[tuple[PlannedTensor, Quantized | Tensor]]:
         """Every tensor of the text model with its value, in plan order, one at a time."""
@@ -256,16 +258,22 @@ class PackedModel:
     def _reader(self) -> SafetensorsReader:
         return SafetensorsReader(self.path / FILE_NAME)
 
-    def _read(self, file: SafetensorsReader, tensor: PlannedTensor, rows: slice | None = None) -> Quantized | Tensor:
+    def _read(
+        self,
+        file: SafetensorsReader,
+        tensor: PlannedTensor,
+        rows: slice | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Quantized | Tensor:
         name, grid = tensor.name, tensor.grid
         if not isinstance(grid, BlockGrid):
-            return file.read(name, rows)
-        codes = unpack_codes(file.read(f"{name}.codes", rows), grid)
+            return file.read(name, rows).to(device)
+        codes = unpack_codes(file.read(f"{name}.codes", rows).to(device), grid)
         lowest, highest = codes.aminmax() if codes.numel() else (grid.code_min, grid.code_max)
         if not grid.code_min <= int(lowest) <= int(highest) <= grid.code_max:
             raise InputError(f"{self.path}: {name}: codes outside {grid.code_min}..{grid.code_max}")
-        super_scale = file.read(f"{name}.super_scale", rows) if grid.super_block else None
-        quantized = Quantized(grid, codes, file.read(f"{name}.scale", rows), super_scale)
+        super_scale = file.read(f"{name}.super_scale", rows).to(device) if grid.super_block else None
+        quantized = Quantized(grid, codes, file.read(f"{name}.scale", rows).to(device), super_scale)
         try:
             check_steps(quantized, rows.start if rows else 0)
         except WeightError as error:

@@ -17,7 +17,8 @@ from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers
 class Tally:
     """Counts by kind: tensors, and codes, scales, static scales and values with those of other bits."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device  # where weights are decoded and compared
         self.counts: Counter[str] = Counter()
         self.differing: Counter[str] = Counter()
         self.missing: list[str] = []

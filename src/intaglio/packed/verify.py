@@ -19,8 +19,8 @@ from gguf.gguf_reader import ReaderTensor
 from torch import Tensor
 
 from intaglio.errors import ConfigError
-from intaglio.numerics.grid import BlockGrid, Quantized
-from intaglio.numerics.layout import from_blocks, row_chunks
+from intaglio.numerics.grid import Quantized
+from intaglio.numerics.layout import from_blocks, map_chunks, row_chunks
 from intaglio.packed.checkpoint import is_mobile, shards
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import open_safetensors
@@ -92,13 +92,14 @@ class Verification:
         return f"{self.artifact.name}: NOT exact: {'; '.join(wrong)}"
 
 
-def verify(packed: PackedModel, artifact: str | Path) -> Verification:
+def verify(packed: PackedModel, artifact: str | Path, *, device: torch.device | str = "cpu") -> Verification:
     """Compare one exported file or folder with the packed model it was made from.
 
+    device: where decoded weights are compared with those of a transformers folder.
     A difference is counted, not raised. Raises ConfigError for an artifact that cannot be read.
     """
     artifact = Path(artifact)
-    tally = Tally()
+    tally = Tally(device)
     next(reader for reader in READERS if reader.recognises(artifact)).compare(packed, artifact, tally)
     return Verification(
         artifact=artifact,
@@ -138,8 +139,11 @@ def _compare_blocks(tensor: PlannedTensor, value: Quantized, stored: ReaderTenso
     if stored.tensor_type.name != value.grid.ggml_type or shape != tensor.spec.shape:
         tally.unlike.append(stored.name)
         return
-    for rows, part in row_chunks(value):
-        found = from_blocks(value.grid, np.asarray(stored.data[rows]))
+
+    def read(rows: slice, part: Quantized) -> tuple[Quantized, Quantized]:
+        return part, from_blocks(value.grid, np.asarray(stored.data[rows]))
+
+    for part, found in map_chunks(read, value):
         tally.compare("codes", part.codes, found.codes)
         tally.compare("scales", part.scale, found.scale)
         if part.super_scale is not None and found.super_scale is not None:
@@ -178,21 +182,23 @@ def _compare_folder(packed: PackedModel, folder: Path, tally: Tally) -> None:
                 if tuple(file.get_slice(name).get_shape()) != planned[name].spec.shape:
                     tally.unlike.append(name)
                     continue
-                for rows, values in _decoded(packed, planned[name]):
+                for rows, values in _decoded(packed, planned[name], tally.device):
                     found = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
-                    tally.compare("values", values, found.float())
+                    tally.compare("values", values, found.to(tally.device).float())
     tally.missing += sorted(set(planned) - seen)
 
 
-def _decoded(packed: PackedModel, tensor: PlannedTensor) -> Iterator[tuple[Any, Tensor]]:
-    """float32 values of a planned tensor with their rows, a few rows at a time."""
-    if not isinstance(tensor.grid, BlockGrid):
-        yield None, packed.decode(tensor.name)
-        return
-    value = packed.read(tensor.name)
-    assert isinstance(value, Quantized)
-    for rows, part in row_chunks(value):
-        yield rows, part.decode()
+def _decoded(
+    packed: PackedModel, tensor: PlannedTensor, device: torch.device | str
+) -> Iterator[tuple[slice | None, Tensor]]:
+    """float32 values of a planned tensor on the device with their rows, a few rows at a time; None for all."""
+    for rows, value in packed.chunks(tensor.name, device):
+        if not isinstance(value, Quantized):
+            yield rows, value.float()
+            continue
+        first = rows.start if rows else 0
+        for at, part in row_chunks(value):
+            yield slice(first + at.start, first + at.start + len(part.codes)), part.decode()
 
 
 class _Reader(GGUFReader):

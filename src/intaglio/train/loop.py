@@ -84,6 +84,7 @@ def train(
     resume: bool = False,
     on_step: Callable[[StepInfo], None] = lambda info: None,
     on_calibration: Callable[[int, int], None] = lambda done, total: None,
+    on_start: Callable[[Latents], None] = lambda latents: None,
 ) -> Latents:
     """Train a copy of `original` to the plan's grids and return its latents; `.model` is the student itself.
 
@@ -93,6 +94,7 @@ def train(
     teacher: another model whose distribution is learned, by the original's tokens; the original by default.
     start: a packed model to go on from, bit for bit; `original` is then only what holds it, and is used up.
     on_calibration: tokens done and in all of the pass that calibrates static scales, if there are any.
+    on_start: called with the latents as training begins with them, but not when it goes on from a checkpoint.
     Raises TrainingError when the loss becomes NaN or Inf; the last checkpoint stays. InputError for a KL to
     nobody: a packed model that goes on has no original.
     """
@@ -134,6 +136,8 @@ def train(
     session = Session(latents, lesson, teach, corpus, run_dir, accelerator, options)
     if is_main():
         claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
+    if saved is None:
+        on_start(latents)
     if options.tensorboard:
         accelerator.init_trackers("tensorboard")
     session.run(saved, on_step)

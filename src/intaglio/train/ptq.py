@@ -29,9 +29,9 @@ def quantize_on_text(
 ) -> None:
     """Write a PackedModel of `teacher` by the recipe's fit, its static scales, if any, calibrated on `corpus`.
 
-    teacher: float32 text model; it stays as it is. gptq: let GPTQ choose the codes, on the schedule's share of
-    the corpus. on_progress: tokens done and in all. Raises as
-    `prepare` and `calibrate` do.
+    teacher: float32 text model; it stays as it is, on the device that the options' accelerator works on.
+    gptq: let GPTQ choose the codes, on the schedule's share of the corpus. on_progress: tokens done and in all.
+    Raises as `prepare` and `calibrate` do.
     """
     options = options or Options()
     accelerator = make_accelerator(options, None)

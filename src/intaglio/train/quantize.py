@@ -1,4 +1,7 @@
-"""Quantization without training: fit, pack, done. Streams the checkpoint a tensor at a time."""
+"""Quantization without training: fit, pack, done.
+
+Streams the checkpoint a few rows of a tensor at a time: from the file to the device, where they are fitted, and back.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from intaglio.errors import ConfigError, WeightError
+from intaglio.numerics.device import Device, device_for
 from intaglio.numerics.fit import check_finite, fit_absmax, fit_mse
 from intaglio.numerics.fit_stock import fit_stock
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
@@ -52,6 +56,7 @@ def quantize(
     towers: Towers | None = None,
     replace: bool = False,
     provenance: dict[str, Any] | None = None,
+    device: Device = None,
     on_tensor: Callable[[str], None] = lambda name: None,
 ) -> PackedModel:
     """Write a PackedModel of `model_dir` by the recipe's fit alone; static scales are left off.
@@ -59,11 +64,13 @@ def quantize(
     trained: a packed model of the same text model and recipe, whose codes and scales are taken as they
         are; what is left to fit is what the plan carries beside it, such as towers.
     towers: those whose activation scales are calibrated when their weights are packed.
+    device: where tensors are fitted; None picks a GPU if there is one. Stock and absmax fits have the same bits
+        on every device; the searches of an MSE fit may choose a neighbouring step where two are as good.
 
     on_tensor is called with each tensor's name when it is done. Raises ConfigError for a damaged
     checkpoint and WeightError for NaN, Inf or weights beyond a grid's reach; nothing is left behind.
     """
-    source, target = Path(model_dir), Path(out)
+    source, target, device = Path(model_dir), Path(out), device_for(device)
     record = {"name": model_name(source), "method": f"fit {plan.recipe.fit}", **(provenance or {})}
     if trained is not None:
         _check_trained(trained, plan)
@@ -75,7 +82,7 @@ def quantize(
             _copy(trained, writer, on_tensor)
             to_fit = dataclasses.replace(plan.model, tensors=())
         for name, rows, values in stream_chunks(source, to_fit):
-            value = fit_tensor(values, plan, name, rows)
+            value = fit_tensor(values.to(device), plan, name, rows)
             writer.add(name, value, rows)
             if towers is not None:
                 towers.put(name, value, rows)
