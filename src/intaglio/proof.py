@@ -7,22 +7,20 @@ in their own runtime.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from intaglio.errors import InputError, MismatchError
+from intaglio.errors import InputError, MismatchError, RuntimeFailureError
 from intaglio.formats import Export, Format, format_of
 from intaglio.measure.evaluate import Candidate, evaluate_many, greedy, transformers_runtime, transformers_source
-from intaglio.measure.llamacpp import LlamaCpp
-from intaglio.measure.metrics import Comparison
+from intaglio.measure.llamacpp import LlamaCpp, installed, why_unusable
 from intaglio.measure.report import (
     Artifact,
     ComparisonRow,
@@ -136,17 +134,19 @@ def _notes(bench: Bench) -> list[str]:
     lossy = bench.packed["trained"].lossy_blocks
     if lossy:
         notes.append(f"Lossy: the model was converted, and {lossy:,} of its blocks were fitted anew, not recovered.")
-    if _needs_llama(bench) and not _has_llama():
+    if _runs_in_llama(bench.format) and not installed():
         notes.append("llama-cpp-python is not installed, so no artifact was run in llama.cpp.")
     return notes
 
 
-def _needs_llama(bench: Bench) -> bool:
-    return any(export.runs and export.name.endswith(".gguf") for export in bench.format.exports)
+def _runs_in_llama(format_: Format) -> bool:
+    return any(export.runs and export.name.endswith(".gguf") for export in format_.exports)
 
 
-def _has_llama() -> bool:
-    return importlib.util.find_spec("llama_cpp") is not None
+def missing_runtime(format_: Format) -> str | None:
+    """A line on a runtime that this format is measured in and that cannot run here; None if there is none."""
+    reason = why_unusable() if _runs_in_llama(format_) else None
+    return reason and f"No artifact will be run in llama.cpp: {reason}"
 
 
 def _verify(bench: Bench) -> dict[str, Verification]:
@@ -172,26 +172,33 @@ def artifact_candidate(path: Path, stack: ExitStack) -> Candidate:
 
 def _candidates(
     bench: Bench, models: dict[str, TextModel], stack: ExitStack
-) -> dict[str, tuple[ComparisonRow, Candidate]]:
-    """Everything that is measured, with its row of the report but for the figures."""
-    runtime, found = transformers_runtime(), []
+) -> tuple[dict[str, ComparisonRow], dict[str, Candidate]]:
+    """A row of the report, without figures, for everything that is measured; and what computes it, unless it failed."""
+    runtime = transformers_runtime()
+    rows: dict[str, ComparisonRow] = {}
+    candidates: dict[str, Candidate] = {}
     variants = {"": True} | ({FLOAT_ACTIVATIONS: False} if bench.plan.static_scales else {})
     for kind, model in models.items():
         size = next((_size(bench.path(e)) for e in bench.format.exports if e.kind == kind and e.runs), None)
         for variant, on in variants.items():
             source = switched_source(model, on=on) if bench.plan.static_scales else transformers_source(model)
             label = f"{bench.labels[kind]}, {variant}" if variant else bench.labels[kind]
-            row = ComparisonRow(label=label, kind=kind, variant=variant, comparison=None, size_bytes=size)  # type: ignore[arg-type]
-            found.append((row, Candidate(source=source, runtime=runtime, simulated=True)))
+            rows[label] = ComparisonRow(label=label, kind=kind, variant=variant, comparison=None, size_bytes=size)  # type: ignore[arg-type]
+            candidates[label] = Candidate(source=source, runtime=runtime, simulated=True)
     for export in bench.format.exports:
         is_gguf = export.name.endswith(".gguf")
-        if not export.runs or (is_gguf and not _has_llama()):
+        if not export.runs or (is_gguf and not installed()):
             continue
         label = f"{bench.labels[export.kind]}, in {'llama.cpp' if is_gguf else 'transformers'}"
         path = bench.path(export)
-        row = ComparisonRow(label=label, kind=export.kind, comparison=None, size_bytes=_size(path))  # type: ignore[arg-type]
-        found.append((row, artifact_candidate(path, stack)))
-    return {row.label: (row, candidate) for row, candidate in found}
+        rows[label] = ComparisonRow(label=label, kind=export.kind, comparison=None, size_bytes=_size(path))  # type: ignore[arg-type]
+        try:
+            candidates[label] = artifact_candidate(path, stack)
+        except (InputError, RuntimeFailureError) as error:
+            if not is_gguf:
+                raise
+            rows[label] = replace(rows[label], failure=str(error))  # a runtime that fails must not end the run
+    return rows, candidates
 
 
 def _compare(bench: Bench, models: dict[str, TextModel], windows_NT: Tensor, progress: Progress) -> list[ComparisonRow]:
@@ -199,17 +206,25 @@ def _compare(bench: Bench, models: dict[str, TextModel], windows_NT: Tensor, pro
         qat, stock = kl[bench.labels["trained"]], kl[bench.labels["stock"]]
         progress.part(done, total, f"KL {qat:.4f}, {bench.labels['stock'].lower()} {stock:.4f}")
 
+    def on_failure(label: str, error: RuntimeFailureError) -> None:
+        rows[label] = replace(rows[label], failure=str(error))
+        progress.note(f"{label}: not measured: {error}")
+
     with ExitStack() as stack:
-        named = _candidates(bench, models, stack)
-        candidates = {label: candidate for label, (_, candidate) in named.items()}
-        results = evaluate_many(transformers_source(bench.teacher), candidates, windows_NT, on_progress=on_progress)
+        rows, candidates = _candidates(bench, models, stack)
+        for label, row in rows.items():
+            if row.failure:
+                progress.note(f"{label}: not measured: {row.failure}")
+        results = evaluate_many(
+            transformers_source(bench.teacher),
+            candidates,
+            windows_NT,
+            on_progress=on_progress,
+            on_failure=on_failure,
+        )
     original = sum(t.numel() * 2 for _, t in stream_tensors(bench.model_dir, bench.plan.model))
-    rows = [ComparisonRow(label="Original", kind="original", comparison=None, size_bytes=original)]
-    return rows + [_with(named[label][0], comparison) for label, comparison in results.items()]
-
-
-def _with(row: ComparisonRow, comparison: Comparison) -> ComparisonRow:
-    return ComparisonRow(**(vars(row) | {"comparison": comparison}))
+    first = ComparisonRow(label="Original", kind="original", comparison=None, size_bytes=original)
+    return [first, *(replace(row, comparison=results.get(label)) for label, row in rows.items())]
 
 
 def _size(path: Path) -> int:

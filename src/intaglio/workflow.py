@@ -37,7 +37,7 @@ from intaglio.plan.family import check_runs_alone, read_spec
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
-from intaglio.proof import PACKED, Bench, Evaluation, artifact_candidate, prove
+from intaglio.proof import PACKED, Bench, Evaluation, artifact_candidate, missing_runtime, prove
 from intaglio.train.corpus import Corpus, held_out_windows, load_corpus, sample_corpus
 from intaglio.train.loop import Options, train
 from intaglio.train.pack import pack_model
@@ -74,6 +74,8 @@ def run(
     plan = make_plan(spec, recipe)
     check_run_dir(out, {"plan": plan.digest}, resume)
     format_of(plan).check(plan, Path(model_dir))
+    if missing := missing_runtime(format_of(plan)):
+        progress.note(missing)
     tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir)
     progress.stage("Reading text")
     corpus = training_text(plan, data, tokenizer, teacher, progress)

@@ -19,6 +19,7 @@ from intaglio.cli.options import (
     evaluation_of,
     print_json,
 )
+from intaglio.errors import RuntimeFailureError
 
 if TYPE_CHECKING:
     pass
@@ -144,3 +145,5 @@ def report(
             original, run_dir, evaluation=evaluation_of(text, eval_tokens, prompt), progress=bars.progress
         )
     print_report(made, run_dir)
+    if any(row.failure for row in made.comparisons):
+        raise typer.Exit(RuntimeFailureError.exit_code)

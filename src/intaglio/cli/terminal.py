@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text as RichText
 
 from intaglio.measure.metrics import Comparison
 from intaglio.measure.render import percent, size, with_ci
@@ -35,7 +36,7 @@ class Bars:
         )
         self.task: TaskID | None = None
         self.first: StepInfo | None = None
-        self.progress = Callbacks(stage=self.stage, step=self.step, part=self.part)
+        self.progress = Callbacks(stage=self.stage, step=self.step, part=self.part, note=self.note)
 
     def __enter__(self) -> Bars:
         self.bars.start()
@@ -49,6 +50,10 @@ class Bars:
     def stage(self, name: str) -> None:
         self.finish()
         self.task = self.bars.add_task(name, total=None, figures="")
+
+    def note(self, text: str) -> None:
+        """Print a line above the bars."""
+        self.bars.console.print(RichText(text, style="yellow"), soft_wrap=True)
 
     def finish(self) -> None:
         """Fill the present bar: a stage without parts is done when the next begins."""
@@ -76,13 +81,18 @@ def print_report(report: Report, out: Path) -> None:
     table = new_table(report.headline(), ("model", *_headers(), "size"))
     for row in report.comparisons:
         bytes_ = "" if row.size_bytes is None else size(row.size_bytes)
-        if row.comparison is None:
+        if row.failure:
+            table.add_row(row.label, "not measured", *[""] * (len(_headers()) - 1), bytes_)
+        elif row.comparison is None:
             measured = next((r.comparison for r in report.comparisons if r.comparison), None)
             perplexity = f"{measured.perplexity_reference:.3f}" if measured else ""
             table.add_row(row.label, "0", *[""] * (len(_headers()) - 2), perplexity, bytes_)
         else:
             table.add_row(row.label, *_figures(row.comparison), bytes_)
     console.print(table)
+    for row in report.comparisons:
+        if row.failure:
+            console.print(RichText(f"{row.label}: not measured: {row.failure}", style="bold yellow"), soft_wrap=True)
     for artifact in report.artifacts:
         console.print(artifact.verification, highlight=False)
     console.print(f"report: {out / 'report.html'}", highlight=False)

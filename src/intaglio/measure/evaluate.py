@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intaglio.errors import InputError
+from intaglio.errors import InputError, RuntimeFailureError
 from intaglio.measure.metrics import Accumulator, Comparison
 
 # Float logits [T, V] of each window: a function of the window's tokens, such as
@@ -25,6 +25,8 @@ from intaglio.measure.metrics import Accumulator, Comparison
 LogitSource = Callable[[Tensor], Tensor] | Iterable[Tensor]
 # Called after each window with tokens scored, tokens in all, and each candidate's mean KL so far.
 OnProgress = Callable[[int, int, dict[str, float]], None]
+# Called with a candidate's name when its runtime fails; the other candidates go on.
+OnFailure = Callable[[str, RuntimeFailureError], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +96,12 @@ def evaluate_many(
     windows_NT: Tensor,
     *,
     on_progress: OnProgress | None = None,
+    on_failure: OnFailure | None = None,
 ) -> dict[str, Comparison]:
     """Compare several candidates with one reference, which runs once a window.
 
-    Raises InputError for windows of fewer than two tokens, for none at all, and for a source that
+    on_failure: takes a candidate whose runtime fails, which the result then lacks; None to raise
+    RuntimeFailureError. Raises InputError for windows of fewer than two tokens, for none at all, and for a source that
     ends early; ConfigError and WeightError as `Accumulator.add` does.
     """
     if windows_NT.ndim != 2 or windows_NT.shape[0] < 1 or windows_NT.shape[1] < 2:
@@ -107,7 +111,7 @@ def evaluate_many(
     streams = {name: _stream(name, candidate.source, windows_NT) for name, candidate in candidates.items()}
     results = {name: Accumulator(runtime=c.runtime, simulated=c.simulated) for name, c in candidates.items()}
     for index, window_T in enumerate(windows_NT, start=1):
-        _add_window(next(reference_stream), streams, results, window_T[1:])
+        _add_window(next(reference_stream), streams, results, window_T[1:], on_failure)
         if on_progress is not None:
             running = {name: accumulator.kl_mean_nats for name, accumulator in results.items()}
             on_progress(index * (windows_NT.shape[1] - 1), tokens, running)
@@ -115,11 +119,21 @@ def evaluate_many(
 
 
 def _add_window(
-    reference_TV: Tensor, streams: dict[str, Iterator[Tensor]], results: dict[str, Accumulator], labels: Tensor
+    reference_TV: Tensor,
+    streams: dict[str, Iterator[Tensor]],
+    results: dict[str, Accumulator],
+    labels: Tensor,
+    on_failure: OnFailure | None,
 ) -> None:
     """A function of its own, so that its logits are gone before the next window's are computed."""
-    for name, accumulator in results.items():
-        accumulator.add(reference_TV[:-1], next(streams[name])[:-1], labels)
+    for name, accumulator in list(results.items()):
+        try:
+            accumulator.add(reference_TV[:-1], next(streams[name])[:-1], labels)
+        except RuntimeFailureError as error:
+            if on_failure is None:
+                raise
+            del results[name]
+            on_failure(name, error)
 
 
 def _stream(name: str, source: LogitSource, windows_NT: Tensor) -> Iterator[Tensor]:

@@ -41,13 +41,15 @@ class ComparisonRow:
     kind: "original" (the reference), "stock" (the runtime's own rounding), "fitted" (our best
         without training) or "trained". Shares are recovered by "trained" from "stock" and "fitted".
     variant: how it computes, if not as it is meant to; rows of a variant are compared with each other.
-    comparison: None for the reference itself. size_bytes: of its file, None without one.
+    comparison: None for the reference itself, and for what could not be measured. failure: why it could not.
+    size_bytes: of its file, None without one.
     """
 
     label: str
     kind: Kind
     comparison: Comparison | None
     variant: str = ""
+    failure: str = ""
     size_bytes: int | None = None
 
 
