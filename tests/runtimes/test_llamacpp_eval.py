@@ -3,8 +3,10 @@
 import math
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -158,6 +160,30 @@ def test_a_process_that_fails_at_a_window_is_a_clear_line(files: dict[str, Path]
         with pytest.raises(RuntimeFailureError, match=rf"^llama\.cpp {message} .*at window 2"):
             model.logits([2, 5])
     assert not is_alive(model._child.pid)
+
+
+def peak_bytes(model: LlamaCpp) -> int:
+    """Most address space that the model's process has had."""
+    status = Path(f"/proc/{model._child.pid}/status").read_text()
+    return int(status.partition("VmPeak:")[2].split()[0]) * 1024
+
+
+def test_too_little_memory_is_a_failure_of_the_runtime(files: dict[str, Path]):
+    """Whatever llama.cpp says to it, or dies of: it is no fault of the file."""
+    with LlamaCpp(files["gguf"], context_tokens=2048, threads=1) as model:
+        loaded = peak_bytes(model)
+        model.logits([2] * 2048)
+        used = peak_bytes(model)
+    start = subprocess.Popen
+    for limit in (loaded - (8 << 20), used - (68 << 20), used - (4 << 20)):
+        limited = ["prlimit", f"--as={limit}", "--"]
+        with (
+            patch.object(subprocess, "Popen", lambda command, limited=limited, **how: start(limited + command, **how)),
+            pytest.raises(RuntimeFailureError) as error,
+            LlamaCpp(files["gguf"], context_tokens=2048, threads=1) as model,
+        ):
+            model.logits([2] * 2048)
+        assert error.value.exit_code == 1
 
 
 def test_an_assertion_of_llama_cpps_is_in_the_line(files: dict[str, Path]):

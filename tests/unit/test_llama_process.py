@@ -6,6 +6,7 @@ Most of it needs no llama.cpp: a stand-in speaks in its place. What needs the re
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -151,6 +152,60 @@ def test_a_suspended_run_has_not_run_out_of_time(model: Path, tmp_path: Path, mo
         LlamaCpp(model, threads=1, patience=0.1) as llama,
     ):
         llama.logits([2, 5])
+
+
+@pytest.mark.parametrize("kind", [OSError(12, "Cannot allocate memory"), BlockingIOError(11, "Try again")])
+def test_a_system_that_starts_no_process_is_a_clear_line(
+    kind: OSError, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise kind
+
+    stand_in(monkeypatch, tmp_path / "child", do="none", fate="exit")
+    open_files = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(RuntimeFailureError, match=rf"llama\.cpp cannot be started: {kind.strerror}"):
+        LlamaCpp(model)
+    assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_no_shared_memory_is_a_clear_line(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    folder = stand_in(monkeypatch, tmp_path / "child", do="none", fate="exit")
+    monkeypatch.setattr(process.mmap, "mmap", refuse)
+    with pytest.raises(RuntimeFailureError, match=r"no shared memory of 67,\d+,\d+ bytes: Cannot allocate memory"):
+        LlamaCpp(model)
+    assert running(folder) == []
+
+
+def test_closed_standard_streams_are_no_matter(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket may then have the number of standard input."""
+    stand_in(monkeypatch, tmp_path / "child", do="none", fate="exit")
+    program = f"""
+from pathlib import Path
+from intaglio.measure.process import Child
+with Child("llama.cpp", Path({str(llamacpp.SCRIPT)!r})) as child:
+    memory = child.share(4096)
+    answer = child.ask("start", {{"version": str}}, seconds=60, where="now")
+    Path({str(tmp_path / "answer")!r}).write_text(answer["version"])
+"""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    subprocess.run(["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, program], check=True)
+    assert (tmp_path / "answer").read_text() == "0.0"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_are_the_runtimes_failure(
+    value: float, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, tmp_path / "child", do="none", fate="exit")
+    with LlamaCpp(model) as llama:
+        llama.logits([2, 5])
+        llama._shared_RV[1, 7] = value
+        with pytest.raises(RuntimeFailureError, match=r"model\.gguf: llama\.cpp computed NaN or Inf at window 2"):
+            llama.logits([2, 5])
 
 
 # The real child, with a library in place of llama-cpp-python

@@ -118,9 +118,12 @@ class LlamaServer:
         guarded = [sys.executable, "-S", "-E", "-c", GUARD, os.getpid(), *command]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the server
         self._web = build_opener(ProxyHandler({}))  # a proxy would not find this machine
-        self._process = subprocess.Popen(
-            [str(part) for part in guarded], stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT
-        )
+        try:
+            self._process = subprocess.Popen(
+                [str(part) for part in guarded], stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT
+            )
+        except OSError as error:  # no memory or no processes left
+            raise RuntimeFailureError(f"{PROGRAM} cannot be started: {error.strerror or error}") from None
         try:
             self._wait(model)
         except BaseException:

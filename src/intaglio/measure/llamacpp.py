@@ -14,7 +14,7 @@ is part of what its users get, and so of the measurement.
 from __future__ import annotations
 
 import importlib.util
-import mmap
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intaglio.errors import ConfigError, InputError, IntaglioError
+from intaglio.errors import ConfigError, InputError, IntaglioError, RuntimeFailureError
 from intaglio.measure import llama_child
 from intaglio.measure.llama_child import BATCH_TOKENS
 from intaglio.measure.process import START_SECONDS, Child, has_amx, work_seconds
@@ -32,6 +32,7 @@ SCRIPT = Path(llama_child.__file__)
 SHARED_BYTES = 1 << 26  # of logits that pass from process to process at once
 MOST_TOKENS = 1 << 24  # of a vocabulary that is not nonsense
 ANSWER_SECONDS = 60.0  # limit for requests that compute next to nothing
+OUT_OF_MEMORY = ("bad_alloc", "insufficient memory", "Cannot allocate memory")  # as llama.cpp says it
 EXTRA_BUFFERS_OFF = ", extra buffers off: the processor has AMX"
 
 
@@ -43,7 +44,7 @@ class LlamaCpp:
     environment, or 1.
 
     Raises InputError without llama-cpp-python, ConfigError, with llama.cpp's last words, for a file that it does
-    not load, and RuntimeFailureError, also from every method, if its process dies, hangs or is killed.
+    not load, and RuntimeFailureError, also from every method, if its process dies, hangs, is killed or gets no memory.
     """
 
     def __init__(
@@ -77,7 +78,8 @@ class LlamaCpp:
             if not 0 < self.vocabulary <= MOST_TOKENS:
                 raise ConfigError(f"{path}: llama.cpp reads a vocabulary of {self.vocabulary} tokens from it")
             self._shared_rows = max(1, SHARED_BYTES // (4 * self.vocabulary))
-            self._shared_RV = self._share()
+            memory = self._child.share(4 * self._shared_rows * self.vocabulary)
+            self._shared_RV = torch.frombuffer(memory, dtype=torch.float32).view(self._shared_rows, self.vocabulary)
         except BaseException:
             self.close()
             raise
@@ -86,7 +88,7 @@ class LlamaCpp:
         """float32 [T, V], on the CPU, of one window without any history.
 
         Raises InputError for a window that is empty or longer than the context, and for token ids
-        outside the vocabulary.
+        outside the vocabulary; RuntimeFailureError also for NaN or Inf.
         """
         tokens = self._check(tokens_T)
         self._windows += 1
@@ -96,6 +98,8 @@ class LlamaCpp:
             self._decode(piece, start, outputs=len(piece), where=where)
             for first in range(0, len(piece), self._shared_rows):
                 rows = self._rows(first, min(first + self._shared_rows, len(piece)), where)
+                if not math.isfinite(float(rows.sum())):
+                    raise RuntimeFailureError(f"{self._path}: llama.cpp computed NaN or Inf {where}")
                 logits_TV[start + first : start + first + len(rows)] = rows
         return logits_TV
 
@@ -175,18 +179,15 @@ class LlamaCpp:
         self._ask("rows", {}, where=where, start=start, stop=stop)
         return self._shared_RV[: stop - start]
 
-    def _share(self) -> Tensor:
-        os.ftruncate(self._child.memory, self._shared_rows * self.vocabulary * 4)
-        memory = mmap.mmap(self._child.memory, 0)
-        return torch.frombuffer(memory, dtype=torch.float32).view(self._shared_rows, self.vocabulary)
-
     def _ask(
         self, do: str, answers: dict[str, type], *, seconds: float | None = None, where: str, **arguments: Any
     ) -> dict[str, Any]:
         try:
             return self._child.ask(do, answers, seconds=seconds or ANSWER_SECONDS, where=where, **arguments)
         except InputError as error:
-            raise ConfigError(f"{self._path}: {error}") from None
+            if do == "load" and not any(words in str(error) for words in OUT_OF_MEMORY):
+                raise ConfigError(f"{self._path}: {error}") from None
+            raise RuntimeFailureError(f"{self._path}: {error}, {where}") from None
 
 
 def installed() -> bool:

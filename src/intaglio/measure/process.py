@@ -7,7 +7,9 @@ words, and how long it may take.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import mmap
 import os
 import signal
 import socket
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -33,6 +36,8 @@ END_SECONDS = 5.0  # between the end of the conversation and that of the process
 MOST_BYTES = 1 << 26  # of an answer; a text of tokens is the longest
 SHOWN = 200  # characters of what was not understood
 HINT = "see docs/gguf.md"
+# No debugger is started to print where it crashed; numpy, which comes along, keeps no memory for each core.
+SETTINGS = {"GGML_NO_BACKTRACE": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Child:
@@ -44,22 +49,30 @@ class Child:
     """
 
     def __init__(self, name: str, script: Path, *, patience: float | None = None):
-        self.name, self.memory = name, memory_file()
+        self.name, self._rest, self._failure = name, bytearray(), ""
         self._patience = read_patience() if patience is None else patience
-        self._socket, theirs = socket.socketpair()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        self._rest, self._failure = bytearray(), ""
-        numbers = (theirs.fileno(), self.memory, os.getpid())
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(script), *map(str, numbers)],
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            pass_fds=numbers[:2],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GGML_NO_BACKTRACE": "1"},
-        )
+        with contextlib.ExitStack() as stack:
+            try:
+                self._start(script, stack)
+            except OSError as error:  # no memory, no descriptors or no processes left
+                raise RuntimeFailureError(f"{name} cannot be started: {error.strerror or error}") from None
+            self._end = weakref.finalize(self, _end, self._process, stack.pop_all())
+
+    def _start(self, script: Path, stack: contextlib.ExitStack) -> None:
+        self._socket, theirs = map(stack.enter_context, socket.socketpair())
+        self._log = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
+        self._memory = stack.enter_context(memory_file())
+        with above_standard(theirs) as their_socket, above_standard(self._memory) as their_memory:
+            numbers = (their_socket, their_memory, os.getpid())
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(script), *map(str, numbers)],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                pass_fds=numbers[:2],
+                env=os.environ | SETTINGS | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            )
         theirs.close()
-        self._end = weakref.finalize(self, _end, self._process, self._socket, self._log, self.memory)
 
     @property
     def pid(self) -> int:
@@ -93,6 +106,14 @@ class Child:
             shown = line[:SHOWN].decode("utf-8", "replace")
             self._fail(f"{self.name} answered {shown!r} {where}, which is no answer to {do!r}, and was stopped; {HINT}")
         return answer
+
+    def share(self, size_bytes: int) -> mmap.mmap:
+        """Memory of this size that the child sees too. RuntimeFailureError if there is none."""
+        try:
+            self._memory.truncate(size_bytes)
+            return mmap.mmap(self._memory.fileno(), size_bytes)
+        except OSError as error:
+            self._fail(f"{self.name} gets no shared memory of {size_bytes:,} bytes: {error.strerror or error}")
 
     def close(self) -> None:
         """End the process. May be called twice."""
@@ -139,20 +160,27 @@ class Child:
         raise RuntimeFailureError(message) from None
 
 
-def _end(process: subprocess.Popen[bytes], connection: socket.socket, log: IO[bytes], memory: int) -> None:
-    connection.close()
+def _end(process: subprocess.Popen[bytes], files: contextlib.ExitStack) -> None:
     process.kill()  # it has nothing to save
     process.wait()
-    log.close()
-    os.close(memory)
+    files.close()
 
 
-def memory_file() -> int:
-    """Descriptor of an empty file without a name, in memory where the system has such files."""
+def memory_file() -> IO[bytes]:
+    """An empty file without a name, in memory where the system has such files."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("intaglio")  # not /dev/shm, which holds 64 MB in many containers
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+        return open(os.memfd_create("intaglio"), "r+b", buffering=0)  # /dev/shm holds 64 MB in many containers
+    return tempfile.TemporaryFile(buffering=0)
+
+
+@contextlib.contextmanager
+def above_standard(file: IO[bytes] | socket.socket) -> Iterator[int]:
+    """A second descriptor of the file that is none of the standard streams, where those were closed."""
+    number = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+    try:
+        yield number
+    finally:
+        os.close(number)
 
 
 def read_patience() -> float:
