@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from common import environment, write_result
 from gpu_step import e2b_config, median_ms, random_model
-from intaglio.train.attach import prepare
 from torch import Tensor, nn
 
 from intaglio.plan.plan import Plan, make_plan

@@ -21,7 +21,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import environment, write_result
-from intaglio.train.attach import attach_static
 
 from intaglio import Recipe, calibrate, load_corpus, load_model, load_tokenizer, make_plan, quantize
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_runtime, transformers_source

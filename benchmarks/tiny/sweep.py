@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from intaglio.train.attach import prepare
 from torch import Tensor, nn
 
 from intaglio import calibrate

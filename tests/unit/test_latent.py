@@ -255,7 +255,7 @@ def test_packing_notices_values_off_the_grid(monkeypatch: pytest.MonkeyPatch) ->
     values, step = made.compute()
     monkeypatch.setattr(made, "compute", lambda dtype: (values * 1.0001, step))
     made.weight.data.copy_(values * 1.0001)
-    with pytest.raises(MismatchError, match="do not decode"):
+    with pytest.raises(MismatchError, match="are not what its latents decode to"):
         made.pack()
 
 
