@@ -33,14 +33,24 @@ from tests.support.training import small_corpus, small_model, small_plan
 
 CORPUS = small_corpus(sequences=8)
 PLAIN = Options(precision="no", compiled=False)
-# Losses of `python -m tests.support.first_losses` under its ENVIRONMENT. A change here is a change of the
-# numerics: either a mistake, or to be explained in the changelog.
-FIRST_LOSSES = [
-    0.10295360535383224, 0.11522454768419266, 0.10660427808761597, 0.12504753470420837, 0.07094087451696396,
-    0.08025814592838287, 0.08504226058721542, 0.0735640823841095, 0.061241284012794495, 0.05121156573295593,
-    0.05404234677553177, 0.06076890975236893, 0.05475115776062012, 0.04674576222896576, 0.05198199301958084,
-    0.04940475896000862, 0.03954949229955673, 0.05990375578403473, 0.0453001894056797, 0.04911006987094879,
-]  # fmt: skip
+# Losses of `python -m tests.support.first_losses RECIPE` under its ENVIRONMENT. A change here is a change of the
+# numerics: either a mistake, or to be explained in the changelog. Rounded activations magnify the last digit: with
+# one weight matrix of mobile changed by a millionth, the third loss moves by 3e-5 and later ones by several percent. So
+# a new order of sums may leave only the first two as they were.
+FIRST_LOSSES = {
+    "q4_0": [
+        0.10295360535383224, 0.11522454768419266, 0.10660427808761597, 0.12504753470420837, 0.07094087451696396,
+        0.08025814592838287, 0.08504226058721542, 0.0735640823841095, 0.061241284012794495, 0.05121156573295593,
+        0.05404234677553177, 0.06076890975236893, 0.05475115776062012, 0.04674576222896576, 0.05198199301958084,
+        0.04940475896000862, 0.03954949229955673, 0.05990375578403473, 0.0453001894056797, 0.04911006987094879,
+    ],
+    "mobile": [
+        0.44862663745880127, 0.445831298828125, 0.3994028866291046, 0.44340604543685913, 0.4035798907279968,
+        0.40411892533302307, 0.3684055209159851, 0.3617488145828247, 0.3623288571834564, 0.35255783796310425,
+        0.36340880393981934, 0.3604466915130615, 0.3327590525150299, 0.33858293294906616, 0.3658623993396759,
+        0.3608313202857971, 0.332622230052948, 0.3588714003562927, 0.323303759098053, 0.3643870949745178,
+    ],
+}  # fmt: skip
 
 
 class Killed(Exception):
@@ -80,12 +90,13 @@ def assert_equal_states(one: Latents, other: Latents) -> None:
         assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_the_first_losses_are_what_they_were() -> None:
-    command = [sys.executable, "-m", "tests.support.first_losses"]
+@pytest.mark.parametrize("recipe", FIRST_LOSSES)
+def test_the_first_losses_are_what_they_were(recipe: str) -> None:
+    command = [sys.executable, "-m", "tests.support.first_losses", recipe]
     environment = os.environ | first_losses.ENVIRONMENT
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     tolerance = 1e-6 if platform.machine() in ("x86_64", "AMD64") else 0.1
-    assert json.loads(output.splitlines()[-1]) == pytest.approx(FIRST_LOSSES, rel=tolerance)
+    assert json.loads(output.splitlines()[-1]) == pytest.approx(FIRST_LOSSES[recipe], rel=tolerance)
 
 
 def test_training_brings_the_student_closer(teacher: nn.Module, tmp_path: Path) -> None:
