@@ -55,7 +55,7 @@ def run_demo(out: Path, *, recipe: str = "q4_0", replace: bool = False, progress
         if not (replace and (out / RUN_FILE).is_file()):
             raise OutputError(f"{out}: already exists: remove it, name another with --out, or give --replace")
         shutil.rmtree(out)
-    return run(
+    report = run(
         MODEL_DIR,
         Recipe.load(recipe).with_schedule(**SCHEDULES[recipe]),
         out,
@@ -64,6 +64,8 @@ def run_demo(out: Path, *, recipe: str = "q4_0", replace: bool = False, progress
         options=Options(precision=faster_precision(), compiled=False),
         progress=progress,
     )
+    assert report is not None, "one process has the report"
+    return report
 
 
 def run_demo_drafter(out: Path, *, recipe: str = "q4_0", progress: Progress | None = None) -> DrafterReport:

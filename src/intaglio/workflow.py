@@ -36,7 +36,7 @@ from intaglio.measure.metrics import Comparison
 from intaglio.measure.original import open_original
 from intaglio.measure.report import Report, write_report
 from intaglio.numerics.device import Device, device_for
-from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer, model_name, stored_dtype
+from intaglio.packed.checkpoint import TextModel, load_tokenizer, model_name, stored_dtype
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
@@ -51,6 +51,7 @@ from intaglio.train.latents import Latents
 from intaglio.train.loop import Options, train
 from intaglio.train.pack import pack_model
 from intaglio.train.run_folder import check_run_dir
+from intaglio.train.sharding import dismiss_processes, is_main, load_own_rows, start_processes, world_size
 
 SHARE_HELD_OUT = 0.02  # of the training sequences, when no held-out text is given
 HELD_OUT_FILE = "heldout.npy"
@@ -67,7 +68,7 @@ def run(
     resume: bool = False,
     progress: Progress | None = None,
     device: Device = None,
-) -> Report:
+) -> Report | None:
     """Train `model_dir` by `recipe` on `data`, and leave model, artifacts and report in `out`.
 
     The files are written and read back as soon as training ends. What follows, references, measurement and report,
@@ -75,14 +76,18 @@ def run(
 
     data: see `train.corpus.load_corpus`; None lets the model write its own text. device: where the original is, and
     where references are fitted and everything is measured; None picks a GPU if there is one.
-    Raises MismatchError if an artifact does not hold the trained codes; see the stages for the rest.
+    Of several processes, as torchrun starts them, each trains its share; the main one measures and has the report, the
+    others return None. Raises MismatchError if an artifact does not hold the trained codes; see the stages for the rest.
     """
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
-    began, device = time.perf_counter(), device_for(device)
+    began, device = time.perf_counter(), device_for(start_processes() if device is None else device)
+    progress = progress if is_main() else Progress()
     progress.stage("Loading the original")
     spec = read_spec(model_dir)
     check_runs_alone(spec, model_dir)
     plan = make_plan(spec, recipe)
+    if data is None and world_size() > 1:
+        raise InputError("several processes cannot write a model's own text together: give --data")
     check_run_dir(out, {"plan": plan.digest}, resume)
     format_of(plan).check(plan, Path(model_dir))
     if missing := missing_runtime(format_of(plan)):
@@ -102,10 +107,14 @@ def run(
         resume=resume,
         on_step=progress.step,
         on_calibration=lambda done, total: progress.part(done, total, "tokens calibrated"),
-        on_start=_keep_start(model_dir, plan, out, evaluation, failures),
+        on_start=_keep_start(model_dir, plan, out, evaluation, failures) if world_size() == 1 else lambda latents: None,
     )
     progress.stage("Packing")
     pack_model(latents, out / "packed", assets=model_dir, provenance=_provenance(model_dir, data), replace=resume)
+    main = is_main()
+    dismiss_processes()
+    if not main:
+        return None
     with new_path(out / HELD_OUT_FILE, replace=True) as temporary, open(temporary, "wb") as file:
         np.save(file, windows_NT)
     del latents
@@ -162,9 +171,8 @@ def report(
 
 def _teacher(model_dir: str | Path, spec: ModelSpec, device: torch.device) -> TextModel:
     """The original to train from: float32 on a CPU; in its own dtype on a GPU, whose memory the student needs."""
-    if device.type == "cpu":
-        return load_model(model_dir)
-    return load_model(model_dir, stored_dtype(model_dir, spec), device)
+    dtype = torch.float32 if device.type == "cpu" else stored_dtype(model_dir, spec)
+    return load_own_rows(model_dir, spec, dtype, device)
 
 
 def _files(bench: Bench, *, replace: bool, progress: Progress) -> dict[str, Verification]:

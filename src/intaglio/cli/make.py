@@ -168,7 +168,8 @@ def _train_floats(model: Path, out: Path, recipe: str, overrides: list[str], **c
     loaded = Recipe.load(recipe, overrides)
     with Bars() as bars:
         report = run(model, loaded, out, progress=bars.progress, **common)
-    print_report(report, out)
+    if report is not None:  # the main process has it
+        print_report(report, out)
 
 
 def _train_packed(model: Path, out: Path, **how: Any) -> None:

@@ -28,8 +28,9 @@ from intaglio.train.corpus import Corpus
 from intaglio.train.distill import chunked_kl
 from intaglio.train.kernels import compile_layers
 from intaglio.train.latents import Latents, prepare
-from intaglio.train.loop import Options, Session, StepInfo, dtype_of, make_accelerator
+from intaglio.train.loop import Options, Session, StepInfo, dtype_of
 from intaglio.train.run_folder import check_run_dir, claim
+from intaglio.train.sharding import start_processes
 from intaglio.train.student import cast_weights
 
 
@@ -89,10 +90,10 @@ def train_drafter(
         raise CorpusError(f"{corpus.source}: no document is long enough for {count} draft steps: add longer text")
     identity = {"plan": plan.digest, "corpus": corpus.digest, "target": target_digest}
     check_run_dir(run_dir, identity, resume)
-    accelerator = make_accelerator(options, run_dir)
-    compiled = accelerator.device.type == "cuda" if options.compiled is None else options.compiled
-    target = target.to(accelerator.device).requires_grad_(False).eval()
-    student = copy.deepcopy(drafter).to(accelerator.device).requires_grad_(True).train()
+    device = start_processes()
+    compiled = device.type == "cuda" if options.compiled is None else options.compiled
+    target = target.to(device).requires_grad_(False).eval()
+    student = copy.deepcopy(drafter).to(device).requires_grad_(True).train()
     if student.config.use_ordered_embeddings and drafting.clusters == "keep":
         student.masked_embedding.centroids.requires_grad_(False)
     dtype = dtype_of(options)
@@ -109,7 +110,7 @@ def train_drafter(
         return TargetStates(states.embeds.to(dtype), states.hidden.to(dtype), kv), head
 
     lesson = DraftLesson(student, drafting, softcap_of(target))
-    session = Session(latents, lesson, teach, corpus, run_dir, accelerator, options)
+    session = Session(latents, lesson, teach, corpus, run_dir, device, options)
     claim(run_dir, identity)
     session.run(checkpoint.latest(run_dir), on_step)
     return latents

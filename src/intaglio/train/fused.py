@@ -149,15 +149,22 @@ class Bucket:
         for parameter in parameters:
             self.state[parameter]["step"] = self.steps_done
 
-    def take_gradients(self) -> Tensor | None:
-        """Squared norm of the latents' gradients; None where no weight of the bucket has a gradient."""
-        grads = [take_gradient(latent.weight) for latent in self.latents]
-        if all(grad is None for grad in grads):
-            return None
-        self.grad = _flat(
-            [torch.zeros_like(w) if g is None else g for g, w in zip(grads, self.weights, strict=True)], self.width
-        )
-        return self._norm()
+    @property
+    def has_gradients(self) -> bool:
+        """Whether any weight of the bucket has a gradient."""
+        return any(latent.weight.grad is not None for latent in self.latents)
+
+    def norm(self) -> Tensor:
+        """Squared norm of the latents' gradients, float32 scalar."""
+        self.grad = self._gathered(lambda latent: latent.weight.grad)
+        total, self.grad = self._norm(), None
+        return total
+
+    def _gathered(self, gradient_of: Callable[[Any], Tensor | None]) -> Tensor:
+        """The gradients of the bucket's weights in one tensor; of one bucket at a time, since it is a copy."""
+        grads = [gradient_of(latent) for latent in self.latents]
+        parts = [torch.zeros_like(w) if g is None else local(g) for g, w in zip(grads, self.weights, strict=True)]
+        return _flat(parts, self.width)
 
     def _norm(self) -> Tensor:
         assert self.grad is not None
@@ -172,8 +179,7 @@ class Bucket:
 
     def step(self, clip: Tensor) -> None:
         """Step and decode into the model's weights. clip: factor of the gradients, float32 scalar."""
-        if self.grad is None:
-            return
+        self.grad = self._gathered(lambda latent: take_gradient(latent.weight))
         self.steps_done += 1
         values = self._step(clip)
         self.grad = None
@@ -263,12 +269,12 @@ class FusedGridAdamW(GridOptimizer):
             bucketed = {id(latent) for bucket in self.buckets for latent in bucket.latents}
             self.rest = [latent for latent in self.latents.trained.values() if id(latent) not in bucketed]
         self.latents.average_whole()
-        norms = [(bucket.sharded, bucket.take_gradients()) for bucket in self.buckets]
         for latent in self.rest:
             latent.pull()
         self.latents.average_rest()
-        clip = self._clip_factor(norms)
-        for bucket in self.buckets:
+        learning = [bucket for bucket in self.buckets if bucket.has_gradients]
+        clip = self._clip_factor(learning)
+        for bucket in learning:
             bucket.step(clip)
         self.inner.step()
         self.inner.zero_grad()
@@ -276,19 +282,18 @@ class FusedGridAdamW(GridOptimizer):
             latent.decode()
         return loss
 
-    def _clip_factor(self, norms: list[tuple[bool, Tensor | None]]) -> Tensor:
+    def _clip_factor(self, learning: list[Bucket]) -> Tensor:
         """Factor of all gradients, float32 scalar; those outside of buckets are scaled here."""
-        rest = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        device = self.buckets[0].latent.device
-        zero = torch.zeros((), device=device)
+        zero = torch.zeros((), device=self.buckets[0].latent.device)
         if not self.clip:
             return zero + 1
-        sharded = sum((norm for is_sharded, norm in norms if is_sharded and norm is not None), zero)
-        whole = sum((norm for is_sharded, norm in norms if not is_sharded and norm is not None), zero)
+        rest = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        sharded = sum((bucket.norm() for bucket in learning if bucket.sharded), zero)
+        whole = sum((bucket.norm() for bucket in learning if not bucket.sharded), zero)
         if rest:
-            whole = whole + nn.utils.get_total_norm([p.grad for p in rest]).square()  # type: ignore[misc]
+            whole = whole + nn.utils.get_total_norm(rest).square()
         total = (sum_over_processes(sharded + zero) + whole).sqrt()
         factor = (self.clip / (total + 1e-6)).clamp(max=1.0)
         if rest:
-            torch._foreach_mul_([p.grad for p in rest], factor)
+            torch._foreach_mul_(rest, factor)
         return factor

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -30,7 +30,15 @@ from intaglio.train.latents import Latents
 from intaglio.train.lesson import Distiller, Teach, Teacher, nothing
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
 from intaglio.train.run_folder import LOSSES_FILE, append_line, check_run_dir, claim, keep_lines
-from intaglio.train.sharding import check_together, is_main, shard, start_processes, world_size
+from intaglio.train.sharding import (
+    average_over_processes,
+    check_together,
+    is_main,
+    rank,
+    shard,
+    start_processes,
+    world_size,
+)
 from intaglio.train.static import put_scales, switch_static
 from intaglio.train.student import build_student, calibrate_student, gptq_start, on_device
 
@@ -100,14 +108,13 @@ def train(
     """
     options = options or Options()
     run_dir = Path(run_dir)
-    start_processes()
+    device = start_processes()
     if plan.recipe.schedule.lora_rank and start is None:
         raise InputError("schedule.lora_rank is for training that goes on from a packed model: quantize it first")
     identity = run_identity(plan, start) | {"corpus": corpus.digest}
     check_run_dir(run_dir, identity, resume)
-    accelerator = make_accelerator(options, run_dir)
     check_together(plan.recipe.schedule.batch_size, identity)
-    compiled = accelerator.device.type == "cuda" if options.compiled is None else options.compiled
+    compiled = device.type == "cuda" if options.compiled is None else options.compiled
     if plan.recipe.schedule.loss == "cross_entropy":
         teacher = None
     elif teacher is None and start is not None:
@@ -116,34 +123,32 @@ def train(
             "from, or learn from the text itself with schedule.loss = 'cross_entropy'"
         )
     else:
-        teacher = (teacher or original).to(accelerator.device).requires_grad_(False)
+        teacher = (teacher or original).to(device).requires_grad_(False)
     dtype = dtype_of(options)
-    original = original.to(accelerator.device)
+    original = original.to(device)
     if world_size() > 1 and not isinstance(original, FSDPModule):
-        shard(original, accelerator.device)
+        shard(original, device)
     latents = build_student(original, plan, start=start, dtype=dtype)
     student = latents.model
     saved = checkpoint.latest(run_dir)
     if start is None:  # else its codes and static scales are the packed model's
-        _first_values(latents, original, corpus, accelerator, saved, on_calibration)
+        _first_values(latents, original, corpus, device, saved, on_calibration)
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if compiled and accelerator.device.type == "cuda":
+    if compiled and device.type == "cuda":
         compile_layers(student, *([] if teacher is None else [teacher]))
     softcap = getattr(student.config, "final_logit_softcapping", None)
     lesson = Distiller(student, softcap, compiled)
     teach = nothing if teacher is None else Teacher(teacher, dtype)
-    session = Session(latents, lesson, teach, corpus, run_dir, accelerator, options)
+    session = Session(latents, lesson, teach, corpus, run_dir, device, options)
     if is_main():
         claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
     if saved is None:
         on_start(latents)
-    if options.tensorboard:
-        accelerator.init_trackers("tensorboard")
     session.run(saved, on_step)
     switch_static(student, activations=True, kv_cache=True)
-    for tracker in accelerator.trackers:  # accelerate's own end would also dismiss the processes, which pack together
-        tracker.finish()
+    if session.tracker is not None:
+        session.tracker.finish()
     return latents
 
 
@@ -151,7 +156,7 @@ def _first_values(
     latents: Latents,
     original: TextModel,
     corpus: Corpus,
-    accelerator: Accelerator,
+    device: torch.device,
     saved: Path | None,
     on_calibration: Callable[[int, int], None],
 ) -> None:
@@ -161,8 +166,8 @@ def _first_values(
         put_scales(latents.model, plan, {scale.name: 1.0 for scale in plan.static_scales if scale.owned})
         return
     if latents.plan.recipe.schedule.gptq_tokens:
-        gptq_start(latents, original, corpus, accelerator)
-    calibrate_student(latents, corpus, accelerator, on_calibration)
+        gptq_start(latents, original, corpus, device)
+    calibrate_student(latents, corpus, device, on_calibration)
 
 
 def run_identity(plan: Plan, start: PackedModel | None) -> dict[str, str]:
@@ -174,12 +179,6 @@ def dtype_of(options: Options) -> torch.dtype:
     """In which the student's weights are held, and products computed."""
     precision = options.precision or ("bf16" if torch.cuda.is_available() else "no")
     return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def make_accelerator(options: Options, run_dir: Path | None) -> Accelerator:
-    """accelerate's device, processes and trackers; it casts and wraps nothing."""
-    log_with = "tensorboard" if options.tensorboard else None
-    return Accelerator(mixed_precision="no", log_with=log_with, project_dir=run_dir)
 
 
 class Session:
@@ -196,13 +195,14 @@ class Session:
         teach: Teach,
         corpus: Corpus,
         run_dir: Path,
-        accelerator: Accelerator,
+        device: torch.device,
         options: Options,
     ):
         self.latents, self.lesson, self.teach, self.corpus = latents, lesson, teach, corpus
         self.recipe, self.schedule = latents.plan.recipe, latents.plan.recipe.schedule
         self.phases = Phases.of(self.schedule)
-        self.run_dir, self.accelerator, self.options = run_dir, accelerator, options
+        self.run_dir, self.device, self.options = run_dir, device, options
+        self.tracker = TensorBoardTracker("", run_dir) if options.tensorboard and is_main() else None
         self.optimizer = make_optimizer(latents, self.schedule)
         self.dropout = self.recipe.activations.dropout if self.recipe.activations else 0.0
 
@@ -234,10 +234,11 @@ class Session:
         set_lr(self.optimizer, self.phases.lr_factor(step, schedule.tail_lr))
         indices = batch_indices(len(self.corpus.tokens), schedule.batch_size, schedule.seed, step)
         micro_batches = self.micro_batches(indices)
-        total = torch.zeros((), device=self.accelerator.device)
+        total = torch.zeros((), device=self.device)
         for input_ids, positions in micro_batches:
             total += self.backward(input_ids, positions, 1 / len(micro_batches))
-        loss = self.accelerator.reduce(total, reduction="mean").item()
+        average_over_processes([total])
+        loss = total.item()
         if not math.isfinite(loss):
             last = checkpoint.latest(self.run_dir)
             kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
@@ -247,13 +248,12 @@ class Session:
 
     def micro_batches(self, indices) -> list[tuple[Tensor, Tensor]]:
         """This process's share of a batch, cut into micro-batches on the device."""
-        accelerator = self.accelerator
-        indices = indices[accelerator.process_index :: accelerator.num_processes]
+        indices = indices[rank() :: world_size()]
         size = self.schedule.micro_batch or len(indices)
         parts = [indices[i : i + size] for i in range(0, len(indices), size)]
 
         tokens, positions = self.corpus.tokens, self.corpus.positions
-        return [(on_device(tokens[p], accelerator), on_device(positions[p], accelerator)) for p in parts]
+        return [(on_device(tokens[p], self.device), on_device(positions[p], self.device)) for p in parts]
 
     def backward(self, input_ids: Tensor, positions: Tensor, weight: float) -> Tensor:
         """Loss of one micro-batch, its gradients times `weight` added to the weights'."""
@@ -280,6 +280,6 @@ class Session:
         """Progress for a step's callback; logged for TensorBoard too."""
         tokens = (step + 1) * self.schedule.batch_size * self.schedule.sequence_length
         phase = "tail" if step >= self.phases.tail else "train"
-        if self.options.tensorboard:
-            self.accelerator.log({"loss": loss, "tokens": tokens}, step=step + 1)
+        if self.tracker is not None:
+            self.tracker.log({"loss": loss, "tokens": tokens}, step=step + 1)
         return StepInfo(step + 1, self.phases.total, loss, tokens, seconds, phase)

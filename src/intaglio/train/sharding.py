@@ -10,13 +10,14 @@ embeddings for every forward would move 4.7 GB to use a few rows of it.
 
 from __future__ import annotations
 
+import os
 import types
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState, init_empty_weights
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -33,7 +34,23 @@ LOOKED_UP = "embed_tokens_per_layer"  # tables that no head is tied to
 
 def start_processes() -> torch.device:
     """Join the processes that torchrun or accelerate started, if any, and return this one's device."""
-    return PartialState().device
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if gpu and not dist.is_nccl_available():
+            raise InputError("this torch has no NCCL, over which GPUs train together: start one process")
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+    return device
+
+
+def dismiss_processes() -> None:
+    """Wait for all processes and let each go its own way: from here on there is one again."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        _groups.clear()
 
 
 def world_size() -> int:
@@ -41,9 +58,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_main() -> bool:
     """Whether this process writes logs, reports and whole files."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.gptq import start_from_gptq
 from intaglio.train.latents import Latents, prepare
 from intaglio.train.lora import add_lora
-from intaglio.train.sharding import like, world_size
+from intaglio.train.sharding import like, rank, sum_over_processes, world_size
 
 
 def build_student(
@@ -60,7 +59,7 @@ def cast_weights(model: TextModel, dtype: torch.dtype) -> None:
 def calibrate_student(
     latents: Latents,
     corpus: Corpus,
-    accelerator: Accelerator,
+    device: torch.device,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Find the plan's static scales on the schedule's share of the corpus; every process takes its part."""
@@ -68,24 +67,24 @@ def calibrate_student(
         return
     schedule = latents.plan.recipe.schedule
     rows = _share(corpus, schedule, schedule.calibration_tokens)
-    own = rows[accelerator.process_index :: accelerator.num_processes]
+    own = rows[rank() :: world_size()]
     size = schedule.micro_batch or schedule.batch_size
     batches = [own[i : i + size] for i in range(0, len(own), size)]
     calibrate(
         latents.model,
         latents.plan,
-        [(on_device(corpus.tokens[b], accelerator), on_device(corpus.positions[b], accelerator)) for b in batches],
-        reduce=lambda counts: accelerator.reduce(counts, reduction="sum"),
+        [(on_device(corpus.tokens[b], device), on_device(corpus.positions[b], device)) for b in batches],
+        reduce=sum_over_processes,
         on_progress=on_progress,
     )
 
 
-def gptq_start(latents: Latents, original: TextModel, corpus: Corpus, accelerator: Accelerator) -> None:
+def gptq_start(latents: Latents, original: TextModel, corpus: Corpus, device: torch.device) -> None:
     """Let GPTQ choose the first codes, on the schedule's share of the corpus."""
     schedule = latents.plan.recipe.schedule
     rows = _share(corpus, schedule, schedule.gptq_tokens)
-    rows = rows[accelerator.process_index :: accelerator.num_processes]
-    tokens, positions = (on_device(array[rows], accelerator) for array in (corpus.tokens, corpus.positions))
+    own = rows[rank() :: world_size()]
+    tokens, positions = (on_device(array[own], device) for array in (corpus.tokens, corpus.positions))
     start_from_gptq(latents, original, tokens, positions)
 
 
@@ -95,6 +94,6 @@ def _share(corpus: Corpus, schedule: Schedule, tokens: int) -> NDArray[np.int64]
     return batch_indices(len(corpus.tokens), count, schedule.seed, 0)
 
 
-def on_device(array: NDArray[np.int32], accelerator: Accelerator) -> Tensor:
-    """int64, on the accelerator's device."""
-    return torch.from_numpy(array).long().to(accelerator.device)
+def on_device(array: NDArray[np.int32], device: torch.device) -> Tensor:
+    """int64, on `device`."""
+    return torch.from_numpy(array).long().to(device)

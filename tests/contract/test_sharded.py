@@ -1,0 +1,93 @@
+"""Training sharded over two processes: the losses, codes and checkpoints of one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from intaglio.numerics.grid import Quantized
+from intaglio.packed.model import PackedModel
+from intaglio.train.run_folder import read_losses
+from tests.support import sharded
+
+PROCESSES = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d")
+
+
+def two_processes(out: Path, recipe: str, *overrides: str, stop: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *PROCESSES, "-m", "tests.support.sharded", str(out), recipe, str(stop), *overrides]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in read_losses(out / "run")]
+
+
+def assert_same_codes(one: Path, other: Path) -> None:
+    a, b = PackedModel.open(one / "packed"), PackedModel.open(other / "packed")
+    differ = total = 0
+    for tensor in a.plan:
+        x, y = a.read(tensor.name), b.read(tensor.name)
+        if isinstance(x, Quantized):
+            assert isinstance(y, Quantized)
+            differ, total = differ + int((x.codes != y.codes).sum()), total + x.codes.numel()
+        else:
+            assert isinstance(y, torch.Tensor)
+            torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-2)
+    assert differ <= 1e-5 * total, f"{differ} of {total} codes differ"
+    assert a.read_static() == pytest.approx(b.read_static(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [("q4_0", ()), ("mobile", ("weights.ple_embedding.trainable=true",))],
+    ids=["q4_0", "mobile"],
+)
+def test_two_processes_train_what_one_does(recipe: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    sharded.run(tmp_path / "one", recipe, 0, *overrides)
+    (tmp_path / "two").mkdir()
+    ran = two_processes(tmp_path / "two", recipe, *overrides)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert_same_codes(tmp_path / "one", tmp_path / "two")
+    assert len(list((tmp_path / "two/run/checkpoints/step-00000006").glob("state-*-of-00002.safetensors"))) == 2
+
+
+def test_gptq_takes_every_process_its_rows_and_its_text(tmp_path: Path) -> None:
+    """A tie that falls otherwise changes its row and all layers behind, so the first weights are compared."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    overrides = ("schedule.gptq_tokens=128", "schedule.tokens=64")
+    sharded.run(tmp_path / "one", "q4_0", 0, *overrides)
+    ran = two_processes(tmp_path / "two", "q4_0", *overrides)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=0.2)
+    one, two = (PackedModel.open(tmp_path / name / "packed") for name in ("one", "two"))
+    for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        a, b = (packed.read(f"model.layers.0.self_attn.{part}.weight") for packed in (one, two))
+        assert isinstance(a, Quantized) and isinstance(b, Quantized)
+        assert float((a.codes != b.codes).float().mean()) < 0.01, part
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    sharded.run(tmp_path / "whole", "q4_0", 0)
+    stopped = two_processes(tmp_path / "cut", "q4_0", stop=7)
+    assert "step-00000006" in {p.name for p in (tmp_path / "cut/run/checkpoints").iterdir()}, stopped.stderr[-2000:]
+    sharded.run(tmp_path / "cut", "q4_0", 0)  # one process goes on in the frozen tail
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert_same_codes(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
+    ran = two_processes(tmp_path, "q4_0", "schedule.batch_size=3", "schedule.tokens=48")
+    assert ran.returncode != 0
+    assert "schedule.batch_size = 3 sequences on 2 processes: expected a multiple of 2" in ran.stderr
+    assert not (tmp_path / "run").exists()
