@@ -81,10 +81,10 @@ def test_the_files_are_there_before_anything_is_compared(everything: tuple[Any, 
     out, _, log = everything
     order = [name for name, _ in log.stages]
     expected = ["Loading the original", "Reading text", "Training", "Packing", "Writing files"]
-    expected += ["Making stock rounding", "Making mse fit", "Loading the original"]
+    expected += ["Making Stock rounding", "Making MSE fit", "Loading the original"]
     assert order[: len(expected)] == expected and order[len(expected)].startswith("Measuring")
     assert log.at("Packing") == {"run.json", "losses.jsonl", "start"}
-    assert log.at("Making stock") == FILES | {"start"}
+    assert log.at("Making Stock") == FILES | {"start"}
     assert log.at("Measuring") == FILES | {"stock", "stock.gguf", "fitted", "start"}
     for name in ("packed", "model.gguf", "hf"):
         assert f"{out / name}: holds what was trained, 0 bits differ" in log.notes
@@ -100,7 +100,7 @@ def test_the_start_is_measured_beside_what_training_added(everything: tuple[Any,
     for name in ("report.md", "report.html"):
         assert "GPTQ start" in (out / name).read_text() and "s KL." in (out / name).read_text()
     assert set(values["samples"][0]["continuations"]) == {"Original", "Stock rounding", "MSE fit", "GPTQ start", "QAT"}
-    assert set(values["layers"][0]["relative_rms"]) == {"stock", "MSE", "GPTQ", "QAT"}
+    assert set(values["layers"][0]["relative_rms"]) == {"stock", "fit", "GPTQ", "QAT"}
 
 
 def test_the_start_that_is_measured_is_where_training_began(
