@@ -1,4 +1,4 @@
-"""A training step on a CPU: fake-quantized by intaglio against plain float fine-tuning, torchao beside it.
+"""A training step on a CPU: on the grid with intaglio, against plain float fine-tuning, torchao beside it.
 
     python benchmarks/cpu_step.py --models tiny   # 17 minutes on two cores; both models without it
     python benchmarks/cpu_step.py --quick         # one setting
@@ -8,8 +8,8 @@ students are copies of one model, train the same parameters and see the same tok
 
     float     the model as it is
     intaglio  recipe q4_0: canonical Q4_0 linears with learned scales, Q6_K embeddings, rounded float
-              leftovers; weights decoded once a step (`StepWeights`), as the package's own loop does
-    compiled  the same through torch.compile, as `train --compile` does on a CPU: quantizer and loss
+              leftovers; the model's weights are decoded in the optimizer step (`GridOptimizer`)
+    compiled  the same with a compiled loss, as `train --compile` does on a CPU
     torchao   the same linears with torchao's int4 QAT, symmetric, group 32 (embeddings stay float)
 
 Losses: "ce", next-token cross-entropy; "kl", the package's chunked KL to an online teacher, whose
@@ -17,7 +17,8 @@ forward all four pay for. Ratios against float are taken within one round (float
 torchao, float, ...) and their median is reported with the quartiles: absolute times on a shared machine are
 not worth printing to the digit. "saved" counts, by saved_tensors_hooks, the bytes of every distinct
 storage that autograd keeps for the backward, the model's own parameters and buffers not counted;
-"held" are the decoded weights that intaglio keeps until the optimizer has stepped.
+"held" are the latents that intaglio has beside the model. Under bfloat16 ours holds its weights in bfloat16; the others
+hold them in float32 and run under autocast.
 
 Models: the bundled tiny Gemma 4 (hidden 256, 8 layers, 8.5 M parameters) and a random one of twice
 the width (hidden 512, MLP 2048, 8 layers, 34 M parameters).
@@ -30,7 +31,6 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import environment, write_result
-from intaglio.train.decode import StepWeights
 from torch import Tensor, nn
 
 from intaglio import load_model, make_plan
@@ -47,7 +46,8 @@ from intaglio.plan.plan import Plan
 from intaglio.plan.recipe import Recipe
 from intaglio.tiny import MODEL_DIR
 from intaglio.train.distill import chunked_kl
-from intaglio.train.lesson import final_hidden, head_weight
+from intaglio.train.latents import Latents
+from intaglio.train.lesson import final_hidden
 from intaglio.train.optimizer import make_optimizer
 from intaglio.train.student import build_student
 
@@ -73,30 +73,33 @@ def wide_model() -> nn.Module:
 class Student:
     """One arm of the comparison: a model, its optimizer, and the step."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, decodes: bool, compiled: bool):
-        self.model, self.decodes, self.compiled = model, decodes, compiled
-        self.weights = StepWeights(model)
-        self.optimizer = make_optimizer(model, recipe.schedule)
+    def __init__(self, made: nn.Module | Latents, recipe: Recipe, compiled: bool):
+        self.compiled = compiled
+        self.model: Any = made.model if isinstance(made, Latents) else made
+        self.held_bytes = sum(t.nbytes for t in made.state().values()) if isinstance(made, Latents) else 0
+        self.clips = not isinstance(made, Latents)  # ours clips the gradient of its latents itself
+        schedule = recipe.schedule
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer: torch.optim.Optimizer = (
+            make_optimizer(made, schedule)
+            if isinstance(made, Latents)
+            else torch.optim.AdamW(trained, betas=schedule.betas, weight_decay=schedule.weight_decay, fused=True)
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-5
-        self.softcap = model.config.final_logit_softcapping
+        self.softcap = self.model.config.final_logit_softcapping
 
     def step(self, tokens_BT: Tensor, teacher: nn.Module | None, dtype: torch.dtype) -> None:
-        if self.decodes:
-            self.weights.decode(dtype)
-        with self.weights.dropped_by_backward() if self.decodes else nullcontext():
-            self.backward(tokens_BT, teacher, dtype)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.backward(tokens_BT, teacher, dtype)
+        if self.clips:
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.decodes:
-            self.weights.drop()
 
     def backward(self, tokens_BT: Tensor, teacher: nn.Module | None, dtype: torch.dtype) -> None:
-        with self.weights.in_graph(dtype) if self.compiled else nullcontext():
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-                loss = self.cross_entropy(tokens_BT) if teacher is None else self.kl(tokens_BT, teacher, dtype)
-            loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16 and self.model.dtype != dtype):
+            loss = self.cross_entropy(tokens_BT) if teacher is None else self.kl(tokens_BT, teacher, dtype)
+        loss.backward()
 
     def cross_entropy(self, tokens_BT: Tensor) -> Tensor:
         logits_BTV = self.model(input_ids=tokens_BT, use_cache=False).logits.float()
@@ -104,10 +107,10 @@ class Student:
 
     def kl(self, tokens_BT: Tensor, teacher: nn.Module, dtype: torch.dtype) -> Tensor:
         positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
             teacher_hidden = final_hidden(teacher, tokens_BT, positions_BT).to(dtype).flatten(0, 1)
         hidden = final_hidden(self.model, tokens_BT, positions_BT).to(dtype).flatten(0, 1)
-        heads = head_weight(self.model, dtype), head_weight(teacher, dtype)
+        heads = [m.get_output_embeddings().weight.to(dtype) for m in (self.model, teacher)]
         return chunked_kl(hidden, heads[0], teacher_hidden, heads[1], softcap=self.softcap, compiled=self.compiled)
 
 
@@ -130,19 +133,19 @@ def torchao_student(teacher: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
-def students(teacher: nn.Module, plan: Plan) -> dict[str, Student]:
-    makers: dict[str, Callable[[nn.Module, Plan], nn.Module]] = {
+def students(teacher: nn.Module, plan: Plan, dtype: torch.dtype) -> dict[str, Student]:
+    ours = partial(build_student, dtype=dtype)
+    makers: dict[str, Callable[[nn.Module, Plan], nn.Module | Latents]] = {
         "float": float_student,
-        "intaglio": build_student,
-        "compiled": partial(build_student, compiled=True),
+        "intaglio": ours,
+        "compiled": ours,
         "torchao": torchao_student,
     }
-    ours = "intaglio", "compiled"
-    return {n: Student(make(teacher, plan), plan.recipe, n in ours, n == "compiled") for n, make in makers.items()}
+    return {name: Student(make(teacher, plan), plan.recipe, name == "compiled") for name, make in makers.items()}
 
 
 def measure(teacher: nn.Module, plan: Plan, batch: tuple[int, int], loss: str, dtype: torch.dtype, rounds: int) -> dict:
-    arms = students(teacher, plan)
+    arms = students(teacher, plan, dtype)
     online = teacher if loss == "kl" else None
     tokens_BT = torch.randint(16, teacher.config.vocab_size, batch, generator=torch.Generator().manual_seed(1))
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -157,17 +160,14 @@ def measure(teacher: nn.Module, plan: Plan, batch: tuple[int, int], loss: str, d
         ratios = [mine / plain for mine, plain in zip(seconds[name], seconds["float"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         row[name] |= {"ratio": middle, "ratio_quartiles": [low, high]}
-        row[name]["saved_bytes"], row[name]["held_bytes"] = saved_bytes(student, tokens_BT, online, dtype)
+        row[name]["saved_bytes"] = saved_bytes(student, tokens_BT, online, dtype)
+        row[name]["held_bytes"] = student.held_bytes
     return row
 
 
-def saved_bytes(student: Student, tokens_BT: Tensor, teacher: nn.Module | None, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of distinct storages kept for the backward, and of weights decoded for the step."""
-    if student.decodes:
-        student.weights.decode(dtype)
-    decoded = decoded_storages(student.model)
-    own = {t.untyped_storage().data_ptr() for t in (*student.model.parameters(), *student.model.buffers())}
-    known = own | set(decoded)
+def saved_bytes(student: Student, tokens_BT: Tensor, teacher: nn.Module | None, dtype: torch.dtype) -> int:
+    """Bytes of distinct storages kept for the backward."""
+    known = {t.untyped_storage().data_ptr() for t in (*student.model.parameters(), *student.model.buffers())}
     kept: dict[int, Any] = {}  # the storages themselves, so that none is freed and its address used again
 
     def pack(tensor: Tensor) -> Tensor:
@@ -179,17 +179,7 @@ def saved_bytes(student: Student, tokens_BT: Tensor, teacher: nn.Module | None, 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         student.backward(tokens_BT, teacher, dtype)
     student.optimizer.zero_grad(set_to_none=True)
-    if student.decodes:
-        student.weights.drop()
-    return sum(storage.nbytes() for storage in kept.values()), sum(decoded.values())
-
-
-def decoded_storages(model: nn.Module) -> dict[int, int]:
-    """Address and bytes of what `StepWeights` left in the modules."""
-    cached = [getattr(m, name, None) for m in model.modules() for name in ("values", "steps", "rounded")]
-    quantizers = (getattr(m, "scales", None) for m in model.modules())
-    tensors = [t for t in cached if isinstance(t, Tensor)] + [t for s in quantizers if s is not None for t in s]
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def main() -> None:

@@ -78,8 +78,8 @@ def watch(name: str) -> Any:
 
 
 def trained(original: Any, plan: Plan, corpus: Corpus, folder: Path, start: PackedModel | None = None) -> PackedModel:
-    student = train(original, plan, corpus, folder / "run", start=start, options=OPTIONS, on_step=watch(folder.name))
-    pack_model(student, plan, folder / "packed", assets=MODEL_DIR)
+    latents = train(original, plan, corpus, folder / "run", start=start, options=OPTIONS, on_step=watch(folder.name))
+    pack_model(latents, folder / "packed", assets=MODEL_DIR)
     return PackedModel.open(folder / "packed")
 
 

@@ -126,7 +126,7 @@ def trained(cache: Path, options: argparse.Namespace) -> None:
     """The package's own training loop: KL to the online teacher over the full vocabulary."""
     plan, run = plan_of(cache, "trained", options), cache / "run"
     teacher, corpus = load_model(cache / "teacher"), text(cache, "student", options)
-    student = train(
+    latents = train(
         teacher,
         plan,
         corpus,
@@ -135,7 +135,7 @@ def trained(cache: Path, options: argparse.Namespace) -> None:
         resume=run.exists(),
         on_step=lambda i: print(f"QAT step {i.step}/{i.total_steps}: KL {i.loss:.4f}, {i.seconds:.0f} s", flush=True),
     )
-    pack_model(student, plan, cache / "trained", assets=cache / "teacher", replace=True)
+    pack_model(latents, cache / "trained", assets=cache / "teacher", replace=True)
 
 
 def export(cache: Path, options: argparse.Namespace) -> None:

@@ -1,12 +1,11 @@
-"""What fake quantization and the full-vocabulary KL cost on a GPU, at the shape of Gemma 4 E2B.
+"""The cost of training on a grid, and of the full-vocabulary KL, on a GPU at the shape of Gemma 4 E2B.
 
     python benchmarks/gpu_step.py --out benchmarks/results/gpu_step.json
 
-Forward and backward of the text model with gradient checkpointing, random weights, loss on the
-final hidden states; the steps of each row and those of plain training of the same shape are taken in
-turns. One step decodes every weight once, runs forward, recomputation and backward, and drops the
-decoded weights again, as the training loop does. Before them, the KL at 8192 tokens x 262144 entries,
-chunked and naive.
+Whole steps of the text model with gradient checkpointing: forward, backward, and AdamW; random weights, loss on the
+final hidden states. The steps of each row and those of plain training of the same shape are taken in turns. Ours pull
+gradients to float32 latents, step these with GridOptimizer, and decode them into the bfloat16 weights. `optimizer_ms` is
+the optimizer step alone. Before them, the KL at 8192 tokens x 262144 entries, chunked and naive.
 `--toy` runs all of it at toy size on any device.
 """
 
@@ -23,15 +22,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from intaglio.train.attach import prepare
-from intaglio.train.decode import StepWeights
 from torch import Tensor, nn
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.distill import chunked_kl
+from intaglio.train.grid_optimizer import GridOptimizer
+from intaglio.train.latents import prepare
 
+LR = 1e-6
 SLIDING, FULL = "sliding_attention", "full_attention"
 # embeddings as they are, since torchao leaves them alone too
 FROZEN = [
@@ -111,18 +111,29 @@ def median_ms(run: Callable[[], None], repeats: int) -> tuple[float, float, floa
     return statistics.median(times), peak / 2**30, base / 2**30
 
 
-def plain_step(model: nn.Module, ids: Tensor, autocast: bool) -> None:
-    with torch.autocast(ids.device.type, torch.bfloat16) if autocast else nullcontext():
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    hidden.float().square().mean().backward()
-    model.zero_grad(set_to_none=True)
+class Step:
+    """Forward, backward and optimizer step of a model; `optimizer_ms` has the milliseconds of the last of these."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, autocast: bool = False):
+        self.model, self.optimizer, self.autocast = model, optimizer, autocast
+        self.optimizer_ms: list[float] = []
+
+    def __call__(self, ids: Tensor) -> None:
+        with torch.autocast(ids.device.type, torch.bfloat16) if self.autocast else nullcontext():
+            hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden.float().square().mean().backward()
+        synchronize()
+        start = time.perf_counter()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        synchronize()
+        self.optimizer_ms.append(1e3 * (time.perf_counter() - start))
 
 
-def quantized_step(model: nn.Module, weights: StepWeights, ids: Tensor, autocast: bool) -> None:
-    weights.decode(torch.bfloat16)
-    with weights.in_graph(torch.bfloat16):
-        plain_step(model, ids, autocast)
-    weights.drop()
+def plain(model: nn.Module, autocast: bool = False) -> Step:
+    """Plain fine-tuning of what the model trains, with fused AdamW."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Step(model, torch.optim.AdamW(trained, lr=LR, fused=True), autocast)
 
 
 def in_turns(runs: list[Callable[[], None]], repeats: int) -> list[list[float]]:
@@ -143,8 +154,8 @@ def in_turns(runs: list[Callable[[], None]], repeats: int) -> list[list[float]]:
 def compare(
     write: Callable[..., None],
     name: str,
-    step: Callable[[Tensor], None],
-    plains: dict[str, Callable[[Tensor], None]],
+    step: Step,
+    plains: dict[str, Step],
     batches: dict[int, Tensor],
     repeats: int,
 ) -> None:
@@ -160,6 +171,8 @@ def compare(
                 beside=beside,
                 ms=statistics.median(ms),
                 plain_ms=statistics.median(plain_ms),
+                optimizer_ms=statistics.median(step.optimizer_ms[-repeats:]),
+                plain_optimizer_ms=statistics.median(plains[beside].optimizer_ms[-repeats:]),
                 ratio=middle,
                 ratio_quartiles=[round(low, 4), round(high, 4)],
             )
@@ -169,43 +182,25 @@ def measure_steps(write: Callable[..., None], device: str, toy: bool, repeats: i
     config = e2b_config(toy)
     length = 64 if toy else 2048
     batches = {b: torch.randint(0, config.vocab_size, (b, length), device=device) for b in (1, 4)}
-    for measure in (float32_latents, bfloat16_latents, torchao_steps):
+    for measure in (on_the_grid, torchao_steps):
         measure(write, config, batches, repeats)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def float32_latents(
-    write: Callable[..., None], config: Gemma4TextConfig, batches: dict[int, Tensor], repeats: int
-) -> None:
-    """What the training loop does, beside plain bfloat16 and beside float32 weights under autocast too."""
+def on_the_grid(write: Callable[..., None], config: Gemma4TextConfig, batches: dict[int, Tensor], repeats: int) -> None:
+    """A step of the training loop beside plain bfloat16, and beside float32 weights under autocast."""
     device = batches[1].device.type
     bf16 = random_model(config, device, torch.bfloat16)
-    mixed = random_model(config, device, torch.float32)
     plains = {
-        "plain bfloat16": partial(plain_step, bf16, autocast=False),
-        "plain float32, autocast": partial(plain_step, mixed, autocast=True),
+        "plain bfloat16": plain(bf16),
+        "plain float32, autocast": plain(random_model(config, device, torch.float32), autocast=True),
     }
-    step = fake_quantized(mixed, config, autocast=True)
-    compare(write, "intaglio q4_0, float32 latents", step, plains, batches, repeats)
-
-
-def bfloat16_latents(
-    write: Callable[..., None], config: Gemma4TextConfig, batches: dict[int, Tensor], repeats: int
-) -> None:
-    """Half the memory for latents, beside plain training of the same weights."""
-    plain = random_model(config, batches[1].device.type, torch.bfloat16)
-    plains = {"plain bfloat16": partial(plain_step, plain, autocast=False)}
-    step = fake_quantized(plain, config, autocast=False)
-    compare(write, "intaglio q4_0, bfloat16 latents", step, plains, batches, repeats)
-
-
-def fake_quantized(plain: nn.Module, config: Gemma4TextConfig, autocast: bool) -> Callable[[Tensor], None]:
-    """One step of a copy of `plain` with fake-quantized linear layers."""
-    model = copy.deepcopy(plain)
-    prepare(model, make_plan(config.to_dict(), Recipe.load("q4_0", FROZEN)), fit=_quick_fit, compiled=True)
-    return partial(quantized_step, model, StepWeights(model), autocast=autocast)
+    plan = make_plan(config.to_dict(), Recipe.load("q4_0", FROZEN))
+    latents = prepare(copy.deepcopy(bf16), plan, fit=_quick_fit)
+    ours = Step(latents.model, GridOptimizer(latents, torch.optim.AdamW, lr=LR, scale_lr=LR, fused=True))
+    compare(write, "intaglio q4_0", ours, plains, batches, repeats)
 
 
 def _quick_fit(values: Tensor, grid):  # type: ignore[no-untyped-def]
@@ -230,13 +225,12 @@ def torchao_steps(
     except ImportError as error:
         write(name=name, error=str(error))
         return
-    plain = random_model(config, batches[1].device.type, torch.bfloat16)
-    quantized = copy.deepcopy(plain)
+    model = random_model(config, batches[1].device.type, torch.bfloat16)
+    quantized = copy.deepcopy(model)
     weights = IntxFakeQuantizeConfig(torch.int4, group_size=32, is_symmetric=True)
     is_linear = lambda module, name: isinstance(module, nn.Linear)  # noqa: E731
     quantize_(quantized.model, QATConfig(weight_config=weights, step="prepare"), filter_fn=is_linear)
-    plains = {"plain bfloat16": partial(plain_step, plain, autocast=False)}
-    compare(write, name, partial(plain_step, quantized, autocast=False), plains, batches, repeats)
+    compare(write, name, plain(quantized), {"plain bfloat16": plain(model)}, batches, repeats)
 
 
 def measure_kl(write: Callable[..., None], device: str, toy: bool, repeats: int) -> None:

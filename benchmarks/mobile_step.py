@@ -1,22 +1,19 @@
-"""What a training step in the mobile format costs in memory and time, at the shape of Gemma 4 E2B.
+"""Memory and time of a training step in the mobile format, at the shape of Gemma 4 E2B.
 
     python benchmarks/mobile_step.py --out benchmarks/results/mobile_step.json
 
-Whole optimizer steps, as the training loop does them: weights decoded once, forward, KL over the full
-vocabulary, backward, clipping, AdamW on float32 weights under bfloat16 autocast. Each row of the
-mobile recipe (2-, 4- and 8-bit weights, int8 activations and KV cache, all scales learned) stands
-beside plain fine-tuning of the same model with the same loss in the same run. Random weights; the
-teacher's hidden states are given, so that no teacher takes memory. The table of per-layer
-embeddings, which neither trains (bfloat16 in one, codes in the other), is taken off both peaks.
+Whole optimizer steps, as the training loop does them: forward, KL over the full vocabulary, backward, clipping, AdamW.
+Each row of the mobile recipe (2-, 4- and 8-bit weights, int8 activations and KV cache, all scales learned, float32
+latents behind bfloat16 weights) stands beside plain fine-tuning of the same bfloat16 model with fused AdamW and the same
+loss in the same run. Random weights; the teacher's hidden states are given, so that no teacher takes memory. The table of
+per-layer embeddings, which neither trains, is taken off both peaks.
 
-`--modes compiled` is what the loop does on a GPU, `eager` what it does elsewhere. `--toy` runs all of
-it at toy size on any device.
+`--modes compiled` is the loop's way on a GPU, `eager` its way elsewhere. `--toy` runs all of it at toy size on any device.
 """
 
 import argparse
 import gc
 import json
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +21,13 @@ from typing import Any
 import torch
 from common import environment, write_result
 from gpu_step import e2b_config, median_ms, random_model
-from intaglio.train.attach import prepare
-from intaglio.train.decode import StepWeights
 from torch import Tensor, nn
 
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.plan.schedule import Schedule
 from intaglio.train.kernels import compile_layers
+from intaglio.train.latents import Latents, prepare
 from intaglio.train.lesson import Distiller
 from intaglio.train.optimizer import make_optimizer
 from intaglio.train.static import put_scales
@@ -43,50 +39,46 @@ CLIP = 1.0
 
 
 class Training:
-    """A model with its optimizer and the loss of one batch; `step` is what gets measured."""
+    """A model with its optimizer and the loss of one batch; `step` is measured."""
 
-    def __init__(self, model: nn.Module, compiled: bool, quantized: bool):
-        self.model, self.compiled, self.quantized = model, compiled, quantized
-        self.weights = StepWeights(model)
-        self.device = next(model.parameters()).device.type
-        softcap = model.config.final_logit_softcapping
-        self.distiller = Distiller(model, softcap, compiled)  # type: ignore[arg-type]
-        self.optimizer = make_optimizer(model, Schedule(lr=1e-6, scale_lr=1e-6))
+    def __init__(self, made: Any, compiled: bool):
+        self.quantized = isinstance(made, Latents)
+        self.model = made.model if self.quantized else made
+        softcap = self.model.config.final_logit_softcapping
+        self.distiller = Distiller(self.model, softcap, compiled)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer: torch.optim.Optimizer = (
+            make_optimizer(made, Schedule(lr=1e-6, scale_lr=1e-6))
+            if self.quantized
+            else torch.optim.AdamW(trained, lr=1e-6, fused=True)
+        )
 
     def step(self, input_ids: Tensor, positions: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> None:
-        with ExitStack() as stack:
-            stack.enter_context(torch.autocast(self.device, torch.bfloat16))
-            if self.quantized:
-                self.weights.decode(torch.bfloat16)
-                stack.enter_context(self.weights.dropped_by_backward())
-            if self.quantized and self.compiled:
-                stack.enter_context(self.weights.in_graph(torch.bfloat16))
-            self.distiller(input_ids, positions, torch.bfloat16, teacher_hidden, teacher_head).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.distiller(input_ids, positions, teacher_hidden, teacher_head).backward()
+        if not self.quantized:  # ours clips the gradient of its latents
+            nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.weights.drop()
 
 
 def trainable_model(config: Any, device: str) -> nn.Module:
-    """Random float32 weights; the table of per-layer embeddings bfloat16 and frozen."""
-    model = random_model(config, device, torch.float32)
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    embedding.data = embedding.data.float()
-    embedding.requires_grad_(True)
+    """Random bfloat16 weights; the table of per-layer embeddings is frozen."""
+    model = random_model(config, device, torch.bfloat16)
+    model.get_input_embeddings().weight.requires_grad_(True)  # type: ignore[operator]
     return model
 
 
 def table_gb(model: nn.Module) -> float:
-    """The table of per-layer embeddings: its weights, or codes and scales."""
+    """The table of per-layer embeddings."""
     table = model.model.embed_tokens_per_layer  # type: ignore[union-attr]
     return sum(tensor.nbytes for tensor in (*table.parameters(), *table.buffers())) / 2**30
 
 
-def quantize(model: nn.Module, plan: Plan, compiled: bool) -> None:
+def quantize(model: nn.Module, plan: Plan) -> Latents:
     """Put the model on the plan's grids, every static scale switched on and learned."""
-    prepare(model, plan, compiled=compiled, compact=True)
+    latents = prepare(model, plan)
     put_scales(model, plan, {scale.name: STATIC_SCALE for scale in plan.static_scales if scale.owned})
+    return latents
 
 
 def batch(config: Any, model: nn.Module, sequences: int, length: int) -> tuple[Tensor, ...]:
@@ -126,12 +118,11 @@ def compare(config: Any, device: str, compiled: bool, length: int, repeats: int)
     measured = {}
     for quantized in (False, True):
         model = trainable_model(config, device)
-        if quantized:
-            quantize(model, plan, compiled)
+        made = quantize(model, plan) if quantized else model
         if compiled:
             compile_layers(model)
-        measured[quantized] = measure(Training(model, compiled, quantized), config, length, repeats)
-        del model
+        measured[quantized] = measure(Training(made, compiled), config, length, repeats)
+        del model, made
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,18 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from intaglio.numerics.fit import fit_absmax
 from intaglio.plan.bundled import bundled_config
 from intaglio.plan.family import text_config, transformers_config
 from intaglio.plan.memory import training_memory
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.kernels import compile_layers
+from intaglio.train.latents import owners_of, prepare
 from intaglio.train.lesson import Distiller, Teacher
 from intaglio.train.optimizer import make_optimizer
-from intaglio.train.sharding import allocate, is_main, local, shard, start_processes, world_size
+from intaglio.train.sharding import allocate, is_main, like, local, shard, start_processes, world_size
 from intaglio.train.static import put_scales
-from intaglio.train.student import build_student
 
 WARM_UP = 3
 
@@ -73,11 +75,6 @@ class PlainAdamW:
 
 def plain_student(original: Any, plan: Plan) -> Any:
     """A copy that trains what the recipe trains."""
-    from copy import deepcopy
-
-    from intaglio.train.latents import owners_of
-    from intaglio.train.sharding import like
-
     model = deepcopy(original) if world_size() == 1 else like(original, next(original.parameters()).device)
     model.requires_grad_(False).train()
     owners = owners_of(model)
@@ -112,7 +109,7 @@ def measure(
     dtype, began = torch.bfloat16, time.perf_counter()
     original = random_model(plan.model.config, device, dtype)
     if kind == "ours":
-        latents = build_student(original, plan)
+        latents = prepare(plain_student(original, plan), plan, fit=fit_absmax)  # quick; a step costs the same
         student: Any = latents.model
         put_scales(student, plan, {scale.name: 0.05 for scale in plan.static_scales if scale.owned})
         if "tail" in flags:

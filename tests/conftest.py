@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,9 +29,8 @@ def _each_decoder_is_traced_once() -> Iterator[None]:
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is `compiled` runs as it is written: all that goes with it, in a second instead of a minute."""
+    """Compiled code runs as it is written: all that goes with it, in a second instead of a minute."""
     kernel = distill._kernel
-    monkeypatch.setattr("intaglio.train.group.compile_for", functools.partial)
     monkeypatch.setattr(distill, "_kernel", lambda function, softcaps, compiled: kernel(function, softcaps, False))
 
 

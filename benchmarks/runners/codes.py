@@ -38,8 +38,7 @@ class Comparison:
         self.counts, self.differing = Counter[str](), Counter[str]()
         self.names = {module: name for name, module in model.named_modules()}
         self.owners = {(scale.module, scale.kind): scale.owner for scale in plan.static_scales}
-        forced = patch("intaglio.train.static.static", self._force), patch("intaglio.train.kv.static", self._force)
-        with forced[0], forced[1], torch.no_grad():
+        with patch("intaglio.train.static.static", self._force), torch.no_grad():
             self.logits: np.ndarray = model(input_ids=torch.from_numpy(ids_BT).long(), use_cache=False).logits.numpy()
 
     @property

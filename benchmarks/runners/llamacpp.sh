@@ -10,6 +10,8 @@ root=$(cd "$1" && pwd)
 llama-cpp-python==0.3.36 --hash=sha256:832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
 PIN
 export PATH="$root/bin:$PATH"
+# llama.cpp's kernels for AMX die where gcc 12 compiled them; without the macro that guards them they are left out
+export CFLAGS="${CFLAGS:-} -U__AMX_INT8__" CXXFLAGS="${CXXFLAGS:-} -U__AMX_INT8__"
 tar --extract --gzip --strip-components 1 --directory "$root/source" --file "$root"/source/llama_cpp_python-*.tar.gz
 cmake -S "$root/source/vendor/llama.cpp" -B "$root/build" -G Ninja -Wno-dev --log-level=WARNING \
   -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \

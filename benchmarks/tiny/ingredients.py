@@ -21,7 +21,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import environment, write_result
-from intaglio.train.attach import attach_static
 
 from intaglio import Recipe, calibrate, load_corpus, load_model, load_tokenizer, make_plan, quantize
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_runtime, transformers_source
@@ -30,7 +29,7 @@ from intaglio.measure.simulate import decoded_model
 from intaglio.plan.plan import Plan
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.corpus import held_out_windows
-from intaglio.train.static import read_scales, switch_static
+from intaglio.train.static import attach_static, read_scales, switch_static
 
 # Ingredient -> rules of recipe `mobile` whose tensors are quantized; the others stay bfloat16.
 WEIGHTS = {

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from intaglio.train.attach import prepare
 from torch import Tensor, nn
 
 from intaglio import calibrate
@@ -32,6 +31,7 @@ from intaglio.plan.recipe import Recipe
 from intaglio.tiny import MODEL_DIR
 from intaglio.train import loop
 from intaglio.train.corpus import Corpus
+from intaglio.train.latents import prepare
 from intaglio.train.loop import Options, StepInfo, train
 from intaglio.train.run_folder import read_losses
 from intaglio.train.static import switch_static
@@ -90,7 +90,7 @@ class HiddenLoss(loop.Distiller):
 
 def reference(teacher: nn.Module, plan: Plan, corpus: Corpus) -> nn.Module:
     """The model after the recipe's fit alone, static scales calibrated."""
-    student = prepare(copy.deepcopy(teacher).requires_grad_(True), plan)
+    student = prepare(copy.deepcopy(teacher).requires_grad_(True), plan).model
     if plan.static_scales:
         rows = plan.recipe.schedule.calibration_tokens // corpus.tokens.shape[1]
         device = next(teacher.parameters()).device
@@ -181,7 +181,7 @@ def main() -> None:
         start = time.perf_counter()
         steps: list[StepInfo] = []
         options = Options(compiled=job.get("compile", args.compile))
-        student = train(teacher, plan, corpus, run_dir, options=options, on_step=steps.append)
+        student = train(teacher, plan, corpus, run_dir, options=options, on_step=steps.append).model
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

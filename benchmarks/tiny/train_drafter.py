@@ -88,10 +88,10 @@ def main() -> None:
             print(f"{info.step}/{info.total_steps} loss {np.mean(last[-50:]):.4f} {rate:.0f} tokens/s", flush=True)
 
     how = Options(compiled=False, checkpoint_every=100)
-    student = train_drafter(target, drafter, plan, corpus, options.run, options=how, resume=True, on_step=on_step)
+    latents = train_drafter(target, drafter, plan, corpus, options.run, options=how, resume=True, on_step=on_step)
     packed_dir, seconds = options.run / "packed", time.perf_counter() - began
     record = {"name": "intaglio-tiny-assistant", "method": "trained from scratch against the float target"}
-    pack_model(student, plan, packed_dir, assets=MODEL_DIR, provenance=record, replace=True)
+    pack_model(latents, packed_dir, assets=MODEL_DIR, provenance=record, replace=True)
     export_hf(PackedModel.open(packed_dir), options.out, replace=True)
 
     trained = load_packed(PackedModel.open(packed_dir))

@@ -20,6 +20,7 @@ _HOMES = {
         "OutputError",
         "QualityError",
         "RecipeError",
+        "RuntimeFailureError",
         "TrainingError",
         "WeightError",
     ),

@@ -9,6 +9,7 @@
     ├── WeightError         NaN, Inf or a value that the grid cannot hold: exit code 2
     ├── TrainingError       a loss that became NaN or Inf: exit code 2
     ├── QualityError        a quality gate was missed: exit code 1
+    ├── RuntimeFailureError a runtime that is not ours died, hung or was killed: exit code 1
     └── MismatchError       an artifact that does not hold the trained codes: exit code 3
 
 A message says what is wrong, where, what was found and expected, and what to do about it.
@@ -49,6 +50,10 @@ class TrainingError(IntaglioError):
 
 
 class QualityError(IntaglioError):
+    exit_code = 1
+
+
+class RuntimeFailureError(IntaglioError):
     exit_code = 1
 
 

@@ -19,4 +19,4 @@ class Progress:
     stage: Callable[[str], None] = lambda name: None
     step: Callable[[StepInfo], None] = lambda info: None
     part: Callable[[int, int, str], None] = lambda done, total, figures: None
-    note: Callable[[str], None] = lambda line: None
+    note: Callable[[str], None] = lambda text: None

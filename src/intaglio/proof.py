@@ -7,7 +7,6 @@ runtime. One of them at a time is in memory beside the original.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -21,9 +20,11 @@ from torch import Tensor
 
 from intaglio.bench import FAILURES, REFERENCES, Bench, failure_of
 from intaglio.errors import InputError
+from intaglio.formats import Format
 from intaglio.measure.candidates import artifact_candidate
 from intaglio.measure.distances import weight_distances
 from intaglio.measure.evaluate import Candidate, evaluate_pair, greedy, logits_of, transformers_runtime
+from intaglio.measure.llamacpp import installed, why_unusable
 from intaglio.measure.original import Original, open_original
 from intaglio.measure.report import (
     Artifact,
@@ -146,17 +147,19 @@ def _notes(bench: Bench) -> list[str]:
     lossy = bench.packed["trained"].lossy_blocks
     if lossy:
         notes.append(f"Lossy: the model was converted, and {lossy:,} of its blocks were fitted anew, not recovered.")
-    if _needs_llama(bench) and not _has_llama():
+    if _runs_in_llama(bench.format) and not installed():
         notes.append("llama-cpp-python is not installed, so no artifact was run in llama.cpp.")
     return notes
 
 
-def _needs_llama(bench: Bench) -> bool:
-    return any(export.runs and export.name.endswith(".gguf") for export in bench.format.exports)
+def _runs_in_llama(format_: Format) -> bool:
+    return any(export.runs and export.name.endswith(".gguf") for export in format_.exports)
 
 
-def _has_llama() -> bool:
-    return importlib.util.find_spec("llama_cpp") is not None
+def missing_runtime(format_: Format) -> str | None:
+    """A line on a runtime that this format is measured in and that cannot run here; None if there is none."""
+    reason = why_unusable() if _runs_in_llama(format_) else None
+    return reason and f"No artifact will be run in llama.cpp: {reason}"
 
 
 class _Measuring:
@@ -194,7 +197,7 @@ class _Measuring:
         bench, rows = self.bench, []
         for export in bench.format.exports:
             is_gguf = export.name.endswith(".gguf")
-            if not export.runs or export.kind not in bench.packed or (is_gguf and not _has_llama()):
+            if not export.runs or export.kind not in bench.packed or (is_gguf and not installed()):
                 continue
             path, runtime = bench.path(export), "llama.cpp" if is_gguf else "transformers"
             label = f"{bench.labels[export.kind]}, in {runtime}"

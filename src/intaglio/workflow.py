@@ -45,7 +45,7 @@ from intaglio.plan.family import ModelSpec, check_runs_alone, read_spec
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
-from intaglio.proof import Evaluation, prove
+from intaglio.proof import Evaluation, missing_runtime, prove
 from intaglio.train.corpus import Corpus, held_out_windows, load_corpus, sample_corpus
 from intaglio.train.latents import Latents
 from intaglio.train.loop import Options, train
@@ -85,6 +85,8 @@ def run(
     plan = make_plan(spec, recipe)
     check_run_dir(out, {"plan": plan.digest}, resume)
     format_of(plan).check(plan, Path(model_dir))
+    if missing := missing_runtime(format_of(plan)):
+        progress.note(missing)
     tokenizer, teacher = load_tokenizer(model_dir), _teacher(model_dir, spec, device)
     progress.stage("Reading text")
     corpus = training_text(plan, data, tokenizer, teacher, progress)

@@ -23,8 +23,7 @@ from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import read_gguf, verify
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.train.attach import prepare
-from intaglio.train.decode import StepWeights, freeze_codes
+from intaglio.train.latents import Latents, prepare
 from intaglio.train.loop import train
 from intaglio.train.pack import pack_model
 from intaglio.train.start import plan_to_go_on
@@ -55,66 +54,47 @@ def logits_of(model: nn.Module, ids: Tensor = IDS) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
-def packed_of(model: nn.Module, plan: Any, folder: Path) -> PackedModel:
+def packed_of(latents: Latents, folder: Path) -> PackedModel:
     (folder / "assets").mkdir(exist_ok=True)
-    pack_model(model, plan, folder / "packed", assets=folder / "assets")
+    pack_model(latents, folder / "packed", assets=folder / "assets")
     return PackedModel.open(folder / "packed")
 
 
 def test_every_expert_is_quantized_by_itself() -> None:
-    """The forward multiplies by what plain code makes of one expert alone, and gradients are autograd's."""
-    model = prepare(moe(), small_plan(config=SMALL_MOE))
-    experts: Any = model.get_submodule(EXPERTS)
-    latent, quantizer = experts._parameters["gate_up_proj"], experts.quantizers["gate_up_proj"]
-    assert quantizer.scale_latent.shape == (16, 128, 8)
-    decoded = quantizer(latent, torch.float32)
-    upstream = torch.randn(decoded.shape, generator=torch.Generator().manual_seed(0))
-    decoded.backward(upstream)
+    """The forward multiplies by the values that plain code gives for one expert alone; gradients are autograd's."""
+    latent = prepare(moe(), small_plan(config=SMALL_MOE)).blocks[f"{EXPERTS}.gate_up_proj"]
+    assert latent.scale_latent.shape == (16, 128, 8)
+    upstream = torch.randn(latent.latent.shape, generator=torch.Generator().manual_seed(0))
+    latent.weight.grad = upstream.clone()
+    latent.pull()
     for expert in (0, 7, 15):
-        alone = latent.detach()[expert].clone().requires_grad_()
-        z = quantizer.scale_latent.detach()[expert].clone().requires_grad_()
+        alone = latent.latent.detach()[expert].clone().requires_grad_()
+        z = latent.scale_latent.detach()[expert].clone().requires_grad_()
         plain = plain_fake_quantize("canonical", Q4_0, alone, z, z)
-        assert torch.equal(plain, decoded[expert])
+        assert torch.equal(plain, latent.weight[expert])
         plain.backward(upstream[expert])
-        torch.testing.assert_close(latent.grad[expert], alone.grad, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(quantizer.scale_latent.grad[expert], z.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(latent.latent.grad[expert], alone.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(latent.scale_latent.grad[expert], z.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_forward_is_that_of_the_packed_weights(tmp_path: Path) -> None:
-    model, plan = moe(), small_plan(config=SMALL_MOE)
-    prepared = prepare(moe(), plan).eval()
-    found = logits_of(prepared)
+    model = moe()
+    latents = prepare(moe(), small_plan(config=SMALL_MOE))
+    found = logits_of(latents.model.eval())
     assert not torch.equal(found, logits_of(model))
-    packed = packed_of(prepared, plan, tmp_path)
+    packed = packed_of(latents, tmp_path)
     assert torch.equal(found, logits_of(decoded_model(model, packed)))
     value = packed.read(f"{EXPERTS}.down_proj")
     assert isinstance(value, Quantized) and value.codes.shape == (16, 256, 64) and value.scale.shape == (16, 256, 2)
 
 
-def test_experts_are_decoded_once_a_forward_and_shared_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = prepare(moe(), small_plan(config=SMALL_MOE))
-    quantizer: Any = model.get_submodule(EXPERTS).quantizers["down_proj"]
-    calls = []
-    monkeypatch.setattr(quantizer, "compute", lambda *a, real=quantizer.compute, **k: calls.append(1) or real(*a, **k))
-    plain = logits_of(model)
-    assert len(calls) == 1
-    StepWeights(model).decode(torch.float32)
-    calls.clear()
-    assert torch.equal(logits_of(model), plain) and not calls
-    with StepWeights(model).in_graph(torch.float32):
-        assert torch.equal(logits_of(model), plain)
-    StepWeights(model).drop()
-    assert quantizer.values is None
-
-
 @pytest.mark.parametrize("change", ["grid=f32", "trainable=false"])
 def test_experts_that_stay_floats_or_still_are_what_ships(change: str, tmp_path: Path) -> None:
-    plan = small_plan(f"weights.expert.{change}", config=SMALL_MOE)
-    model = prepare(moe(), plan).eval()
-    model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
-    latent: Any = model.get_submodule(EXPERTS)._parameters["down_proj"]
-    assert (latent.grad is not None) == (change == "grid=f32")
-    found, packed = logits_of(model), packed_of(model, plan, tmp_path)
+    latents = prepare(moe(), small_plan(f"weights.expert.{change}", config=SMALL_MOE))
+    latents.model.eval()(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+    weight = latents.model.get_parameter(f"{EXPERTS}.down_proj")
+    assert (weight.grad is not None) == (change == "grid=f32")
+    found, packed = logits_of(latents.model), packed_of(latents, tmp_path)
     assert torch.equal(found, logits_of(load_packed(packed)))
     original = dict(moe().named_parameters())[f"{EXPERTS}.down_proj"].detach()
     rows = fit_mse(original.flatten(0, 1), Q4_0).decode().view_as(original)
@@ -123,39 +103,38 @@ def test_experts_that_stay_floats_or_still_are_what_ships(change: str, tmp_path:
 
 
 def test_gradients_reach_experts_that_tokens_went_to_and_their_router() -> None:
-    model = prepare(moe(), small_plan(config=SMALL_MOE))
-    model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
-    experts: Any = model.get_submodule(EXPERTS)
-    used = experts._parameters["down_proj"].grad.flatten(1).any(-1)
+    latents = prepare(moe(), small_plan(config=SMALL_MOE))
+    latents.model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+    latents.pull()
+    experts = latents.blocks[f"{EXPERTS}.down_proj"]
+    used = experts.latent.grad.flatten(1).any(-1)
     assert used.sum() > 4
-    assert torch.equal(used, experts.quantizers["down_proj"].scale_latent.grad.flatten(1).any(-1))
-    router: Any = model.get_submodule("model.layers.1.router")
-    for name in ("scale", "per_expert_scale"):
-        assert router._parameters[name].grad.any()
-    assert router.proj._parameters["weight"].grad.any()
+    assert torch.equal(used, experts.scale_latent.grad.flatten(1).any(-1))
+    for name in ("scale", "per_expert_scale", "proj.weight"):
+        assert latents.trained[f"model.layers.1.router.{name}"].latent.grad.any()
 
 
-def test_frozen_codes_of_experts_stand_still(tmp_path: Path) -> None:
-    model = prepare(moe(), small_plan(config=SMALL_MOE))
-    before = logits_of(model)
-    freeze_codes(model)
-    assert torch.equal(logits_of(model), before)
-    experts: Any = model.get_submodule(EXPERTS)
-    assert not experts._parameters["down_proj"].requires_grad
-    assert experts.quantizers["down_proj"].scale_latent.requires_grad
+def test_frozen_codes_of_experts_stand_still() -> None:
+    latents = prepare(moe(), small_plan(config=SMALL_MOE))
+    before = logits_of(latents.model)
+    latents.freeze_codes()
+    latents.decode()
+    assert torch.equal(logits_of(latents.model), before)
+    learned = [name for name, _ in latents.blocks[f"{EXPERTS}.down_proj"].named_parameters()]
+    assert learned == [f"{EXPERTS}.down_proj.scale_latent"]
 
 
 def test_training_gains_and_goes_on_from_what_was_packed(tmp_path: Path) -> None:
     settings = ("schedule.tokens=5120", "schedule.batch_size=8", "schedule.sequence_length=16", "schedule.lr=1e-3")
     plan = small_plan(*settings, "schedule.frozen_tail=0.4", config=SMALL_MOE)
     losses: list[float] = []
-    student = train(moe(), plan, small_corpus(), tmp_path / "run", on_step=lambda info: losses.append(info.loss))
+    latents = train(moe(), plan, small_corpus(), tmp_path / "run", on_step=lambda info: losses.append(info.loss))
     assert np.mean(losses[-4:]) < 0.6 * np.mean(losses[:2])
-    trained = logits_of(student.eval())
-    packed = packed_of(student, plan, tmp_path)
+    trained = logits_of(latents.model.eval())
+    packed = packed_of(latents, tmp_path)
     assert torch.equal(trained, logits_of(load_packed(packed)))
-    again = prepare(load_packed(packed), plan_to_go_on(packed), start=packed, compact=True)
-    assert torch.equal(logits_of(again.eval()), trained)
+    again = prepare(load_packed(packed), plan_to_go_on(packed), start=packed)
+    assert torch.equal(logits_of(again.model.eval()), trained)
 
 
 # Files

@@ -19,7 +19,7 @@ from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import verify
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.train.attach import prepare
+from intaglio.train.latents import prepare
 from intaglio.train.loop import train
 from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
@@ -39,17 +39,18 @@ SHORT = (
 def trained(folder: Path, recipe: str, config: dict[str, Any] = SMALL) -> PackedModel:
     """A packed model whose scales were learned, to numbers that no fit would choose."""
     model, plan = small_model(config), small_plan(recipe=recipe, config=config)
-    prepare(model, plan)
+    latents = prepare(model, plan)
     put_scales(model, plan, {s.name: 0.05 + 0.001 * i for i, s in enumerate(plan.static_scales) if s.owned})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in latents.named_parameters():
             if name.endswith("scale_latent"):
                 parameter += torch.randn(parameter.shape, generator=generator) * 0.3
             elif parameter.ndim == 2:
                 parameter[0, :64] = 0.0  # blocks that decode to nothing
+    latents.decode()
     (folder / "assets").mkdir()
-    pack_model(model, plan, folder / "packed", assets=folder / "assets")
+    pack_model(latents, folder / "packed", assets=folder / "assets")
     return PackedModel.open(folder / "packed")
 
 
@@ -73,8 +74,8 @@ def test_training_begins_with_the_packed_bits(recipe: str, tmp_path: Path) -> No
     """Even if nothing is learned at all, no code and no scale bit may differ."""
     start = trained(tmp_path, recipe)
     plan = plan_to_go_on(start)
-    model = prepare(load_packed(start), plan, start=start, compact=True)
-    pack_model(model, plan, tmp_path / "again", assets=start.path)
+    latents = prepare(load_packed(start), plan, start=start)
+    pack_model(latents, tmp_path / "again", assets=start.path)
     assert_same(start, PackedModel.open(tmp_path / "again"))
 
 
@@ -83,7 +84,7 @@ def test_codes_alone_move_where_scales_are_kept(recipe: str, tmp_path: Path) -> 
     start = trained(tmp_path, recipe)
     plan = plan_to_go_on(start, (*SHORT, "schedule.learn_scales=false", "schedule.lr=0.02", "schedule.frozen_tail=0"))
     student = train(load_packed(start), plan, small_corpus(), tmp_path / "run", start=start)
-    pack_model(student, plan, tmp_path / "after", assets=start.path)
+    pack_model(student, tmp_path / "after", assets=start.path)
     after, moved = PackedModel.open(tmp_path / "after"), 0
     for tensor in start.plan:
         before, now = start.read(tensor.name), after.read(tensor.name)
@@ -111,13 +112,13 @@ def test_cross_entropy_is_learned_without_a_teacher(lora: int, tmp_path: Path) -
     student = train(
         load_packed(start), plan, small_corpus(), tmp_path / "run", start=start, on_step=lambda i: losses.append(i.loss)
     )
-    pack_model(student, plan, tmp_path / "after", assets=start.path)
+    pack_model(student, tmp_path / "after", assets=start.path)
     after = PackedModel.open(tmp_path / "after")
     assert heldout_loss(after) < heldout_loss(start) - 0.1
     ids = torch.from_numpy(small_corpus().tokens[:2]).long()
     with torch.no_grad():
         shipped = load_packed(after)(input_ids=ids, use_cache=False).logits
-        assert torch.equal(student.eval()(input_ids=ids, use_cache=False).logits, shipped)
+        assert torch.equal(student.model.eval()(input_ids=ids, use_cache=False).logits, shipped)
     if lora:  # nothing but what adapters and scales can move
         for name in ("model.norm.weight", "model.embed_tokens.weight"):
             assert torch.equal(after.decode(name), start.decode(name))
@@ -150,12 +151,13 @@ def test_grids_must_stay_and_losses_need_what_they_learn_from(tmp_path: Path) ->
 def test_a_canonical_grid_refuses_blocks_that_it_would_change(tmp_path: Path) -> None:
     """A stranger's codes without any -8: the first forward would have other scales."""
     model, plan = small_model(), small_plan("schedule.learn_scales=false")
-    prepare(model, plan)
+    latents = prepare(model, plan)
     with torch.no_grad():
-        weight = model.get_submodule("model.layers.0.self_attn.q_proj").weight
-        weight.copy_(weight.sign() * 0.01)
+        master = latents.blocks["model.layers.0.self_attn.q_proj.weight"].latent
+        master.copy_(master.sign() * 0.01)
+    latents.decode()
     (tmp_path / "assets").mkdir()
-    pack_model(model, plan, tmp_path / "packed", assets=tmp_path / "assets")
+    pack_model(latents, tmp_path / "packed", assets=tmp_path / "assets")
     start = PackedModel.open(tmp_path / "packed")
     with pytest.raises(InputError, match=r"q_proj.weight: .* of .* blocks are not what training .*grid=q4_0-free"):
         prepare(load_packed(start), plan_to_go_on(start, ["schedule.learn_scales=true"]), start=start)

@@ -70,7 +70,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Comparison]:
     def tuned(original: Any, plan: Plan, name: str, start: PackedModel | None = None) -> PackedModel:
         options = Options(precision="no", compiled=False)
         student = train(original, plan, text, folder / name, start=start, options=options)
-        pack_model(student, plan, folder / f"{name}-packed", assets=source)
+        pack_model(student, folder / f"{name}-packed", assets=source)
         return PackedModel.open(folder / f"{name}-packed")
 
     start = convert(source, folder / "converted", recipe=Recipe.load("q4_0-free", EMBEDDINGS)).packed

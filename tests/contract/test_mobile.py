@@ -24,7 +24,7 @@ from intaglio.packed.verify import read_gguf, verify
 from intaglio.plan.carried import whole_name
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.train.attach import prepare
+from intaglio.train.latents import prepare
 from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
 from intaglio.train.static import put_scales, switch_static
@@ -81,10 +81,11 @@ def test_codes_and_scales_in_transformers_are_those_packed(bundled: PackedModel,
 def test_static_scales_compute_as_in_training(tmp_path: Path) -> None:
     """The reader leaves keys and values as they are, whatever their scales."""
     plan = make_plan(tiny.MODEL_DIR, "mobile")
-    student = prepare(load_model(tiny.MODEL_DIR), plan)
+    latents = prepare(load_model(tiny.MODEL_DIR), plan)
+    student = latents.model
     owned = [scale for scale in plan.static_scales if scale.owned]
     put_scales(student, plan, {s.name: 0.02 + 0.001 * (i % 7) for i, s in enumerate(owned)})
-    pack_model(student, plan, tmp_path / "packed", assets=tiny.MODEL_DIR)
+    pack_model(latents, tmp_path / "packed", assets=tiny.MODEL_DIR)
     packed = PackedModel.open(tmp_path / "packed")
     model = exported(packed, tmp_path / "mobile")
     switch_static(student, activations=True, kv_cache=False)
@@ -185,12 +186,13 @@ def test_text_only_loads_as_a_text_model(multimodal: tuple[Path, PackedModel], t
 def test_towers_join_a_trained_text_model(multimodal: tuple[Path, PackedModel], tmp_path: Path) -> None:
     checkpoint, packed = multimodal
     plan = make_plan(checkpoint, packed.plan.recipe)
-    student = prepare(load_model(checkpoint), plan)
-    put_scales(student, plan, {scale.name: 0.05 for scale in plan.static_scales if scale.owned})
+    latents = prepare(load_model(checkpoint), plan)
+    put_scales(latents.model, plan, {scale.name: 0.05 for scale in plan.static_scales if scale.owned})
     with torch.no_grad():
-        for parameter in student.parameters():
+        for _, parameter in latents.named_parameters():
             parameter.mul_(1.1)
-    pack_model(student, plan, tmp_path / "text", assets=checkpoint)
+    latents.decode()
+    pack_model(latents, tmp_path / "text", assets=checkpoint)
     joined = intaglio("quantize", checkpoint, f"--trained={tmp_path / 'text'}", f"--out={tmp_path / 'whole'}")
     assert joined.code == 0, joined.err
     text, whole = PackedModel.open(tmp_path / "text"), PackedModel.open(tmp_path / "whole")

@@ -71,7 +71,7 @@ def test_json_says_what_the_tables_say() -> None:
     assert found["training"]["total"] == sum(v for k, v in found["training"].items() if k in TRAINING)
 
 
-TRAINING = {"teacher", "masters", "scales", "decoded", "gradients", "optimizer", "gathered", "activations", "loss"}
+TRAINING = {"teacher", "student", "masters", "scales", "gradients", "optimizer", "gathered", "activations", "loss"}
 
 
 @pytest.mark.parametrize("gib", [2, 4, 16])

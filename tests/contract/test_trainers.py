@@ -1,34 +1,37 @@
-"""A prepared model under other people's trainers: transformers' Trainer, PEFT's LoRA, and TRL's SFTTrainer.
+"""A prepared model under other people's trainers: transformers' Trainer, accelerate, PEFT's LoRA, TRL's SFTTrainer.
 
-The order that works with PEFT: `get_peft_model` first, then `prepare`. The adapters are merged into
-the latents before these are quantized, so that what is trained is what ships. The other order would
-train fq(W) x + B A x, which no packed weight computes, and is refused at the first forward.
+The order that works with PEFT: `get_peft_model` first, then `prepare`. The adapters are merged into the latents before
+these are quantized, so that the trained weight is the one that ships. The other order would train fq(W) x + B A x,
+which no packed weight computes, and is refused at the first optimizer step.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from intaglio.errors import InputError
+from intaglio.errors import InputError, MismatchError
 from intaglio.export.hf import export_hf
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.model import PackedModel
-from intaglio.plan.plan import Plan
-from intaglio.train.attach import prepare
-from intaglio.train.decode import StepWeights
-from intaglio.train.modules import merged_latent
+from intaglio.train.grid_optimizer import GridOptimizer
+from intaglio.train.latent import BlockLatent
+from intaglio.train.latents import Latents, prepare
 from intaglio.train.pack import pack_model
-from tests.support.tiny import TOKENIZER
-from tests.support.training import small_corpus, small_model, small_plan
+from intaglio.train.student import cast_weights
+from tests.support.tiny import GEMMA4, TOKENIZER, make_checkpoint
+from tests.support.training import plain_fake_quantize, small_corpus, small_model, small_plan
 
 Q_PROJ = "layers.0.self_attn.q_proj"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -85,56 +88,144 @@ def logits_of(model: nn.Module) -> Tensor:
     return model(input_ids=IDS, use_cache=False).logits
 
 
-def shipped_logits(model: nn.Module, plan: Plan, teacher: nn.Module, folder: Path) -> Tensor:
-    """Logits of what `pack_model` wrote."""
-    (folder / "assets").mkdir()
-    pack_model(model, plan, folder / "packed", assets=folder / "assets")
-    return logits_of(decoded_model(teacher, PackedModel.open(folder / "packed")))
+def ready(teacher: nn.Module, *overrides: str, dtype: torch.dtype = torch.float32) -> Latents:
+    """The teacher's copy, prepared."""
+    model: Any = copy.deepcopy(teacher).requires_grad_(True)
+    cast_weights(model, dtype)
+    return prepare(model, small_plan(*overrides))
+
+
+def trainer_of(latents: Latents, args: TrainingArguments, kind: type[Trainer] = Trainer, **more: Any) -> Trainer:
+    optimizer = GridOptimizer(latents, torch.optim.AdamW, lr=args.learning_rate)
+    return kind(model=latents.model, args=args, **({"train_dataset": Sequences()} | more), optimizers=(optimizer, None))
+
+
+def pack_into(latents: Latents, folder: Path) -> PackedModel:
+    (folder / "assets").mkdir(exist_ok=True)
+    pack_model(latents, folder / "packed", assets=folder / "assets")
+    return PackedModel.open(folder / "packed")
+
+
+def shipped_logits(latents: Latents, teacher: nn.Module, folder: Path) -> Tensor:
+    """Logits of the packed model, in the dtype of the trained one."""
+    shipped = decoded_model(teacher, pack_into(latents, folder))
+    cast_weights(shipped, latents.model.dtype)
+    return logits_of(shipped)
 
 
 # transformers' Trainer
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}, {"bf16": True}],
-    ids=["plain", "checkpointing", "bf16"],
+    ("changes", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"gradient_checkpointing": True, "gradient_accumulation_steps": 2}, torch.float32),
+        ({"bf16": True}, torch.float32),
+        ({}, torch.bfloat16),
+    ],
+    ids=["plain", "checkpointing", "autocast", "bfloat16 model"],
 )
-def test_trainer_trains_a_prepared_model_and_it_packs(changes: dict, teacher: nn.Module, tmp_path: Path) -> None:
-    plan = small_plan()
-    model = prepare(copy.deepcopy(teacher).requires_grad_(True), plan)
-    before, scales = logits_of(model), model.get_submodule(f"model.{Q_PROJ}").quantizer.scale_latent.detach().clone()
-    trainer = Trainer(model=model, args=settings(tmp_path / "run", **changes), train_dataset=Sequences())
+def test_trainer_trains_a_prepared_model_and_it_packs(
+    changes: dict, dtype: torch.dtype, teacher: nn.Module, tmp_path: Path
+) -> None:
+    latents = ready(teacher, dtype=dtype)
+    scales = latents.blocks[f"model.{Q_PROJ}.weight"].scale_latent
+    before, first = logits_of(latents.model), scales.detach().clone()
+    trainer = trainer_of(latents, settings(tmp_path / "run", **changes))
     trainer.train()
     assert_learned(trainer)
-    assert not torch.equal(model.get_submodule(f"model.{Q_PROJ}").quantizer.scale_latent, scales)
+    assert not torch.equal(scales, first)
     with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in changes):
-        after = logits_of(model.eval())
+        after = logits_of(latents.model.eval())
         assert not torch.equal(after, before)
-        assert torch.equal(shipped_logits(model, plan, teacher, tmp_path), after)
+        assert torch.equal(shipped_logits(latents, teacher, tmp_path), after)
 
 
 def test_trainer_with_a_loss_of_its_own(teacher: nn.Module, tmp_path: Path) -> None:
-    plan = small_plan()
-    model = prepare(copy.deepcopy(teacher).requires_grad_(True), plan)
-    trainer = Distiller(model=model, args=settings(tmp_path / "run", learning_rate=1e-4), train_dataset=Sequences())
+    latents = ready(teacher)
+    trainer = trainer_of(latents, settings(tmp_path / "run", learning_rate=1e-4), Distiller)
     trainer.teacher = teacher
     trainer.train()
     assert_learned(trainer)
-    assert torch.equal(shipped_logits(model, plan, teacher, tmp_path), logits_of(model.eval()))
+    assert torch.equal(shipped_logits(latents, teacher, tmp_path), logits_of(latents.model.eval()))
+
+
+def test_trainer_s_schedule_moves_the_rates_of_the_wrapped_optimizer(teacher: nn.Module, tmp_path: Path) -> None:
+    trainer = trainer_of(ready(teacher), settings(tmp_path / "run", lr_scheduler_type="linear", max_steps=4))
+    trainer.train()
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
 def test_trainer_saves_a_prepared_model_and_goes_on_from_it(teacher: nn.Module, tmp_path: Path) -> None:
-    def run(folder: str, **changes: Any) -> Trainer:
-        model = prepare(copy.deepcopy(teacher).requires_grad_(True), small_plan())
-        args = settings(tmp_path / folder, save_strategy="steps", save_steps=2, **changes)
-        return Trainer(model=model, args=args, train_dataset=Sequences())
+    def run(folder: str) -> Trainer:
+        return trainer_of(ready(teacher), settings(tmp_path / folder, save_strategy="steps", save_steps=2))
 
     whole, second = run("a"), run("b")
     whole.train()
     second.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert losses(second) == losses(whole)
     assert torch.equal(logits_of(second.model), logits_of(whole.model))
+
+
+def test_a_trainer_with_an_optimizer_of_its_own_is_refused_at_packing(teacher: nn.Module, tmp_path: Path) -> None:
+    """The likeliest mistake: the weights move off the grid, and the latents stand still."""
+    latents = ready(teacher)
+    Trainer(model=latents.model, args=settings(tmp_path / "run", max_steps=1), train_dataset=Sequences()).train()
+    with pytest.raises(MismatchError, match="train it with GridOptimizer in the place of another optimizer"):
+        pack_into(latents, tmp_path)
+    assert not (tmp_path / "packed").exists()
+
+
+# A loop of one's own
+
+
+def test_a_loop_with_accelerate_trains_and_packs(teacher: nn.Module, tmp_path: Path) -> None:
+    latents = ready(teacher)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    loader = torch.utils.data.DataLoader(Sequences(), batch_size=4)
+    model, optimizer, loader = accelerator.prepare(latents.model, GridOptimizer(latents, lr=1e-3), loader)
+    found = []
+    for _ in range(3):
+        for batch in loader:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append(float(loss.detach()))
+    assert sum(found[-4:]) < sum(found[:4])
+    assert torch.equal(shipped_logits(latents, teacher, tmp_path), logits_of(latents.model.eval()))
+
+
+@pytest.mark.parametrize(
+    "optimizer_class", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adafactor], ids=lambda c: c.__name__
+)
+def test_any_torch_optimizer_can_be_wrapped(
+    optimizer_class: type[torch.optim.Optimizer], teacher: nn.Module, tmp_path: Path
+) -> None:
+    latents = ready(teacher)
+    optimizer = GridOptimizer(latents, optimizer_class, lr=1e-3)
+    before = logits_of(latents.model)
+    for _ in range(2):
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = latents.model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            return loss
+
+        assert float(optimizer.step(closure)) > 0
+    assert not torch.equal(logits_of(latents.model), before)
+    assert torch.equal(shipped_logits(latents, teacher, tmp_path), logits_of(latents.model))
+
+
+def test_an_optimizer_s_state_of_another_model_is_refused(teacher: nn.Module) -> None:
+    state = GridOptimizer(ready(teacher), lr=1e-3).state_dict()
+    other = ready(teacher, "weights.ple_embedding.trainable=true")
+    with pytest.raises(InputError, match=r"embed_tokens_per_layer\.weight.*resume with the recipe"):
+        GridOptimizer(other, lr=1e-3).load_state_dict(state)
 
 
 # PEFT
@@ -155,113 +246,174 @@ def adapted(model: PeftModel, path: str = Q_PROJ) -> Any:
     return model.get_submodule(f"base_model.model.model.{path}")
 
 
+def latent_of(latents: Latents, path: str = Q_PROJ) -> BlockLatent:
+    return latents.blocks[f"model.{path}.weight"]
+
+
 def test_lora_sees_the_merged_weight(teacher: nn.Module) -> None:
-    model = prepare(with_lora(teacher), small_plan())
-    layer, x = adapted(model), torch.randn(3, 256)
+    latents = prepare(with_lora(teacher), small_plan())
+    layer, x = adapted(latents.model), torch.randn(3, 256)
     merged = teacher.get_submodule(f"model.{Q_PROJ}").weight + layer.get_delta_weight("default")
-    fq = layer.base_layer.quantizer
-    assert torch.equal(layer(x), nn.functional.linear(x, fq(merged, torch.float32)))
-    beside = fq(layer.base_layer.weight, torch.float32) + layer.get_delta_weight("default")
+    latent = latent_of(latents)
+    torch.testing.assert_close(latent.merged(), merged)
+    values, _ = latent.compute()
+    assert torch.equal(layer(x), nn.functional.linear(x, values))
+    with latents.model.disable_adapter():
+        beside = latent.compute()[0] + layer.get_delta_weight("default")
     assert (layer(x) - nn.functional.linear(x, beside)).abs().max() > 1e-3
 
 
 def test_gradients_reach_adapters_and_scales_and_nothing_frozen(teacher: nn.Module) -> None:
-    model = prepare(with_lora(teacher), small_plan())
-    model(input_ids=IDS).logits.square().mean().backward()
-    learning = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert {name.rpartition("self_attn.q_proj.")[2] for name in learning if f"{Q_PROJ}." in name} == {
-        "lora_A.default.weight",
-        "lora_B.default.weight",
-        "base_layer.quantizer.scale_latent",
+    latents = prepare(with_lora(teacher), small_plan())
+    latents.model(input_ids=IDS).logits.square().mean().backward()
+    learning = {name for name, p in latents.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {name for name in learning if f"{Q_PROJ}." in name} == {
+        f"model.{Q_PROJ}.lora_A.default.weight",
+        f"model.{Q_PROJ}.lora_B.default.weight",
+        f"model.{Q_PROJ}.weight.scale_latent",
     }
-    assert all("lora_" in name or name.endswith("scale_latent") for name in learning)
+    before = {name: latent.latent.detach().clone() for name, latent in latents.trained.items()}
+    GridOptimizer(latents, lr=1e-2).step()
+    adapted_names = {name for name, latent in latents.blocks.items() if latent.adapter is not None}
+    assert adapted_names
+    assert all(torch.equal(latents.trained[name].latent, before[name]) for name in adapted_names)
 
 
-def test_the_gradient_of_b_is_that_of_the_merged_weight(teacher: nn.Module) -> None:
-    layer, x = adapted(prepare(with_lora(teacher), small_plan())), torch.randn(3, 256)
-    layer(x).sin().sum().backward()
-    merged = merged_latent(layer).detach().requires_grad_()
-    nn.functional.linear(x, layer.base_layer.quantizer(merged, torch.float32)).sin().sum().backward()
-    by_b = layer.scaling["default"] * merged.grad @ layer.lora_A["default"].weight.T
-    torch.testing.assert_close(layer.lora_B["default"].weight.grad, by_b, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_gradients_of_a_and_b_are_those_of_the_merged_weight(backwards: int, teacher: nn.Module) -> None:
+    latents = prepare(with_lora(teacher), small_plan())
+    layer, latent = adapted(latents.model), latent_of(latents)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    parts = [torch.randn(3, 256, generator=torch.Generator().manual_seed(i)) for i in range(backwards)]
+    for x in parts:
+        layer(x).sin().sum().backward()
+    base, z = latent.latent.detach(), latent.scale_latent.detach().clone().requires_grad_()
+    plain_a, plain_b = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
+    merged = base + layer.scaling["default"] * plain_b @ plain_a
+    values = plain_fake_quantize("canonical", latent.grid, merged, z, torch.zeros(0))
+    sum(nn.functional.linear(x, values).sin().sum() for x in parts).backward()
+    for ours, plain in ((a, plain_a), (b, plain_b), (latent.scale_latent, z)):
+        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_a_lora_model_trains_packs_and_loads_as_a_checkpoint(teacher: nn.Module, tmp_path: Path) -> None:
-    plan = small_plan()
-    model = prepare(with_lora(teacher), plan)
-    trainer = Trainer(model=model, args=settings(tmp_path / "run"), train_dataset=Sequences())
+    latents = prepare(with_lora(teacher), small_plan())
+    trainer = trainer_of(latents, settings(tmp_path / "run"))
     trainer.train()
     assert_learned(trainer)
-    trained = logits_of(model.eval())
-    assert torch.equal(shipped_logits(model, plan, teacher, tmp_path), trained)
+    trained = logits_of(latents.model.eval())
+    assert torch.equal(shipped_logits(latents, teacher, tmp_path), trained)
     export_hf(PackedModel.open(tmp_path / "packed"), tmp_path / "hf")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     assert torch.equal(logits_of(loaded), trained)
 
 
-def test_a_tied_head_is_quantized_beside_frozen_weights(teacher: nn.Module) -> None:
-    model = prepare(with_lora(teacher), small_plan())
-    embedding = model.get_input_embeddings()
-    decoded = embedding.quantizer.compute(embedding.weight)[0]
-    head = model.get_output_embeddings()
-    assert torch.equal(head(torch.eye(256)), decoded.T)
+def test_a_lora_model_goes_on_from_a_trainer_s_checkpoint(teacher: nn.Module, tmp_path: Path) -> None:
+    def run(folder: str) -> Trainer:
+        latents = prepare(with_lora(teacher), small_plan())
+        return trainer_of(latents, settings(tmp_path / folder, save_strategy="steps", save_steps=2, max_steps=4))
+
+    whole, second = run("a"), run("b")
+    whole.train()
+    second.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert losses(second) == losses(whole)
+    assert torch.equal(logits_of(second.model), logits_of(whole.model))
 
 
-def test_a_cache_does_not_hide_adapters(teacher: nn.Module) -> None:
-    model = prepare(with_lora(teacher), small_plan())
-    expected = logits_of(model)
-    StepWeights(model).decode(torch.float32)
-    assert torch.equal(logits_of(model), expected)
-    StepWeights(model).drop()
+def test_a_plain_optimizer_over_adapters_is_refused_at_packing(teacher: nn.Module, tmp_path: Path) -> None:
+    latents = prepare(with_lora(teacher), small_plan())
+    adapters = [p for name, p in latents.model.named_parameters() if "lora_" in name]
+    latents.model(input_ids=IDS).logits.square().mean().backward()
+    torch.optim.SGD(adapters, lr=1.0).step()
+    with pytest.raises(MismatchError, match="train it with GridOptimizer"):
+        pack_into(latents, tmp_path)
 
 
-def test_disabled_and_merged_adapters_mean_what_they_mean_to_peft(teacher: nn.Module) -> None:
-    plan = small_plan()
-    model, plain = prepare(with_lora(teacher), plan), prepare(copy.deepcopy(teacher), plan)
+def test_disabled_and_merged_adapters_mean_what_they_mean_to_peft(teacher: nn.Module, tmp_path: Path) -> None:
+    latents = prepare(with_lora(teacher), small_plan())
+    model, plain = latents.model, ready(teacher).model
     both, alone = logits_of(model), logits_of(plain)
     assert not torch.equal(both, alone)
     with model.disable_adapter():
         assert torch.equal(logits_of(model), alone)
+    assert torch.equal(logits_of(model), both)
     model.merge_adapter()
     assert torch.equal(logits_of(model), both)
     model.unmerge_adapter()
     torch.testing.assert_close(logits_of(model), both, rtol=0, atol=0.5)  # W + BA - BA is not quite W
     merged = model.merge_and_unload()
     assert torch.equal(logits_of(merged), both)
+    assert torch.equal(shipped_logits(latents, teacher, tmp_path), both)
 
 
-def test_several_adapters_are_merged_as_far_as_they_are_active(teacher: nn.Module, tmp_path: Path) -> None:
+@pytest.mark.parametrize("forward", [True, False], ids=["after a forward", "at once"])
+def test_several_adapters_are_merged_as_far_as_they_are_active(
+    forward: bool, teacher: nn.Module, tmp_path: Path
+) -> None:
     bare = with_lora(teacher)
     bare.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    model = prepare(bare, small_plan())
-    first = logits_of(model)
-    model.base_model.set_adapter(["default", "second"])
-    both = logits_of(model)
-    assert not torch.equal(first, both)
-    assert torch.equal(shipped_logits(model, small_plan(), teacher, tmp_path), both)
+    latents = prepare(bare, small_plan())
+    first = logits_of(latents.model)
+    latents.model.base_model.set_adapter(["default", "second"])
+    if forward:
+        assert not torch.equal(first, logits_of(latents.model))
+    packed = shipped_logits(latents, teacher, tmp_path)
+    assert torch.equal(packed, logits_of(latents.model))
 
 
 # What would silently be something else
 
+LATER = {
+    "LoRA": LoraConfig(r=4, target_modules=["q_proj"]),
+    "IA3": peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    "layer norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "LoHa": peft.LoHaConfig(target_modules=["q_proj"]),
+    "modules_to_save": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    "prompt tuning": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
 
-def test_adapters_around_a_prepared_model_are_refused(teacher: nn.Module, tmp_path: Path) -> None:
-    plan = small_plan()
-    prepared = prepare(copy.deepcopy(teacher), plan)
-    logits_of(prepared)
-    model = get_peft_model(prepared, LoraConfig(r=4, target_modules=["q_proj"]))
-    message = r"q_proj: adapted after prepare\(\): call get_peft_model\(\) first"
+
+@pytest.mark.parametrize("kind", LATER)
+def test_adapters_around_a_prepared_model_are_refused(kind: str, teacher: nn.Module, tmp_path: Path) -> None:
+    latents = ready(teacher)
+    latents.model = get_peft_model(latents.model, LATER[kind])
+    message = r"adapted after prepare\(\): call get_peft_model\(\) first|plan does not hold|prompt tuning"
     with pytest.raises(InputError, match=message):
-        logits_of(model)
+        GridOptimizer(latents, lr=1e-3).step()
     with pytest.raises(InputError, match=message):
-        pack_model(model, plan, tmp_path / "packed", assets=tmp_path)
-    assert not list(tmp_path.iterdir())
+        pack_into(latents, tmp_path)
+    assert not (tmp_path / "packed").exists()
+
+
+def test_adapters_put_into_the_model_are_found_through_the_latents(teacher: nn.Module) -> None:
+    """The PeftModel is another object; what it did to the layers inside is seen all the same."""
+    latents = ready(teacher)
+    get_peft_model(latents.model, LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(InputError, match=r"q_proj: adapted after prepare\(\)"):
+        GridOptimizer(latents, lr=1e-3).step()
 
 
 def test_adapters_added_later_on_other_layers_are_refused(teacher: nn.Module) -> None:
-    model = prepare(with_lora(teacher, target_modules=["q_proj"]), small_plan())
-    model.add_adapter("late", LoraConfig(r=4, target_modules=["up_proj"]))
+    latents = prepare(with_lora(teacher, target_modules=["q_proj"]), small_plan())
+    latents.model.add_adapter("late", LoraConfig(r=4, target_modules=["up_proj"]))
     with pytest.raises(InputError, match="up_proj: adapted after prepare"):
-        logits_of(model)
+        GridOptimizer(latents, lr=1e-3).step()
+
+
+def test_adapters_cannot_be_prepared_twice(teacher: nn.Module) -> None:
+    latents = prepare(with_lora(teacher), small_plan())
+    with pytest.raises(InputError, match="prepared already: go on with the latents"):
+        prepare(latents.model, small_plan())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("attribute", ["bias", "gain"])
+def test_an_added_parameter_is_refused(when: str, attribute: str, teacher: nn.Module, tmp_path: Path) -> None:
+    model = copy.deepcopy(teacher).requires_grad_(True)
+    latents = prepare(model, small_plan()) if when == "after" else None
+    model.get_submodule(f"model.{Q_PROJ}").register_parameter(attribute, nn.Parameter(torch.ones(256)))
+    with pytest.raises(InputError, match=rf"q_proj\.{attribute}: a parameter that the plan does not hold"):
+        pack_into(latents, tmp_path) if latents else prepare(model, small_plan())
 
 
 @pytest.mark.parametrize(
@@ -272,12 +424,49 @@ def test_adapters_added_later_on_other_layers_are_refused(teacher: nn.Module) ->
         ({"lora_bias": True}, "more than W"),
         ({"target_modules": ["embed_tokens"]}, "embed_tokens: cannot be adapted.*leave it out of target_modules"),
         ({"target_modules": "all-linear"}, "per_layer_model_projection: cannot be adapted"),
+        ({"modules_to_save": ["embed_tokens"]}, "embed_tokens: wrapped by PEFT's ModulesToSaveWrapper"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head: wrapped by PEFT's ModulesToSaveWrapper"),
+        ({"modules_to_save": ["input_layernorm"]}, "input_layernorm: wrapped by PEFT's ModulesToSaveWrapper"),
+        ({"trainable_token_indices": [5, 6]}, "embed_tokens: wrapped by PEFT's TrainableTokensWrapper"),
+        ({"bias": "all", "use_rslora": True}, None),
     ],
-    ids=["dropout", "DoRA", "bias", "embedding", "a float leftover"],
-)
-def test_adapters_that_no_quantized_weight_holds_are_refused(changes: dict, message: str, teacher: nn.Module) -> None:
+    ids=[
+        "dropout", "DoRA", "bias", "embedding", "a float leftover", "a saved embedding", "a saved head", "saved norms",
+        "tokens", "no bias to train",
+    ],
+)  # fmt: skip
+def test_adapters_that_no_quantized_weight_holds_are_refused(
+    changes: dict, message: str | None, teacher: nn.Module
+) -> None:
     model = with_lora(teacher, **changes)
+    if message is None:
+        assert latent_of(prepare(model, small_plan())).adapter
+        return
     with pytest.raises(InputError, match=message):
+        prepare(model, small_plan())
+
+
+OTHERS = {
+    "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ln_tuning": peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "vera": peft.VeraConfig(target_modules=["q_proj"]),
+    "loha": peft.LoHaConfig(target_modules=["q_proj"]),
+    "lokr": peft.LoKrConfig(target_modules=["q_proj"]),
+    "oft": peft.OFTConfig(target_modules=["q_proj"], oft_block_size=32),
+    "boft": peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=4),
+    "adalora": peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+    "hra": peft.HRAConfig(target_modules=["q_proj"]),
+    "fourierft": peft.FourierFTConfig(target_modules=["q_proj"], n_frequency=10),
+    "vblora": peft.VBLoRAConfig(target_modules=["q_proj"], vector_length=64, num_vectors=16),
+    "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prompt tuning": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_adapters_than_lora_are_refused_by_name(kind: str, teacher: nn.Module) -> None:
+    model = get_peft_model(copy.deepcopy(teacher), OTHERS[kind])
+    with pytest.raises(InputError, match=rf"{kind}.*expected plain LoRA"):
         prepare(model, small_plan())
 
 
@@ -288,7 +477,7 @@ def test_adapters_on_weights_that_the_recipe_does_not_train_are_refused(teacher:
 
 def test_all_linears_but_the_float_one_can_be_adapted(teacher: nn.Module) -> None:
     model = with_lora(teacher, target_modules="all-linear", exclude_modules=["per_layer_model_projection"])
-    assert adapted(prepare(model, small_plan()), "layers.0.per_layer_input_gate").lora_A
+    assert latent_of(prepare(model, small_plan()), "layers.0.per_layer_input_gate").adapter
 
 
 # TRL
@@ -298,17 +487,40 @@ def test_sft_trainer_trains_a_prepared_model_and_it_packs(teacher: nn.Module, tm
     from datasets import Dataset as Table
     from trl import SFTConfig, SFTTrainer
 
-    plan = small_plan()
-    model = prepare(copy.deepcopy(teacher).requires_grad_(True), plan)
-    before = logits_of(model)
+    latents = ready(teacher)
+    before = logits_of(latents.model)
     table = Table.from_dict({"input_ids": CORPUS.tokens.tolist()})
     common = {"max_steps": 8, "learning_rate": 1e-3, "logging_steps": 1, "per_device_train_batch_size": 8}
     quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "seed": 0, "bf16": False}
     args = SFTConfig(output_dir=str(tmp_path / "run"), max_length=None, **common, **quiet)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    trainer = SFTTrainer(model=model, args=args, train_dataset=table, processing_class=tokenizer)
+    trainer = trainer_of(latents, args, SFTTrainer, train_dataset=table, processing_class=tokenizer)
     trainer.train()
     assert_learned(trainer)
-    after = logits_of(model.eval())
+    after = logits_of(latents.model.eval())
     assert not torch.equal(after, before)
-    assert torch.equal(shipped_logits(model, plan, teacher, tmp_path), after)
+    assert torch.equal(shipped_logits(latents, teacher, tmp_path), after)
+
+
+# The page
+
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/trainers.md").read_text("utf-8"), re.S)
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_the_snippets_of_the_docs_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset as Table
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    make_checkpoint(tmp_path / "MODEL", GEMMA4)
+    code = SNIPPETS[number].replace("max_steps=100", "max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True")
+    if "SFTConfig" in code:
+        code = code.replace("use_cpu=True", "use_cpu=True, bf16=False")
+        dataset: Any = Table.from_dict({"input_ids": CORPUS.tokens.tolist()})
+    else:
+        dataset = Sequences()
+    loader = torch.utils.data.DataLoader(Sequences(), batch_size=16)
+    exec(code, {"dataset": dataset, "loader": loader})
+    assert PackedModel.open(tmp_path / "packed").plan.recipe.name == "q4_0"

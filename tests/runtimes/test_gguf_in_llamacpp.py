@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from llama_cpp import Llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from intaglio.measure.llamacpp import LlamaCpp
 from tests.support.cases import Case, make_case
 from tests.support.texts import CHAT, texts
 from tests.support.tiny import VOCABULARY
@@ -22,18 +20,17 @@ def test_llamacpp_tokenizes_as_transformers_does(case: Case) -> None:
     tokenizer = AutoTokenizer.from_pretrained(case.hf)
     strings = texts()
     assert len(strings) > 200
-    with closing(Llama(str(case.gguf), vocab_only=True, verbose=False)) as llama:
+    with LlamaCpp(case.gguf, context_tokens=32, threads=1) as llama:
         for text in strings:
-            found = llama.tokenize(text.encode(), add_bos=True, special=True)
-            assert found == tokenizer(text)["input_ids"], text
+            assert llama.tokenize(text) == tokenizer(text)["input_ids"], text
 
 
 def test_llamacpp_knows_the_special_tokens_and_the_template(gemma4: Case) -> None:
-    with closing(Llama(str(gemma4.gguf), vocab_only=True, verbose=False)) as llama:
-        assert (llama.token_bos(), llama.token_eos(), llama.n_vocab()) == (2, 1, VOCABULARY)
-        assert llama.metadata["tokenizer.chat_template"].startswith("{{- bos_token -}}")
-        ids = llama.tokenize(CHAT.encode(), add_bos=False, special=True)
-        assert llama.detokenize(ids, special=True).decode() == CHAT
+    with LlamaCpp(gemma4.gguf, context_tokens=32, threads=1) as llama:
+        assert (llama.bos, llama.eos, llama.vocabulary) == (2, 1, VOCABULARY)
+        assert llama.metadata()["tokenizer.chat_template"].startswith("{{- bos_token -}}")
+        ids = llama.tokenize(CHAT, add_special=False)
+        assert llama.detokenize(ids, special=True) == CHAT
 
 
 def test_llamacpp_computes_the_exported_model(case: Case) -> None:
@@ -54,10 +51,8 @@ def check_logits(case: Case) -> None:
     ids = [2, *torch.randint(300, VOCABULARY, (199,), generator=torch.Generator().manual_seed(1)).tolist()]
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    arguments = {"n_ctx": 256, "n_batch": 256, "n_threads": 1, "logits_all": True, "type_k": 0, "type_v": 0}
-    with closing(Llama(str(case.gguf), verbose=False, **arguments)) as llama:
-        llama.eval(ids)
-        found = torch.tensor(np.array(llama.scores[: len(ids)])).log_softmax(-1)
+    with LlamaCpp(case.gguf, context_tokens=256, threads=1) as llama:
+        found = llama.logits(ids).log_softmax(-1)
     divergence = (expected.exp() * (expected - found)).sum(-1)
     assert divergence.mean() < 5e-6
     assert (expected.argmax(-1) == found.argmax(-1)).float().mean() > 0.98

@@ -1,19 +1,25 @@
 """An exported GGUF evaluated in llama.cpp itself, against transformers holding the same weights."""
 
 import math
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from intaglio.errors import ConfigError, InputError
+from intaglio.errors import ConfigError, InputError, RuntimeFailureError
 from intaglio.export.gguf import export_gguf
 from intaglio.export.hf import export_hf
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_source
-from intaglio.measure.llamacpp import BATCH_TOKENS, LlamaCpp
+from intaglio.measure.llama_child import BATCH_TOKENS
+from intaglio.measure.llamacpp import LlamaCpp, why_unusable
+from tests.support.llama import is_alive
 from tests.support.tiny import make_checkpoint, pack
 
 pytestmark = pytest.mark.runtime
@@ -132,6 +138,70 @@ def test_closing_twice_is_fine_and_using_it_afterwards_is_not(files: dict[str, P
 
 def test_missing_package_names_the_extra(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)
     with pytest.raises(InputError, match=r"pip install 'intaglio\[llama\]'"):
         LlamaCpp(files["gguf"])
+
+
+def test_it_runs_in_a_process_of_its_own_without_torch(files: dict[str, Path]):
+    assert why_unusable() is None
+    with LlamaCpp(files["gguf"], context_tokens=32, threads=1) as model:
+        mapped = Path(f"/proc/{model._child.pid}/maps").read_text()
+        assert "libllama" in mapped and "libtorch" not in mapped
+    assert "libllama" not in Path("/proc/self/maps").read_text()
+    assert not is_alive(model._child.pid)
+
+
+@pytest.mark.parametrize(("how", "message"), [("SIGSEGV", "ended with signal 11"), ("SIGSTOP", "gave no answer for")])
+def test_a_process_that_fails_at_a_window_is_a_clear_line(files: dict[str, Path], how: str, message: str):
+    with LlamaCpp(files["gguf"], context_tokens=32, threads=1) as model:
+        model.logits([2, 5])
+        model._child._patience = 0.01
+        os.kill(model._child.pid, getattr(signal, how))
+        with pytest.raises(RuntimeFailureError, match=rf"^llama\.cpp {message} .*at window 2"):
+            model.logits([2, 5])
+    assert not is_alive(model._child.pid)
+
+
+def peak_bytes(model: LlamaCpp) -> int:
+    """Most address space that the model's process has had."""
+    status = Path(f"/proc/{model._child.pid}/status").read_text()
+    return int(status.partition("VmPeak:")[2].split()[0]) * 1024
+
+
+def test_too_little_memory_is_a_failure_of_the_runtime(files: dict[str, Path]):
+    """Whatever llama.cpp says to it, or dies of: it is no fault of the file."""
+    with LlamaCpp(files["gguf"], context_tokens=2048, threads=1) as model:
+        loaded = peak_bytes(model)
+        model.logits([2] * 2048)
+        used = peak_bytes(model)
+    start = subprocess.Popen
+    for limit in (loaded - (8 << 20), used - (68 << 20), used - (4 << 20)):
+        limited = ["prlimit", f"--as={limit}", "--"]
+        with (
+            patch.object(subprocess, "Popen", lambda command, limited=limited, **how: start(limited + command, **how)),
+            pytest.raises(RuntimeFailureError) as error,
+            LlamaCpp(files["gguf"], context_tokens=2048, threads=1) as model,
+        ):
+            model.logits([2] * 2048)
+        assert error.value.exit_code == 1
+
+
+def test_an_assertion_of_llama_cpps_is_in_the_line(files: dict[str, Path]):
+    """ggml aborts for what it does not expect; here a token without a place in the vocabulary, past our own checks."""
+    with (
+        LlamaCpp(files["gguf"], context_tokens=32, threads=1) as model,
+        pytest.raises(RuntimeFailureError, match=r"llama\.cpp ended with signal \d+ at tokens to read; .*last words"),
+    ):
+        model.detokenize([2**31 - 1])
+
+
+def test_without_extra_buffers_the_same_is_computed(
+    files: dict[str, Path], llama: LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As on a processor with AMX. The kernels differ, and so does the order of their sums."""
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu amx_tile\n")
+    monkeypatch.setattr("intaglio.measure.process.CPUINFO", tmp_path / "cpuinfo")
+    window = torch.randint(16, 4000, (64,), generator=torch.Generator().manual_seed(2))
+    with LlamaCpp(files["gguf"], context_tokens=64, threads=1) as plain:
+        assert plain.version == llama.version[:-1] + ", extra buffers off: the processor has AMX)"
+        torch.testing.assert_close(plain.logits(window), llama.logits(window), atol=1e-3, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""The first losses of a fixed run, as JSON: `python -m tests.support.first_losses`.
+"""The first losses of a fixed run, as JSON: `python -m tests.support.first_losses RECIPE`.
 
 Started by the test with ENVIRONMENT, under which every x86 machine computes the same bits.
 """
@@ -6,6 +6,7 @@ Started by the test with ENVIRONMENT, under which every x86 machine computes the
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 
 import torch
@@ -24,15 +25,16 @@ ENVIRONMENT = {
 STEPS = 20
 
 
-def first_losses() -> list[float]:
+def first_losses(recipe: str) -> list[float]:
     torch.set_num_threads(1)
     schedule = {"tokens": STEPS * 4 * 16, "batch_size": 4, "micro_batch": 2, "sequence_length": 16, "lr": 1e-4}
     schedule |= {"scale_lr": 1e-2, "embedding_lr": 1, "float_lr": 1, "frozen_tail": 0.25, "tail_lr": 0.3}
-    plan = small_plan(*(f"schedule.{key}={value}" for key, value in schedule.items()))
+    schedule |= {"calibration_tokens": 128} if recipe == "mobile" else {}
+    plan = small_plan(*(f"schedule.{key}={value}" for key, value in schedule.items()), recipe=recipe)
     with tempfile.TemporaryDirectory() as folder:
         train(small_model(), plan, small_corpus(), folder, options=Options(precision="no", compiled=False))
         return [row["loss"] for row in read_losses(folder)]
 
 
 if __name__ == "__main__":
-    print(json.dumps(first_losses()))
+    print(json.dumps(first_losses(sys.argv[1])))

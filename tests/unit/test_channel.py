@@ -18,8 +18,8 @@ from intaglio.numerics.fit import fit_absmax, fit_mse
 from intaglio.numerics.grid import INT2, INT4, INT8, BlockGrid, Quantized, from_steps, grid_named
 from intaglio.numerics.rounding import is_normal_positive
 from intaglio.packed.codes import pack_codes
-from intaglio.train.fakequant import WeightQuantizer
 from tests.support.samples import samples
+from tests.unit.test_latent import latent_of, pulled
 
 GRIDS = (INT2, INT4, INT8)
 SAMPLES = samples()
@@ -152,20 +152,20 @@ def test_any_step_is_rounded_to_one_that_a_file_may_have(grid: BlockGrid, x: np.
 @pytest.mark.parametrize("z", [-200.0, -88.0, -87.0, 80.0, 200.0])
 def test_a_learned_scale_stays_normal_and_positive(z: float) -> None:
     latent = gaussian(4, 64)
-    made = WeightQuantizer(INT2.for_width(64), latent, fit_mse(latent, INT2.for_width(64)), learned=True)
+    made = latent_of(latent, INT2.for_width(64))
     made.scale_latent.data.fill_(z)
-    packed = made.pack(latent)
-    assert is_normal_positive(packed.scale).all()
-    made(latent.requires_grad_(), torch.float32).sum().backward()
-    assert latent.grad.isfinite().all()
+    made.decode()
+    assert is_normal_positive(made.pack().scale).all()
+    grad_latent, _ = pulled(made, torch.ones(4, 64))
+    assert grad_latent.isfinite().all()
 
 
 def test_a_scale_that_became_nan_is_named() -> None:
-    latent = gaussian(4, 64)
-    made = WeightQuantizer(INT2.for_width(64), latent, fit_mse(latent, INT2.for_width(64)), learned=True)
+    made = latent_of(gaussian(4, 64), INT2.for_width(64))
     made.scale_latent.data[2] = torch.nan
+    made.decode()
     with pytest.raises(WeightError, match=r"not finite, the first is nan at row 2, block 0"):
-        made.pack(latent)
+        made.pack()
 
 
 # The official reader
@@ -190,17 +190,14 @@ def test_values_are_those_of_transformers_in_its_dtype(grid: BlockGrid, dtype: t
     fitted = fit_mse(values, grid.for_width(256 // slices))
     theirs = read_by_transformers(fitted, dtype, slices)
     assert torch.equal(fitted.decode(dtype), theirs)
-    trained = WeightQuantizer(fitted.grid, values, fitted, learned=False)
-    assert torch.equal(trained(values, dtype), theirs)
+    assert torch.equal(latent_of(values, fitted.grid, learned=False, dtype=dtype).weight, theirs)
 
 
 @each_grid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_computed_in_any_dtype_is_packed(grid: BlockGrid, dtype: torch.dtype) -> None:
-    values = gaussian(128, 64)
-    made = WeightQuantizer(grid.for_width(64), values, fit_mse(values, grid.for_width(64)), learned=True)
-    made.values, made.steps = made.compute(values, dtype=dtype)
-    assert torch.equal(made.pack(values).decode(dtype), made.values)
+    made = latent_of(gaussian(128, 64), grid.for_width(64), dtype=dtype)
+    assert torch.equal(made.pack().decode(dtype), made.weight)
 
 
 @each_grid

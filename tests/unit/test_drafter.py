@@ -251,14 +251,14 @@ def trained(target: Any, tmp_path: Path, recipe: str, *overrides: str, shape: Sh
 @pytest.mark.parametrize("recipe", ["drafter", "drafter-q4_0", "drafter-mobile"])
 def test_training_lowers_the_loss_and_what_was_trained_is_packed(recipe: str, target: Any, tmp_path: Path) -> None:
     weights = {name: value.clone() for name, value in target.state_dict().items()}
-    _, student, plan = trained(target, tmp_path, recipe, "schedule.lr=3e-3")
+    _, student, _ = trained(target, tmp_path, recipe, "schedule.lr=3e-3")
     losses = [
         float(line.split('"loss": ')[1][:-1]) for line in (tmp_path / "run/losses.jsonl").read_text().splitlines()
     ]
     assert len(losses) == 12
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
     assert all(torch.equal(value, weights[name]) for name, value in target.state_dict().items())
-    pack_model(student, plan, tmp_path / "packed", assets=MODEL_DIR)
+    pack_model(student, tmp_path / "packed", assets=MODEL_DIR)
     shipped, ids, positions = (
         load_packed(PackedModel.open(tmp_path / "packed")),
         tokens(2, 12),
@@ -266,7 +266,7 @@ def test_training_lowers_the_loss_and_what_was_trained_is_packed(recipe: str, ta
     )
     with torch.no_grad():
         states = target_states(target, ids, positions)
-        ours, theirs = (next(steps(model.eval(), states, positions, 1)) for model in (student, shipped))
+        ours, theirs = (next(steps(model.eval(), states, positions, 1)) for model in (student.model, shipped))
         assert torch.equal(ours, theirs)
 
 
@@ -274,10 +274,10 @@ def test_training_lowers_the_loss_and_what_was_trained_is_packed(recipe: str, ta
 def test_centroids_are_trained_or_kept(clusters: str, moved: bool, target: Any, tmp_path: Path) -> None:
     before, student, _ = trained(target, tmp_path, "drafter", f"drafter.clusters={clusters}", shape=CLUSTERED)
     same = torch.equal(
-        before.masked_embedding.centroids.weight.bfloat16().float(), student.masked_embedding.centroids.weight
+        before.masked_embedding.centroids.weight.bfloat16().float(), student.model.masked_embedding.centroids.weight
     )
     assert same != moved
-    assert torch.equal(before.masked_embedding.token_ordering, student.masked_embedding.token_ordering)
+    assert torch.equal(before.masked_embedding.token_ordering, student.model.masked_embedding.token_ordering)
 
 
 def test_a_quantized_targets_cache_is_what_a_drafter_reads(mobile_packed: PackedModel) -> None:

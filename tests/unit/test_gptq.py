@@ -10,19 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from intaglio.errors import InputError
-from intaglio.numerics.fit import fit_mse
 from intaglio.numerics.gptq import DAMPING, corrected_weight, gptq_codes, gptq_latents, ridge_of
 from intaglio.numerics.grid import F16, Q4_0, Q4_0_FREE, BlockGrid
 from intaglio.packed.checkpoint import load_model, load_tokenizer
 from intaglio.plan.plan import make_plan
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
-from intaglio.train.attach import prepare
 from intaglio.train.corpus import held_out_windows
-from intaglio.train.fakequant import WeightQuantizer
 from intaglio.train.gptq import start_from_gptq
+from intaglio.train.latents import Latents, prepare
 from intaglio.train.loop import Options, StepInfo, train
-from intaglio.train.modules import QuantLinear
 from tests.support.training import small_corpus, small_model, small_plan
+from tests.unit.test_latent import latent_of
 
 each_grid = pytest.mark.parametrize("grid", [Q4_0, Q4_0_FREE], ids=lambda grid: grid.name)
 
@@ -43,8 +41,7 @@ def correlated_inputs(columns: int, tokens: int = 2048) -> Tensor:
 
 
 def steps_of(weight: Tensor, grid: BlockGrid) -> Tensor:
-    quantizer = WeightQuantizer(grid, weight, fit_mse(weight, grid), learned=True)
-    return quantizer.compute(weight)[1].view(weight.shape[0], -1)
+    return latent_of(weight, grid, moved=False).compute()[1]
 
 
 def textbook(weight: Tensor, step: Tensor, moments: Tensor, grid: BlockGrid, keep: Tensor) -> Tensor:
@@ -104,12 +101,13 @@ def test_an_input_that_is_always_zero_is_no_obstacle() -> None:
 def test_latents_decode_to_the_codes_under_unchanged_steps(grid: BlockGrid) -> None:
     weight, x = weights(), correlated_inputs(256)
     weight[0, :32] = 0  # an empty block
-    quantizer = WeightQuantizer(grid, weight, fit_mse(weight, grid), learned=True)
-    step = quantizer.compute(weight)[1].view(8, -1)
+    latent = latent_of(weight, grid, moved=False)
+    _, step = latent.compute()
     wanted = weight + 0.2 * step.repeat_interleave(32, -1)
     latents = gptq_latents(weight, wanted, step, x.T @ x, grid)
-    values, after = quantizer.compute(latents)
-    assert torch.equal(after.view(8, -1), step)
+    latent.latent.data.copy_(latents)
+    values, after = latent.compute()
+    assert torch.equal(after, step)
     blocks = weight.view(8, -1, 32)
     keep = ((blocks.abs() == blocks.abs().amax(-1, keepdim=True)) & grid.canonical).view(8, -1)
     spread = step.repeat_interleave(32, -1)
@@ -146,8 +144,10 @@ def kl(teacher: nn.Module, student: nn.Module, tokens: Tensor) -> float:
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
-def hooks(student: nn.Module) -> list[nn.Module]:
-    return [m for m in student.modules() if isinstance(m, QuantLinear) and m._forward_pre_hooks]
+def hooks(latents: Latents) -> list[nn.Module]:
+    return [
+        m for m in latents.model.modules() if isinstance(m, nn.Linear) and (m._forward_pre_hooks or m._forward_hooks)
+    ]
 
 
 @pytest.fixture
@@ -158,12 +158,12 @@ def teacher() -> nn.Module:
 def test_a_student_starts_closer_to_its_teacher(teacher: nn.Module) -> None:
     for value in teacher.state_dict().values():  # so that float leftovers are not rounded
         value.copy_(F16.round(value))
-    student = prepare(copy.deepcopy(teacher).requires_grad_(True), small_plan(), compact=True)
+    student = prepare(copy.deepcopy(teacher).requires_grad_(True), small_plan())
     corpus, fresh = small_corpus(64, 32), torch.from_numpy(small_corpus(16, 32, seed=1).tokens).long()
-    before = kl(teacher, student, fresh)
+    before = kl(teacher, student.model, fresh)
     tokens, positions = torch.from_numpy(corpus.tokens).long(), torch.from_numpy(corpus.positions).long()
     seen = []
-    student.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    student.model.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     teacher.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     start_from_gptq(student, teacher, tokens, positions)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_a_student_starts_closer_to_its_teacher(teacher: nn.Module) -> None:
     both, floats = seen[:2]
     torch.testing.assert_close(both[:64], floats, atol=1e-3, rtol=0)  # what the original computes
     assert float((both[64:] - floats).abs().max()) > 1
-    assert kl(teacher, student, fresh) < 0.8 * before
+    assert kl(teacher, student.model, fresh) < 0.8 * before
     assert not hooks(student)
 
 
@@ -184,7 +184,7 @@ def test_what_layers_before_lost_is_made_up_for(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr("intaglio.numerics.gptq.ridge_of", ridge)
         student = prepare(copy.deepcopy(original).requires_grad_(True), plan)
         start_from_gptq(student, original, tokens[:64], torch.arange(128).expand(64, -1))
-        found.append(kl(original, student, tokens[64:]))
+        found.append(kl(original, student.model, tokens[64:]))
     assert found[0] < 0.97 * found[1], found
 
 
@@ -197,9 +197,9 @@ def test_scales_that_are_not_learned_are_refused(teacher: nn.Module) -> None:
 
 def test_inputs_that_are_not_finite_are_named(teacher: nn.Module) -> None:
     student = prepare(copy.deepcopy(teacher).requires_grad_(True), small_plan())
-    student.model.layers[0].layer_scalar.fill_(torch.inf)
+    student.model.model.layers[0].layer_scalar.fill_(torch.inf)
     tokens = torch.from_numpy(small_corpus().tokens).long()
-    with pytest.raises(InputError, match=r"layers\.1\.self_attn\.[qkv]_proj: its inputs are NaN or Inf"):
+    with pytest.raises(InputError, match=r"layers\.1\.self_attn\.[qkv]_proj\.weight: its inputs are NaN or Inf"):
         start_from_gptq(student, teacher, tokens, torch.arange(16).expand_as(tokens))
     assert not hooks(student)
 
@@ -224,6 +224,5 @@ def test_a_run_from_gptq_resumes_bit_for_bit(teacher: nn.Module, tmp_path: Path)
         train(teacher, plan, corpus, tmp_path / "cut", options=options, on_step=die)
     resumed = train(teacher, plan, corpus, tmp_path / "cut", options=options, resume=True)
     assert (tmp_path / "whole/losses.jsonl").read_bytes() == (tmp_path / "cut/losses.jsonl").read_bytes()
-    for one, other in zip(whole.modules(), resumed.modules(), strict=True):
-        if isinstance(one, QuantLinear):
-            assert torch.equal(one.weight, other.weight)
+    for name, tensor in whole.state().items():
+        assert torch.equal(tensor, resumed.state()[name]), name

@@ -22,9 +22,10 @@ from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
 from intaglio.plan.recipe import Recipe
 from intaglio.plan.schedule import Schedule
 from intaglio.train import checkpoint, lesson, loop
-from intaglio.train.decode import StepWeights, freeze_codes
+from intaglio.train.grid_optimizer import GridOptimizer
+from intaglio.train.latent import FloatLatent
+from intaglio.train.latents import Latents
 from intaglio.train.loop import Options, StepInfo, train
-from intaglio.train.modules import RoundedWeight
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
 from intaglio.train.run_folder import read_losses
 from tests.support import first_losses
@@ -32,14 +33,24 @@ from tests.support.training import small_corpus, small_model, small_plan
 
 CORPUS = small_corpus(sequences=8)
 PLAIN = Options(precision="no", compiled=False)
-# Losses of `python -m tests.support.first_losses` under its ENVIRONMENT. A change here is a change of the
-# numerics: either a mistake, or to be explained in the changelog.
-FIRST_LOSSES = [
-    0.10295360535383224, 0.11522454768419266, 0.10660427808761597, 0.12504753470420837, 0.07094087451696396,
-    0.08025814592838287, 0.08504226058721542, 0.0735640823841095, 0.061241284012794495, 0.05121156573295593,
-    0.05404234677553177, 0.06076890975236893, 0.05475115776062012, 0.04674576222896576, 0.05198199301958084,
-    0.04940475896000862, 0.03954949229955673, 0.05990375578403473, 0.0453001894056797, 0.04911006987094879,
-]  # fmt: skip
+# Losses of `python -m tests.support.first_losses RECIPE` under its ENVIRONMENT. A change here is a change of the
+# numerics: either a mistake, or to be explained in the changelog. Rounded activations magnify the last digit: with
+# one weight matrix of mobile changed by a millionth, the third loss moves by 3e-5 and later ones by several percent. So
+# a new order of sums may leave only the first two as they were.
+FIRST_LOSSES = {
+    "q4_0": [
+        0.10295360535383224, 0.11522454768419266, 0.10660427808761597, 0.12504753470420837, 0.07094087451696396,
+        0.08025814592838287, 0.08504226058721542, 0.0735640823841095, 0.061241284012794495, 0.05121156573295593,
+        0.05404234677553177, 0.06076890975236893, 0.05475115776062012, 0.04674576222896576, 0.05198199301958084,
+        0.04940475896000862, 0.03954949229955673, 0.05990375578403473, 0.0453001894056797, 0.04911006987094879,
+    ],
+    "mobile": [
+        0.44862663745880127, 0.445831298828125, 0.3994028866291046, 0.44340604543685913, 0.4035798907279968,
+        0.40411892533302307, 0.3684055209159851, 0.3617488145828247, 0.3623288571834564, 0.35255783796310425,
+        0.36340880393981934, 0.3604466915130615, 0.3327590525150299, 0.33858293294906616, 0.3658623993396759,
+        0.3608313202857971, 0.332622230052948, 0.3588714003562927, 0.323303759098053, 0.3643870949745178,
+    ],
+}  # fmt: skip
 
 
 class Killed(Exception):
@@ -65,7 +76,7 @@ def run(
     resume: bool = False,
     on_step: Callable[[StepInfo], None] = lambda info: None,
     **changes: Any,
-) -> nn.Module:
+) -> Latents:
     return train(teacher, plan_of(steps, **changes), CORPUS, folder, options=options, resume=resume, on_step=on_step)
 
 
@@ -73,18 +84,19 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in read_losses(folder)]
 
 
-def assert_equal_states(one: nn.Module, other: nn.Module) -> None:
-    first, second = one.state_dict(), other.state_dict()
-    assert first.keys() == second.keys()
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
+def assert_equal_states(one: Latents, other: Latents) -> None:
+    for first, second in ((one.state(), other.state()), (one.model.state_dict(), other.model.state_dict())):
+        assert first.keys() == second.keys()
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_the_first_losses_are_what_they_were() -> None:
-    command = [sys.executable, "-m", "tests.support.first_losses"]
+@pytest.mark.parametrize("recipe", FIRST_LOSSES)
+def test_the_first_losses_are_what_they_were(recipe: str) -> None:
+    command = [sys.executable, "-m", "tests.support.first_losses", recipe]
     environment = os.environ | first_losses.ENVIRONMENT
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     tolerance = 1e-6 if platform.machine() in ("x86_64", "AMD64") else 0.1
-    assert json.loads(output.splitlines()[-1]) == pytest.approx(FIRST_LOSSES, rel=tolerance)
+    assert json.loads(output.splitlines()[-1]) == pytest.approx(FIRST_LOSSES[recipe], rel=tolerance)
 
 
 def test_training_brings_the_student_closer(teacher: nn.Module, tmp_path: Path) -> None:
@@ -138,9 +150,9 @@ def test_the_gradient_is_clipped(teacher: nn.Module, tmp_path: Path, monkeypatch
 
     make = loop.make_optimizer
 
-    def made(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-        optimizer = make(model, schedule)
-        optimizer.register_step_pre_hook(lambda optimizer, *rest: watched(optimizer))
+    def made(latents: Latents, schedule: Schedule) -> GridOptimizer:
+        optimizer = make(latents, schedule)
+        optimizer.inner.register_step_pre_hook(lambda optimizer, *rest: watched(optimizer))
         return optimizer
 
     monkeypatch.setattr(loop, "make_optimizer", made)
@@ -153,23 +165,18 @@ def test_the_gradient_is_clipped(teacher: nn.Module, tmp_path: Path, monkeypatch
 # The tail
 
 
-def decoded(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Codes and scales of every learned weight, by the path of its quantizer."""
-    found = {}
-    for path, module in model.named_modules():
-        quantizer = getattr(module, "quantizer", None)
-        if quantizer is not None and quantizer.scale_latent is not None:
-            packed = quantizer.pack(module.weight)
-            found[path] = packed.codes, packed.scale
-    return found
+def decoded(latents: Latents) -> dict[str, tuple[Tensor, Tensor]]:
+    """Codes and scales of every weight whose scales are learned, by its name."""
+    packed = {name: latent.pack() for name, latent in latents.blocks.items() if latent.scale_latent is not None}
+    return {name: (value.codes, value.scale) for name, value in packed.items()}
 
 
 def test_in_the_tail_codes_stand_still_and_scales_move(teacher: nn.Module, tmp_path: Path) -> None:
     seen: list[dict[str, tuple[Tensor, Tensor]]] = []
-    students: list[nn.Module] = []
+    students: list[Latents] = []
     prepare = loop.build_student
 
-    def keep(*args: Any, **kwargs: Any) -> nn.Module:
+    def keep(*args: Any, **kwargs: Any) -> Latents:
         students.append(prepare(*args, **kwargs))
         return students[0]
 
@@ -192,13 +199,13 @@ def test_in_the_tail_codes_stand_still_and_scales_move(teacher: nn.Module, tmp_p
 def test_a_freeze_keeps_the_moments_of_what_goes_on_learning(teacher: nn.Module) -> None:
     student = loop.build_student(teacher, small_plan())
     before = make_optimizer(student, Schedule())
-    sum(p.sum() for p in student.parameters() if p.requires_grad).backward()
+    sum(p.sum() for p in student.model.parameters() if p.requires_grad).backward()
     before.step()
-    freeze_codes(student)
+    student.freeze_codes()
     after = make_optimizer(student, Schedule(), before)
     names = {id(p): name for name, p in student.named_parameters()}
     moved = {names[id(p)] for p in after.state}
-    learning = {name for name, p in student.named_parameters() if p.requires_grad}
+    learning = set(names.values())
     assert moved == {name for name in learning if not name.endswith("scale_latent")}
     assert "model.embed_tokens.weight" in moved
 
@@ -222,10 +229,10 @@ def test_each_kind_of_parameter_has_its_rate(teacher: nn.Module) -> None:
     set_lr(optimizer, 0.5)
     names = {id(p): name for name, p in student.named_parameters()}
     found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
-    assert set(found) == {name for name, p in student.named_parameters() if p.requires_grad}
+    assert set(found) == {name for name, _ in student.named_parameters()}
     for name, group in found.items():
-        module = student.get_submodule(name.rpartition(".")[0])
-        kind = "scale" if name.endswith("scale_latent") else "float" if isinstance(module, RoundedWeight) else "weight"
+        is_float = isinstance(student.trained.get(name), FloatLatent)
+        kind = "scale" if name.endswith("scale_latent") else "float" if is_float else "weight"
         kind = "embedding" if "embed_tokens" in name and kind == "weight" else kind
         assert group["lr"] == {"scale": 5e-3, "embedding": 2.5e-5, "float": 5e-4, "weight": 5e-5}[kind]
         assert group["weight_decay"] == (0.1 if kind in ("weight", "float") else 0.0)
@@ -236,7 +243,7 @@ def test_each_kind_of_parameter_has_its_rate(teacher: nn.Module) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole_run(teacher: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, bytes]:
+def whole_run(teacher: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Latents, bytes]:
     """Model and loss log of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     model = run(teacher, folder, 8, frozen_tail=0.5)
@@ -256,7 +263,7 @@ def die_at(step: int) -> Callable[[StepInfo], None]:
     [(2, 3), (2, 2), (3, 7), (2, 6), (4, 7), (5, 4)],
 )
 def test_a_resumed_run_repeats_the_uninterrupted_one(
-    every: int, death: int, teacher: nn.Module, tmp_path: Path, whole_run: tuple[nn.Module, bytes]
+    every: int, death: int, teacher: nn.Module, tmp_path: Path, whole_run: tuple[Latents, bytes]
 ) -> None:
     """Eight steps, the last four with frozen codes; killed after `death` of them."""
     options = Options(precision="no", compiled=False, checkpoint_every=every)
@@ -270,7 +277,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(
 
 @pytest.mark.parametrize("death", [3, 7], ids=["before the tail", "in the tail"])
 def test_a_compiled_run_learns_the_same_and_resumes(
-    death: int, teacher: nn.Module, tmp_path: Path, whole_run: tuple[nn.Module, bytes], uncompiled: None
+    death: int, teacher: nn.Module, tmp_path: Path, whole_run: tuple[Latents, bytes], uncompiled: None
 ) -> None:
     options = Options(precision="no", compiled=True, checkpoint_every=2)
     whole = run(teacher, tmp_path / "whole", 8, options=options, frozen_tail=0.5)
@@ -281,7 +288,6 @@ def test_a_compiled_run_learns_the_same_and_resumes(
     resumed = run(teacher, tmp_path / "other", 8, options=options, resume=True, frozen_tail=0.5)
     assert losses(tmp_path / "other") == losses(tmp_path / "whole")
     assert_equal_states(whole, resumed)
-    assert all(p.untyped_storage().nbytes() == p.nbytes for p in whole.parameters())
 
 
 def test_a_finished_run_resumes_to_the_same_model(teacher: nn.Module, tmp_path: Path) -> None:
@@ -373,13 +379,13 @@ def damage(checkpoints: Path, how: str) -> None:
 
         tensors = load_file(state)
         if how == "another shape":
-            tensors["model.model.norm.weight"] = torch.zeros(3)
+            tensors["latents.model.norm.weight"] = torch.zeros(3)
         elif how == "another name":
-            tensors["model.other"] = torch.zeros(3)
+            tensors["latents.other"] = torch.zeros(3)
         elif how == "another optimizer":
             tensors["optimizer.other.step"] = torch.zeros(3)
         else:
-            del tensors["model.model.norm.weight"]
+            del tensors["latents.model.norm.weight"]
         save_file(tensors, state)
 
 
@@ -399,7 +405,7 @@ def test_a_damaged_checkpoint_is_named(how: str, teacher: nn.Module, tmp_path: P
 
 
 def test_the_checkpoint_before_a_damaged_one_can_be_used(
-    teacher: nn.Module, tmp_path: Path, whole_run: tuple[nn.Module, bytes]
+    teacher: nn.Module, tmp_path: Path, whole_run: tuple[Latents, bytes]
 ) -> None:
     options = Options(precision="no", compiled=False, checkpoint_every=1)
     with pytest.raises(Killed):
@@ -442,9 +448,13 @@ def test_an_unknown_precision_is_refused(teacher: nn.Module, tmp_path: Path) -> 
 
 
 def test_the_student_keeps_its_promise_after_training(teacher: nn.Module, tmp_path: Path) -> None:
-    """No cache is left behind, and the model that train() returns computes what it was trained to."""
-    student = run(teacher, tmp_path, 2)
-    assert all(q.values is None and q.decoded is None for q in StepWeights(student).quantizers)
+    """The model that train() returns holds what its latents decode to, and the teacher is left alone."""
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    latents = run(teacher, tmp_path, 2)
+    trained = {name: value.clone() for name, value in latents.model.state_dict().items()}
+    latents.decode()
+    assert all(torch.equal(value, trained[name]) for name, value in latents.model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not any(p.requires_grad for p in teacher.parameters())
 
 

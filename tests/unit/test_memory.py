@@ -13,19 +13,25 @@ from intaglio.plan.bundled import bundled_config
 from intaglio.plan.memory import activation_bytes, layer_bytes, training_memory
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.train.decode import StepWeights
+from intaglio.train.latents import Latents
 from intaglio.train.optimizer import make_optimizer
-from intaglio.train.student import build_student
+from intaglio.train.student import build_student, cast_weights
 from tests.support.tiny import GEMMA3, GEMMA4, GEMMA4_DENSE, build, fill
 
 CONFIGS = {"gemma4": GEMMA4, "dense": GEMMA4_DENSE, "gemma3": GEMMA3}
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-def models(plan: Plan) -> tuple[Any, Any]:
+def models(plan: Plan) -> tuple[Any, Latents]:
     teacher = build(plan.model.config)
     fill(teacher, 0)
+    cast_weights(teacher, torch.bfloat16)
     return teacher, build_student(teacher, plan)
+
+
+def stored(model: Any) -> list[torch.Tensor]:
+    """Weights, and the buffers that a checkpoint holds; not static scales."""
+    return [t for name, t in model.state_dict().items() if not name.endswith("_scale_latent")]
 
 
 def held_bytes(*tensors: torch.Tensor) -> int:
@@ -39,41 +45,34 @@ def held_bytes(*tensors: torch.Tensor) -> int:
 )
 def test_weights_gradients_and_moments_take_what_is_planned(config: dict[str, Any], recipe: str) -> None:
     plan = make_plan(config, Recipe.load(recipe, ["schedule.batch_size=2", "schedule.sequence_length=8"]))
-    teacher, student = models(plan)
+    teacher, latents = models(plan)
     planned = training_memory(plan)
-    head = teacher.get_output_embeddings().weight
-    own = {name: b for name, b in teacher.named_buffers() if name.endswith("layer_scalar")}
-    assert planned.teacher == held_bytes(*teacher.parameters(), *own.values()) + 2 * head.numel()
-    latents = [p for name, p in student.named_parameters() if not name.endswith("scale_latent")]
-    table = [b for name, b in student.named_buffers() if name.endswith("frozen.codes")]
-    scalars = [b for name, b in student.named_buffers() if name.endswith("layer_scalar")]
-    assert planned.masters == held_bytes(*latents, *table, *scalars)
-    scales = [p for name, p in student.named_parameters() if name.endswith("scale_latent")]
-    scales += [b for n, b in student.named_buffers() if n.split(".")[-1] in ("scale", "super_scale", "base")]
-    assert planned.scales == held_bytes(*scales)
-    optimizer = make_optimizer(student, plan.recipe.schedule)
+    assert planned.teacher == held_bytes(*stored(teacher))
+    assert planned.student == held_bytes(*stored(latents.model))
+    state = {name: tensor for name, tensor in latents.state().items() if "_scale_latent" not in name}
+    masters = [latent.latent for latent in latents.trained.values()]
+    assert planned.masters == held_bytes(*masters)
+    assert planned.scales == held_bytes(*state.values()) - planned.masters
+    optimizer = make_optimizer(latents, plan.recipe.schedule)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    assert planned.gradients == 4 * sum(p.numel() for p in trained)
-    for parameter in trained:
+    for parameter in (*trained, *(latent.weight for latent in latents.trained.values())):
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    weights = [latent.weight for latent in latents.trained.values()]
+    assert planned.gradients == held_bytes(*(p.grad for p in (*weights, *trained)))
+    optimizer.inner.step()
     moments = [v for state in optimizer.state.values() for k, v in state.items() if k != "step"]
     assert planned.optimizer == held_bytes(*moments)
-    StepWeights(student).decode(torch.bfloat16)
-    decoded = [t for q in StepWeights(student).quantizers for t in (q.values, q.steps)]
-    assert planned.decoded == held_bytes(*decoded)
 
 
 @each_config
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointed"])
 def test_activations_are_about_what_autograd_keeps(config: dict[str, Any], checkpointing: bool) -> None:
     plan = make_plan(config, "q4_0")
-    _, student = models(plan)
+    _, latents = models(plan)
+    student = latents.model
     if checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    StepWeights(student).decode(torch.bfloat16)
-    held = [*student.parameters(), *student.buffers(), *(q.values for q in StepWeights(student).quantizers)]
-    known = {tensor.untyped_storage().data_ptr() for tensor in held}
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*student.parameters(), *student.buffers()]}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -82,7 +81,7 @@ def test_activations_are_about_what_autograd_keeps(config: dict[str, Any], check
         return tensor
 
     ids = torch.randint(0, config["vocab_size"], (2, 64))
-    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
         student.model(input_ids=ids, use_cache=False)
     found = held_bytes(*kept.values())
     if checkpointing:  # the layer in full comes when the backward computes it again
@@ -103,8 +102,8 @@ def test_the_loss_takes_what_was_measured_on_a_gpu() -> None:
 def test_sharding_divides_weights_and_not_activations() -> None:
     plan = make_plan(bundled_config("gemma-4-26b-a4b"), "q4_0")
     one, eight = training_memory(plan), training_memory(plan, gpus=8)
-    assert one.masters == 4 * sum(t.spec.numel for t in plan)
-    for name in ("masters", "gradients", "optimizer", "decoded"):
+    assert one.student == 2 * sum(t.spec.numel for t in plan)
+    for name in ("teacher", "student", "masters", "gradients", "optimizer"):
         assert getattr(eight, name) == -(-getattr(one, name) // 8)
     assert eight.gathered > 0 == one.gathered
     assert eight.activations * 8 == one.activations  # its share of the batch

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 from transformers.integrations.gemma_quant import apply_srq
 
-from intaglio.errors import InputError, WeightError
+from intaglio.errors import InputError, MismatchError, WeightError
 from intaglio.measure.int8_cache import decode_windows, int8_cache
+from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
-from intaglio.train.attach import prepare
 from intaglio.train.calibrate import calibrate
-from intaglio.train.decode import StepWeights
-from intaglio.train.fakequant import FakeQuantLinear
+from intaglio.train.latents import Latents, prepare
 from intaglio.train.loop import Options, StepInfo, train
-from intaglio.train.modules import QuantLinear
 from intaglio.train.pack import pack_model
 from intaglio.train.run_folder import read_losses
 from intaglio.train.static import (
@@ -39,14 +37,19 @@ IDS, POSITIONS = (torch.from_numpy(a).long() for a in (CORPUS.tokens, CORPUS.pos
 
 
 def student(plan: Plan = PLAN) -> Any:
-    return prepare(small_model(), plan)
+    return prepare(small_model(), plan).model
 
 
 @pytest.fixture(scope="module")
-def calibrated() -> Any:
-    model = student()
-    calibrate(model, PLAN, [(IDS, POSITIONS)])
-    return model
+def calibrated_latents() -> Latents:
+    latents = prepare(small_model(), PLAN)
+    calibrate(latents.model, PLAN, [(IDS, POSITIONS)])
+    return latents
+
+
+@pytest.fixture(scope="module")
+def calibrated(calibrated_latents: Latents) -> Any:
+    return calibrated_latents.model
 
 
 def logits(model: Any, ids: Tensor = IDS) -> Tensor:
@@ -91,7 +94,7 @@ def test_compilation_leaves_every_parameter_its_gradient(calibrated: Any) -> Non
     x = torch.randn(4, linear.in_features)
 
     def gradients(run: Any) -> tuple[Tensor, ...]:
-        learned = norm._parameters["weight"], linear.static.latents["input"], linear.static.latents["output"]
+        learned = norm.weight, linear.static.latents["input"], linear.static.latents["output"]
         return torch.autograd.grad(run(x).square().sum(), learned)
 
     def layers(x: Tensor) -> Tensor:
@@ -110,9 +113,8 @@ def test_a_linear_computes_again_what_it_does_not_keep(calibrated: Any) -> None:
     y.backward(grad)
     gradients = {name: parameter.grad.clone() for name, parameter in linear.named_parameters()}
     linear.zero_grad()
-    weight = linear.quantizer(linear.weight, torch.float32)
     static = linear.static.latents
-    expected = StaticQuantize.apply(StaticQuantize.apply(plain, static["input"]) @ weight.T, static["output"])
+    expected = StaticQuantize.apply(StaticQuantize.apply(plain, static["input"]) @ linear.weight.T, static["output"])
     expected.backward(grad)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(ours.grad, plain.grad)
@@ -136,7 +138,7 @@ def test_the_forward_is_that_of_transformers_layer(calibrated: Any) -> None:
     name = "model.layers.0.self_attn.q_proj"
     x = torch.randn(3, linear.in_features)
     inside = apply_srq(x, torch.tensor(scales[f"{name}.input_activation_scale"]))
-    product = torch.nn.functional.linear(inside, linear.quantizer(linear.weight, torch.float32))
+    product = torch.nn.functional.linear(inside, linear.weight)
     expected = apply_srq(product, torch.tensor(scales[f"{name}.output_activation_scale"]))
     assert torch.equal(linear(x), expected)
 
@@ -176,7 +178,7 @@ def test_the_first_token_is_not_calibrated_on() -> None:
     for model in (plain, loud):
         prepared = prepare(model, small_plan("weights.ple_embedding.trainable=true", recipe="mobile"))
         name = "model.layers.0.self_attn.q_proj.input_activation_scale"
-        found.append(calibrate(prepared, PLAN, [(ids, POSITIONS)])[name])
+        found.append(calibrate(prepared.model, PLAN, [(ids, POSITIONS)])[name])
     assert found[0] == found[1]
 
 
@@ -202,22 +204,21 @@ def test_a_process_without_data_changes_nothing(calibrated: Any) -> None:
 
 
 def test_observers_are_gone_after_calibration(calibrated: Any) -> None:
-    assert not any(m._forward_hooks for m in calibrated.modules() if isinstance(m, QuantLinear))
+    assert not any(m._forward_hooks for m in calibrated.modules() if isinstance(m, torch.nn.Linear))
     assert all(m.static.observer is None for m in calibrated.modules() if hasattr(m, "static"))
 
 
 def test_activations_that_are_not_finite_are_refused() -> None:
     model = student()
     with torch.no_grad():
-        model.model.layers[1].input_layernorm._parameters["weight"].fill_(float("nan"))
+        model.model.layers[1].input_layernorm.weight.fill_(float("nan"))
     with pytest.raises(WeightError, match=r"layers\.1\.self_attn.*NaN or Inf"):
         calibrate(model, PLAN, [(IDS, POSITIONS)])
 
 
-def test_packed_scales_are_those_of_the_forward(calibrated: Any, gemma4: Any, tmp_path: Any) -> None:
-    from intaglio.packed.model import PackedModel
-
-    pack_model(calibrated, PLAN, tmp_path / "packed", assets=gemma4.checkpoint)
+def test_packed_scales_are_those_of_the_forward(calibrated_latents: Latents, gemma4: Any, tmp_path: Any) -> None:
+    calibrated = calibrated_latents.model
+    pack_model(calibrated_latents, tmp_path / "packed", assets=gemma4.checkpoint)
     assert PackedModel.open(tmp_path / "packed").read_static() == read_scales(calibrated, PLAN)
 
 
@@ -243,7 +244,6 @@ def test_another_attention_is_refused() -> None:
 
 def test_gradient_reaches_every_scale(calibrated: Any) -> None:
     model = copy.deepcopy(calibrated)
-    StepWeights(model).decode(torch.float32)
     model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
     silent = [n for n, p in model.named_parameters() if "static" in n and (p.grad is None or not p.grad.abs().sum())]
     assert not silent
@@ -253,11 +253,11 @@ def test_training_learns_the_scales_and_dropout_leaves_steps_out(tmp_path: Any) 
     plans = [small_plan(*overrides(d), recipe="mobile") for d in (0, 1)]
     teacher = small_model()
     with_static, without = (
-        read_scales(train(teacher, plan, CORPUS, tmp_path / str(i), options=Options(precision="no")), plan)
+        read_scales(train(teacher, plan, CORPUS, tmp_path / str(i), options=Options(precision="no")).model, plan)
         for i, plan in enumerate(plans)
     )
     start = prepare(copy.deepcopy(teacher), plans[0])
-    first = calibrate(start, plans[0], [(IDS, POSITIONS)])
+    first = calibrate(start.model, plans[0], [(IDS, POSITIONS)])
     moved, still = ([abs(math.log(found[name] / first[name])) for name in first] for found in (with_static, without))
     assert max(moved) > 0.04  # the rate is 0.05, in logarithms
     assert max(still) < 0.02
@@ -277,7 +277,7 @@ def test_a_resumed_run_goes_on_with_its_scales(tmp_path: Any) -> None:
         train(teacher, plan, CORPUS, tmp_path / "cut", options=options, on_step=stop)
     resumed = train(teacher, plan, CORPUS, tmp_path / "cut", options=options, resume=True)
     assert read_losses(tmp_path / "cut") == read_losses(tmp_path / "whole")
-    assert read_scales(resumed, plan) == read_scales(whole, plan)
+    assert read_scales(resumed.model, plan) == read_scales(whole.model, plan)
     assert len(read_losses(tmp_path / "whole")) == 6
 
 
@@ -293,14 +293,21 @@ def test_scales_that_are_put_by_hand_are_used() -> None:
     assert read_scales(model, PLAN)[owner.name] == pytest.approx(0.25, rel=2**-8)
 
 
-def test_without_scales_it_is_a_plain_linear_of_the_decoded_weight() -> None:
+def test_without_scales_it_is_a_plain_linear() -> None:
     linear = student().model.layers[0].mlp.gate_proj
-    ours = torch.randn(4, linear.in_features, requires_grad=True)
-    plain = ours.detach().clone().requires_grad_()
-    z = linear.quantizer.scale_latent
-    y = FakeQuantLinear.apply(ours, linear.weight, z, None, None, None, linear.quantizer)
-    expected = plain @ linear.quantizer(linear.weight, torch.float32).T
-    for output in (y, expected):
-        output.sin().sum().backward()
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(ours.grad, plain.grad)
+    x = torch.randn(4, linear.in_features)
+    assert torch.equal(linear(x), torch.nn.functional.linear(x, linear.weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_calibrated_model_that_was_cast_packs_the_scales_of_its_forward(
+    dtype: torch.dtype, calibrated_latents: Latents, gemma4: Any, tmp_path: Any
+) -> None:
+    latents = copy.deepcopy(calibrated_latents)
+    latents.model.to(dtype)
+    try:
+        pack_model(latents, tmp_path / "packed", assets=gemma4.checkpoint)
+    except MismatchError as error:
+        assert "cast" in str(error)
+    else:
+        assert PackedModel.open(tmp_path / "packed").read_static() == read_scales(latents.model, PLAN)

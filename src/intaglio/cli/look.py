@@ -20,6 +20,7 @@ from intaglio.cli.options import (
     evaluation_of,
     print_json,
 )
+from intaglio.errors import RuntimeFailureError
 
 if TYPE_CHECKING:
     pass
@@ -146,4 +147,4 @@ def report(
         made = run_report(original, run_dir, evaluation=evaluation, progress=bars.progress)
     print_report(made, run_dir)
     if any(row.failure for row in made.comparisons):
-        raise typer.Exit(1)
+        raise typer.Exit(RuntimeFailureError.exit_code)

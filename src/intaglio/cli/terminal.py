@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text as RichText
 
 from intaglio.measure.metrics import Comparison
 from intaglio.measure.render import percent, size, with_ci
@@ -50,6 +51,10 @@ class Bars:
         self.finish()
         self.task = self.bars.add_task(name, total=None, figures="")
 
+    def note(self, text: str) -> None:
+        """Print a line above the bars."""
+        self.bars.console.print(RichText(text, style="yellow"), soft_wrap=True)
+
     def finish(self) -> None:
         """Fill the present bar: a stage without parts is done when the next begins."""
         if self.task is not None:
@@ -70,10 +75,6 @@ class Bars:
         assert self.task is not None
         self.bars.update(self.task, completed=done, total=total, figures=figures)
 
-    def note(self, line: str) -> None:
-        """Show a line above the bars."""
-        self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
 
 def print_report(report: Report, out: Path) -> None:
     """The comparison table, the headline, and where the files are."""
@@ -91,7 +92,7 @@ def print_report(report: Report, out: Path) -> None:
     console.print(table)
     for row in report.comparisons:
         if row.failure:
-            console.print(f"{row.label}: not measured: {row.failure}", markup=False, highlight=False, style="yellow")
+            console.print(RichText(f"{row.label}: not measured: {row.failure}", style="bold yellow"), soft_wrap=True)
     for artifact in report.artifacts:
         console.print(artifact.verification, highlight=False)
     console.print(f"report: {out / 'report.html'}", highlight=False)

@@ -21,10 +21,10 @@ console = Console(highlight=False)
 BAR_WIDTH = 20
 WIDE = 100  # columns of a terminal that has room for grids and bits too
 TRAINING_LABELS = {
-    "teacher": "teacher, float32",
+    "teacher": "teacher, bfloat16",
+    "student": "student, bfloat16",
     "masters": "float32 masters",
     "scales": "scales",
-    "decoded": "weights of the step, bfloat16",
     "gradients": "gradients",
     "optimizer": "AdamW moments",
     "gathered": "one layer, gathered",

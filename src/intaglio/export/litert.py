@@ -8,6 +8,7 @@ itself; nothing is decoded on the way, and no code of ours runs there but `liter
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import intaglio
-from intaglio.errors import ConfigError, InputError, RecipeError
+from intaglio.errors import ConfigError, InputError, RecipeError, RuntimeFailureError
 from intaglio.export.folder import silent
 from intaglio.litert import ERROR_MARK
 from intaglio.numerics.grid import Q4_0_POSITIVE, BlockGrid
@@ -145,5 +146,9 @@ def _run_worker(python: Path, arguments: list[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace")
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        if done.returncode < 0:
+            known = "; systems do this to the largest process when memory runs out"
+            how = f"signal {-done.returncode}{known if done.returncode == -signal.SIGKILL else ''}"
+            raise RuntimeFailureError(f"{python}: LiteRT's converter ended with {how}: {lines[-1]}")
         told = next((line.removeprefix(ERROR_MARK) for line in lines if line.startswith(ERROR_MARK)), None)
         raise InputError(told or f"{python}: LiteRT's converter ended with code {done.returncode}: {lines[-1]}")

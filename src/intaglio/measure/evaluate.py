@@ -119,8 +119,8 @@ def evaluate_many(
 ) -> dict[str, Comparison]:
     """Compare several candidates with one reference, which runs once a window.
 
-    Raises InputError for windows of fewer than two tokens, for none at all, and for a source that
-    ends early; ConfigError and WeightError as `Accumulator.add` does.
+    Raises RuntimeFailureError where a candidate's runtime fails, InputError for windows of fewer than two tokens, for
+    none at all, and for a source that ends early; ConfigError and WeightError as `Accumulator.add` does.
     """
     if windows_NT.ndim != 2 or windows_NT.shape[0] < 1 or windows_NT.shape[1] < 2:
         raise InputError(f"windows of shape {list(windows_NT.shape)}: expected [windows, tokens], two tokens or more")

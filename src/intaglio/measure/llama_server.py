@@ -8,25 +8,43 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
-from intaglio.errors import ConfigError, InputError
+from intaglio.errors import ConfigError, InputError, RuntimeFailureError
+from intaglio.measure.process import ending, hanging, has_amx, last_words, read_log, read_patience, work_seconds
 
 PROGRAM = "llama-server"
-START_SECONDS = 300  # until a large model is read from a slow disk
 STOP_SECONDS = 10
 POLL_SECONDS = 0.05
 CHECKS = "llamacpp:spec_decode_num_drafts_total"
+CANNOT_START = 127  # the guard's exit code, as a shell has it
+# Linux ends the server with the thread that started it, and so leaves none behind (prctl(2), PR_SET_PDEATHSIG is 1).
+GUARD = """
+import ctypes, os, signal, sys
+prctl = getattr(ctypes.CDLL(None), "prctl", None)
+if prctl:
+    prctl(1, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):
+        os._exit(1)
+try:
+    os.execv(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    print(f"{sys.argv[2]}: {error.strerror}")
+    sys.exit(127)
+"""
 
 
 @dataclass(frozen=True)
@@ -61,10 +79,11 @@ class LlamaServer:
 
     model, draft: GGUF files; a draft is that of a `gemma4-assistant`. draft_tokens: how many are proposed before
     the model checks them. context_tokens: prompt and continuation. threads: None for llama.cpp's own choice.
-    program: the server's; None to look for it on the PATH.
+    program: the server's; None to look for it on the PATH. patience: a factor for the time limits; None for
+    INTAGLIO_PATIENCE in the environment, or 1.
 
-    Raises InputError if there is no such program, and ConfigError, with the server's last words, for files that it
-    does not load.
+    Raises InputError if there is no such program, ConfigError, with the server's last words, for files that it
+    does not load, and RuntimeFailureError, also from every method, if it dies, hangs or is killed.
     """
 
     def __init__(
@@ -76,6 +95,7 @@ class LlamaServer:
         context_tokens: int = 2048,
         threads: int | None = None,
         program: str | Path | None = None,
+        patience: float | None = None,
     ):
         if draft_tokens < 1:
             raise InputError(f"draft length {draft_tokens}: expected 1 or more tokens; leave the drafter out for none")
@@ -91,11 +111,19 @@ class LlamaServer:
         if draft is not None:
             command += ["-md", draft, "--spec-type", "draft-mtp", "--spec-draft-n-max", draft_tokens]
             command += ["-td", threads, "-tbd", threads] if threads is not None else []
+        if has_amx():
+            command += ["--no-repack"]  # AMX kernels die where gcc 12 built them
+        self._patience = read_patience() if patience is None else patience
+        self._bytes = sum(Path(path).stat().st_size for path in (model, draft) if path is not None)
+        guarded = [sys.executable, "-S", "-E", "-c", GUARD, os.getpid(), *command]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the server
         self._web = build_opener(ProxyHandler({}))  # a proxy would not find this machine
-        self._process = subprocess.Popen(
-            [str(part) for part in command], stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT
-        )
+        try:
+            self._process = subprocess.Popen(
+                [str(part) for part in guarded], stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT
+            )
+        except OSError as error:  # no memory or no processes left
+            raise RuntimeFailureError(f"{PROGRAM} cannot be started: {error.strerror or error}") from None
         try:
             self._wait(model)
         except BaseException:
@@ -118,6 +146,7 @@ class LlamaServer:
         checks = self._checks()
         answer = self._ask(
             "/completion",
+            work_seconds(self._bytes, len(prompt) + new_tokens),
             {
                 "prompt": prompt if isinstance(prompt, str) else [int(token) for token in prompt],
                 "n_predict": new_tokens,
@@ -129,21 +158,23 @@ class LlamaServer:
                 **({"samplers": ["temperature"]} if temperature else {}),
             },
         )
-        said = json.loads(answer)
-        timings = said["timings"]
-        return Completion(
-            text=said["content"],
-            tokens=tuple(said["tokens"]),
-            seconds=timings["predicted_ms"] / 1000,
-            drafted=timings.get("draft_n", 0),
-            accepted=timings.get("draft_n_accepted", 0),
-            checks=self._checks() - checks,
-        )
+        try:
+            said = json.loads(answer)
+            timings = said["timings"]
+            return Completion(
+                text=said["content"],
+                tokens=tuple(said["tokens"]),
+                seconds=timings["predicted_ms"] / 1000,
+                drafted=timings.get("draft_n", 0),
+                accepted=timings.get("draft_n_accepted", 0),
+                checks=self._checks() - checks,
+            )
+        except (ValueError, TypeError, KeyError):
+            self._fail(f"{PROGRAM} answered {answer[:200]!r}, which is no completion")
 
     def log(self) -> str:
-        """All that the server has printed."""
-        self._log.seek(0)
-        return self._log.read().decode("utf-8", "replace")
+        """The end of what the server has printed."""
+        return read_log(self._log)
 
     def close(self) -> None:
         """Stop the server. May be called twice."""
@@ -164,31 +195,53 @@ class LlamaServer:
 
     def _wait(self, model: str | Path) -> None:
         """Until the server has loaded its files."""
-        end = time.monotonic() + START_SECONDS
+        where, seconds = f"while it loaded {Path(model).name}", work_seconds(self._bytes) * self._patience
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if self._process.poll() is not None:
-                raise ConfigError(f"{model}: {PROGRAM} does not run this model: {_last_words(self.log())}")
+            code = self._process.poll()
+            if code == CANNOT_START:
+                raise InputError(f"{PROGRAM} cannot be started: {last_words(self.log())}")
+            if code is not None and code >= 0:
+                said = last_words(self.log()) or "it gave no reason"
+                raise ConfigError(f"{model}: {PROGRAM} does not run this model: {said}")
+            if code is not None:
+                raise RuntimeFailureError(ending(PROGRAM, code, where, self.log()))
             try:
-                with self._web.open(f"{self.url}/health", timeout=5):
+                with self._web.open(f"{self.url}/health", timeout=min(5, seconds)):
                     return
-            except OSError:  # nobody listens yet, or 503: it is loading
+            except (OSError, HTTPException):  # nobody listens yet, or 503: it is loading
                 time.sleep(POLL_SECONDS)
-        raise ConfigError(f"{model}: {PROGRAM} is not ready after {START_SECONDS} s: {_last_words(self.log())}")
+        raise RuntimeFailureError(hanging(PROGRAM, seconds, where))
 
     def _checks(self) -> int:
         """Checks of drafts since the server began."""
-        lines = self._ask("/metrics").decode("utf-8").splitlines()
+        lines = self._ask("/metrics", work_seconds(self._bytes)).decode("utf-8", "replace").splitlines()
         return next((int(float(line.split()[1])) for line in lines if line.startswith(CHECKS + " ")), 0)
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None) -> bytes:
+    def _ask(self, path: str, seconds: float, body: dict[str, Any] | None = None) -> bytes:
         data = None if body is None else json.dumps(body).encode()
+        seconds, where = seconds * self._patience, f"at {path}"
+        request = Request(self.url + path, data, {"Content-Type": "application/json"})
+        if self._log.closed:
+            raise RuntimeFailureError(f"{PROGRAM} was stopped before {path}: start it again")
         try:
-            with self._web.open(Request(self.url + path, data, {"Content-Type": "application/json"})) as answer:
+            with self._web.open(request, timeout=seconds) as answer:
                 return answer.read()
         except HTTPError as error:
             raise InputError(f"{PROGRAM}: {error.read().decode('utf-8', 'replace')[:400]}") from None
-        except OSError as error:
-            raise InputError(f"{PROGRAM} does not answer ({error}): {_last_words(self.log())}") from error
+        except (OSError, HTTPException) as error:
+            if isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError):
+                self._fail(hanging(PROGRAM, seconds, where))
+            try:
+                code = self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._fail(f"{PROGRAM} does not answer {where} ({error}) and was stopped: {last_words(self.log())}")
+            self._fail(ending(PROGRAM, code, where, self.log()))
+
+    def _fail(self, message: str) -> NoReturn:
+        self._process.kill()
+        self.close()
+        raise RuntimeFailureError(message) from None
 
 
 def find_program(program: str | Path | None = None) -> str:
@@ -206,10 +259,3 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-def _last_words(log: str) -> str:
-    """What of a log says why."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if any(word in line.lower() for word in ("error", "failed", "assert", "invalid"))]
-    return " | ".join((errors or lines)[-3:])[:600] or "it gave no reason"

@@ -1,6 +1,9 @@
-"""Logits and greedy text of a GGUF file from llama.cpp itself, through llama-cpp-python's C bindings.
+"""Logits and greedy text of a GGUF file from llama.cpp itself, in a process of its own.
 
 Shape suffixes: T tokens, V vocabulary.
+
+llama.cpp is native code that is not ours. It may crash, hang, or be killed for its memory, so it runs in a child
+(`llama_child.py`, through llama-cpp-python's C bindings), and its end is a RuntimeFailureError here.
 
 The settings leave the weights' own arithmetic and switch off what would blur a comparison: the KV
 cache is float32 (llama.cpp's default is float16) and flash attention is off. What remains of
@@ -10,120 +13,144 @@ is part of what its users get, and so of the measurement.
 
 from __future__ import annotations
 
-import ctypes
+import importlib.util
+import math
 import os
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from intaglio.errors import ConfigError, InputError
+from intaglio.errors import ConfigError, InputError, IntaglioError, RuntimeFailureError
+from intaglio.measure import llama_child
+from intaglio.measure.llama_child import BATCH_TOKENS
+from intaglio.measure.process import START_SECONDS, Child, has_amx, work_seconds
 
-GGML_LOG_LEVEL_ERROR = 4  # ggml.h, enum ggml_log_level
-BATCH_TOKENS = 512  # llama.cpp's default physical batch; its compute buffer holds this many rows of logits
-
-# llama.cpp has one log callback a process, which must outlive every model, so its lines go here.
-_error_lines: deque[str] = deque(maxlen=8)
-_log_callback: Any = None
+SCRIPT = Path(llama_child.__file__)
+SHARED_BYTES = 1 << 26  # of logits that pass from process to process at once
+MOST_TOKENS = 1 << 24  # of a vocabulary that is not nonsense
+ANSWER_SECONDS = 60.0  # limit for requests that compute next to nothing
+OUT_OF_MEMORY = ("bad_alloc", "insufficient memory", "Cannot allocate memory")  # as llama.cpp says it
+EXTRA_BUFFERS_OFF = ", extra buffers off: the processor has AMX"
 
 
 class LlamaCpp:
     """A GGUF file loaded in llama.cpp; a context manager. One context serves every call.
 
     path: the file. context_tokens: longest window, prompt and continuation included.
-    threads: None for one a core.
+    threads: None for one a core. patience: a factor for the time limits; None for INTAGLIO_PATIENCE in the
+    environment, or 1.
 
-    Raises InputError without llama-cpp-python, and ConfigError, with llama.cpp's last words, for a
-    file that it does not load.
+    Raises InputError without llama-cpp-python, ConfigError, with llama.cpp's last words, for a file that it does
+    not load, and RuntimeFailureError, also from every method, if its process dies, hangs, is killed or gets no memory.
     """
 
-    def __init__(self, path: str | Path, *, context_tokens: int = 2048, threads: int | None = None):
-        self._lib = _library()
-        self._context: Any = None
-        self._model = self._load(Path(path))
-        self._vocab = self._lib.llama_model_get_vocab(self._model)
-        self.vocabulary: int = self._lib.llama_vocab_n_tokens(self._vocab)
-        self.context_tokens = context_tokens
-        params = self._lib.llama_context_default_params()
-        params.n_ctx = context_tokens
-        params.n_batch = params.n_ubatch = min(BATCH_TOKENS, context_tokens)
-        params.n_threads = params.n_threads_batch = threads or os.cpu_count() or 1
-        params.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.type_k = params.type_v = self._lib.GGML_TYPE_F32
-        self._context = self._lib.llama_init_from_model(self._model, params)
-        if not self._context:
-            self.close()
-            raise ConfigError(f"{path}: llama.cpp cannot make a context of {context_tokens} tokens: {_last_words()}")
-
-    def _load(self, path: Path) -> Any:
-        if not path.is_file():
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        context_tokens: int = 2048,
+        threads: int | None = None,
+        patience: float | None = None,
+    ):
+        self._path, self.context_tokens, self._windows = Path(path), context_tokens, 0
+        if not self._path.is_file():
             raise ConfigError(f"{path}: no such file: expected a GGUF model")
-        _error_lines.clear()
-        model = self._lib.llama_model_load_from_file(os.fsencode(path), self._lib.llama_model_default_params())
-        if not model:
-            raise ConfigError(f"{path}: llama.cpp cannot load this model: {_last_words()}")
-        return model
-
-    @property
-    def version(self) -> str:
-        """For `Comparison.runtime`."""
-        import llama_cpp
-
-        return f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
+        self._bytes = self._path.stat().st_size
+        extra_buffers = not has_amx()  # AMX kernels are among them, and die where gcc 12 built them
+        self._child, version = _start(patience)
+        self.version = f"llama.cpp (llama-cpp-python {version}{'' if extra_buffers else EXTRA_BUFFERS_OFF})"
+        try:
+            found = self._ask(
+                "load",
+                {"vocabulary": int, "bos": int, "eos": int},
+                seconds=work_seconds(self._bytes),
+                where=f"while it loaded {self._path.name}",
+                path=str(self._path.absolute()),
+                context_tokens=context_tokens,
+                threads=threads or os.cpu_count() or 1,
+                extra_buffers=extra_buffers,
+            )
+            self.vocabulary: int = found["vocabulary"]
+            self.bos, self.eos = found["bos"], found["eos"]
+            if not 0 < self.vocabulary <= MOST_TOKENS:
+                raise ConfigError(f"{path}: llama.cpp reads a vocabulary of {self.vocabulary} tokens from it")
+            self._shared_rows = max(1, SHARED_BYTES // (4 * self.vocabulary))
+            memory = self._child.share(4 * self._shared_rows * self.vocabulary)
+            self._shared_RV = torch.frombuffer(memory, dtype=torch.float32).view(self._shared_rows, self.vocabulary)
+        except BaseException:
+            self.close()
+            raise
 
     def logits(self, tokens_T: Tensor | Sequence[int]) -> Tensor:
         """float32 [T, V], on the CPU, of one window without any history.
 
         Raises InputError for a window that is empty or longer than the context, and for token ids
-        outside the vocabulary.
+        outside the vocabulary; RuntimeFailureError also for NaN or Inf.
         """
-        tokens = self._start(tokens_T)
+        tokens = self._check(tokens_T)
+        self._windows += 1
+        where = "at the first window" if self._windows == 1 else f"at window {self._windows}"
         logits_TV = torch.empty(len(tokens), self.vocabulary)
-        for start in range(0, len(tokens), BATCH_TOKENS):
-            piece = tokens[start : start + BATCH_TOKENS]
-            logits_TV[start : start + len(piece)] = self._decode(piece, start, outputs=len(piece))
+        for start, piece in self._pieces(tokens):
+            self._decode(piece, start, outputs=len(piece), where=where)
+            for first in range(0, len(piece), self._shared_rows):
+                rows = self._rows(first, min(first + self._shared_rows, len(piece)), where)
+                if not math.isfinite(float(rows.sum())):
+                    raise RuntimeFailureError(f"{self._path}: llama.cpp computed NaN or Inf {where}")
+                logits_TV[start + first : start + first + len(rows)] = rows
         return logits_TV
 
     def greedy(self, tokens: Tensor | Sequence[int], n: int) -> list[int]:
         """At most `n` tokens that continue the prompt, each the likeliest; ends before an end-of-text token."""
-        prompt = self._start(tokens, room=n)
-        for start in range(0, len(prompt), BATCH_TOKENS):
-            logits_V = self._decode(prompt[start : start + BATCH_TOKENS], start, outputs=1)[0]
+        prompt, where = self._check(tokens, room=n), "while it continued a prompt"
+        for start, piece in self._pieces(prompt):
+            self._decode(piece, start, outputs=1, where=where)
         continuation: list[int] = []
         while len(continuation) < n:
-            token = int(logits_V.argmax())
-            if self._lib.llama_vocab_is_eog(self._vocab, token):
+            token = int(self._rows(0, 1, where)[0].argmax())
+            if self._ask("ends", {"ends": bool}, where=where, token=token)["ends"]:
                 break
             continuation.append(token)
-            logits_V = self._decode([token], len(prompt) + len(continuation) - 1, outputs=1)[0]
+            self._decode([token], len(prompt) + len(continuation) - 1, outputs=1, where=where)
         return continuation
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """The file's own tokenizer. add_special: <bos> as the file asks for it; parse_special: read
         the text's control tokens as such."""
-        data = text.encode()
-        arguments = (self._vocab, data, len(data))
-        size = -self._lib.llama_tokenize(*arguments, None, 0, add_special, parse_special)
-        buffer = (self._lib.llama_token * size)()
-        self._lib.llama_tokenize(*arguments, buffer, size, add_special, parse_special)
-        return list(buffer)
+        return self._ask(
+            "tokenize",
+            {"tokens": list},
+            seconds=ANSWER_SECONDS + len(text) / 1e4,
+            where="at a text to tokenize",
+            text=text.encode().decode(),  # UnicodeEncodeError here for what is no text
+            add_special=add_special,
+            parse_special=parse_special,
+        )["tokens"]
 
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        """Text of the tokens, control tokens left out."""
-        array = (self._lib.llama_token * len(tokens))(*tokens)
-        arguments = (self._vocab, array, len(tokens))
-        size = -self._lib.llama_detokenize(*arguments, None, 0, True, False)
-        buffer = ctypes.create_string_buffer(max(size, 1))
-        self._lib.llama_detokenize(*arguments, buffer, size, True, False)
-        return buffer.raw[:size].decode("utf-8", "replace")
+    def detokenize(self, tokens: Sequence[int], special: bool = False) -> str:
+        """Text of the tokens. special: with control tokens in it."""
+        where = "at tokens to read"
+        return self._ask("detokenize", {"text": str}, where=where, tokens=list(tokens), special=special)["text"]
 
-    def _start(self, tokens_T: Tensor | Sequence[int], room: int = 0) -> list[int]:
-        """Forget the window before, and check the new one."""
-        if self._context is None:
-            raise ValueError("this LlamaCpp is closed")
+    def metadata(self) -> dict[str, str]:
+        """Keys and values of the file as llama.cpp reads them, such as the chat template; without arrays."""
+        return self._ask("metadata", {"metadata": dict}, where="at the file's keys")["metadata"]
+
+    def close(self) -> None:
+        """End the process, and free the model's memory with it. Calling it twice is fine."""
+        self._child.close()
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _check(self, tokens_T: Tensor | Sequence[int], room: int = 0) -> list[int]:
+        """The window's tokens, which llama.cpp can take."""
         tokens = torch.as_tensor(tokens_T).tolist()
         if not tokens or len(tokens) + room > self.context_tokens:
             raise InputError(
@@ -135,62 +162,61 @@ class LlamaCpp:
                 f"token ids from {min(tokens)} to {max(tokens)}: expected 0 to {self.vocabulary - 1}: "
                 "the windows come from another tokenizer than the model"
             )
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         return tokens
 
-    def _decode(self, tokens: list[int], position: int, *, outputs: int) -> Tensor:
-        """Logits [outputs, V] of the last `outputs` tokens, in llama.cpp's memory until the next call."""
-        count = len(tokens)
-        batch = self._lib.llama_batch_init(count, 0, 1)
+    def _pieces(self, tokens: list[int]) -> Iterator[tuple[int, list[int]]]:
+        """What llama.cpp takes at once, with its position."""
+        for start in range(0, len(tokens), BATCH_TOKENS):
+            yield start, tokens[start : start + BATCH_TOKENS]
+
+    def _decode(self, tokens: list[int], position: int, *, outputs: int, where: str) -> None:
+        """Compute logits of the last `outputs` tokens; `_rows` reads them."""
+        seconds = work_seconds(self._bytes, len(tokens))
+        self._ask("decode", {}, seconds=seconds, where=where, tokens=tokens, position=position, outputs=outputs)
+
+    def _rows(self, start: int, stop: int, where: str) -> Tensor:
+        """Logits [stop - start, V] of what was decoded last, in shared memory until the next call."""
+        self._ask("rows", {}, where=where, start=start, stop=stop)
+        return self._shared_RV[: stop - start]
+
+    def _ask(
+        self, do: str, answers: dict[str, type], *, seconds: float | None = None, where: str, **arguments: Any
+    ) -> dict[str, Any]:
         try:
-            batch.n_tokens = count
-            for i, token in enumerate(tokens):
-                batch.token[i], batch.pos[i] = token, position + i
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = i >= count - outputs
-            status = self._lib.llama_decode(self._context, batch)
-        finally:
-            self._lib.llama_batch_free(batch)
-        if status != 0:
-            raise ConfigError(f"llama_decode of {count} tokens failed with status {status}: {_last_words()}")
-        values = ctypes.cast(
-            self._lib.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float * (outputs * self.vocabulary))
-        )
-        return torch.frombuffer(values.contents, dtype=torch.float32).view(outputs, self.vocabulary)
-
-    def close(self) -> None:
-        """Free the model's memory. Calling it twice is fine."""
-        if self._context is not None:
-            self._lib.llama_free(self._context)
-        if self._model is not None:
-            self._lib.llama_model_free(self._model)
-        self._context = self._model = None
-
-    def __enter__(self) -> LlamaCpp:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+            return self._child.ask(do, answers, seconds=seconds or ANSWER_SECONDS, where=where, **arguments)
+        except InputError as error:
+            if do == "load" and not any(words in str(error) for words in OUT_OF_MEMORY):
+                raise ConfigError(f"{self._path}: {error}") from None
+            raise RuntimeFailureError(f"{self._path}: {error}, {where}") from None
 
 
-def _library() -> Any:
-    """llama-cpp-python's C bindings, silenced."""
-    global _log_callback
+def installed() -> bool:
+    """Whether there is a llama-cpp-python; `why_unusable` says more."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def why_unusable() -> str | None:
+    """Why llama.cpp cannot run here; None if it can. Starts its process and ends it."""
     try:
-        import llama_cpp.llama_cpp as lib
-    except ImportError as error:
-        raise InputError(f"llama-cpp-python is not usable ({error}): pip install 'intaglio[llama]'") from error
-    if _log_callback is None:
-
-        def keep_errors(level: int, text: bytes, _: Any) -> None:
-            if level == GGML_LOG_LEVEL_ERROR:
-                _error_lines.append(text.decode("utf-8", "replace").strip())
-
-        _log_callback = lib.llama_log_callback(keep_errors)
-        lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
-        lib.llama_backend_init()
-    return lib
+        child, _ = _start(None)
+    except IntaglioError as error:
+        return str(error)
+    child.close()
+    return None
 
 
-def _last_words() -> str:
-    return "; ".join(_error_lines) or "it gave no reason"
+def _start(patience: float | None) -> tuple[Child, str]:
+    """A process with the library in it, and the version of llama-cpp-python."""
+    if not installed():
+        raise InputError("llama-cpp-python is not installed: pip install 'intaglio[llama]'")
+    child = Child("llama.cpp", SCRIPT, patience=patience)
+    try:
+        answer = child.ask("start", {"version": str}, seconds=START_SECONDS, where="while its library was loaded")
+    except InputError as error:
+        child.close()
+        raise InputError(
+            f"llama-cpp-python is installed but cannot be loaded ({error}): build it again, with "
+            "CFLAGS=-U__AMX_INT8__ CXXFLAGS=-U__AMX_INT8__ pip install --force-reinstall --no-cache-dir --no-deps "
+            "llama-cpp-python==0.3.36"
+        ) from None
+    return child, answer["version"]

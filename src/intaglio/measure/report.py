@@ -42,7 +42,7 @@ class ComparisonRow:
     kind: "original" (the reference), "stock" (the runtime's own rounding), "fitted" (the recipe's fit),
         "start" (where GPTQ let training begin) or "trained". Shares are recovered by "trained" from the others.
     variant: how it computes, if not as it is meant to; rows of a variant are compared with each other.
-    comparison: None for the reference itself, and where measuring failed: failure says why.
+    comparison: None for the reference itself, and for what could not be measured. failure: why it could not.
     size_bytes: of its file, None without one.
     """
 
@@ -50,8 +50,8 @@ class ComparisonRow:
     kind: Kind
     comparison: Comparison | None
     variant: str = ""
-    size_bytes: int | None = None
     failure: str = ""
+    size_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,9 +158,7 @@ class BlockGrid:
         exactly, so rounding it gives the same bits.
         """
         step = step_S.to(dtype).float() if self.positive else step_S.float()
-        if (
-            self.positive and dtype == torch.bfloat16
-        ):  # the same bits, which a compiler cannot leave out as it does a cast
+        if self.positive and dtype == torch.bfloat16:  # a compiler may leave out a cast
             step = round_significant(step_S.float(), BFLOAT16_SIGNIFICANT_BITS)
         return (codes_SK.float() * step.unsqueeze(-1)).to(dtype)
 

@@ -1,8 +1,9 @@
 """How much memory training takes on each GPU: what `train` allocates, counted from the plan.
 
-Weights are counted exactly: float32 teacher and latents, scales, gradients, AdamW's two moments, and weights
-decoded once for an optimizer step. Activations are what autograd keeps of each layer in eager mode under
-bfloat16 autocast, counted from transformers' layers (a test compares both); a compiled layer keeps less.
+Weights are counted exactly, for a forward in bfloat16: the teacher, the student with its decoded weights, float32
+latents, scales, gradients of both, and AdamW's two moments. Codes of a table that is not trained are on the host.
+Activations are the tensors that autograd keeps of each layer in eager mode in bfloat16, counted from transformers'
+layers (a test compares both); a compiled layer keeps less.
 The loss holds four chunks of logits at a time, as measured (benchmarks/results/gpu_step.json).
 
 Sharded over n GPUs as FSDP does it, each holds an n-th of weights, gradients and moments, and one layer's
@@ -29,10 +30,11 @@ LOGITS_AT_ONCE = 4  # of student and teacher, and gradients
 class TrainingMemory:
     """Bytes on each GPU.
 
-    teacher: float32, with a bfloat16 copy of its head. masters: float32 latents, and tables that are not
-    trained as codes. scales: learned, fitted, and what they began with. decoded: bfloat16 weights of an optimizer step,
-    and their steps; with one micro-batch a step, they are gone by the time all gradients are there, which is not
-    taken off. gathered: the largest layer, whole, where weights are sharded.
+    teacher, student: bfloat16 weights; the student's hold decoded values, those of tables that are not trained too.
+    masters: float32 latents. scales: learned and fitted ones of weights that are trained, with their first values.
+    gradients: bfloat16 ones of weights, and float32 ones of latents and scales. Each latent's gradient takes the
+    place of its weight's in the optimizer step, when activations are gone; that is not taken off.
+    gathered: the largest layer, whole, where weights are sharded.
     micro_tokens: tokens of a forward; what they cost is in activations and loss.
     """
 
@@ -40,9 +42,9 @@ class TrainingMemory:
     micro_tokens: int
     gradient_checkpointing: bool
     teacher: int
+    student: int
     masters: int
     scales: int
-    decoded: int
     gradients: int
     optimizer: int
     gathered: int
@@ -69,7 +71,9 @@ def training_memory(plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool =
     tokens = sequences * schedule.sequence_length
     trained = [t for t in plan if t.rule.trainable and not t.spec.buffer]
     learned = sum(_scales(t) for t in trained if learns_scales(t))
-    trained_values = sum(t.spec.numel for t in trained) + learned
+    weights = sum(t.spec.numel for t in plan)
+    trained_weights = sum(t.spec.numel for t in trained)
+    trained_values = trained_weights + learned
     head = _head_values(plan)
 
     def shared(size_bytes: int) -> int:
@@ -79,21 +83,16 @@ def training_memory(plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool =
         gpus=gpus,
         micro_tokens=tokens,
         gradient_checkpointing=gradient_checkpointing,
-        teacher=shared(FLOAT * sum(t.spec.numel for t in plan)) + HALF * head,
-        masters=shared(sum(_master_bytes(t) for t in plan)),
-        scales=shared(sum(_scale_bytes(t) for t in plan)),
-        decoded=shared(sum(_decoded_bytes(plan, t) for t in plan)),
-        gradients=shared(FLOAT * trained_values),
+        teacher=shared(HALF * weights),
+        student=shared(HALF * weights),
+        masters=shared(FLOAT * trained_weights),
+        scales=shared(sum(_scale_bytes(t) for t in trained)),
+        gradients=shared(HALF * trained_weights + FLOAT * trained_values),
         optimizer=shared(2 * FLOAT * trained_values),
         gathered=2 * HALF * max(_layer_values(plan).values()) if gpus > 1 else 0,
         activations=activation_bytes(plan.model, tokens, gradient_checkpointing),
         loss=_loss_bytes(plan, tokens, head),
     )
-
-
-def is_frozen_table(tensor: PlannedTensor) -> bool:
-    """Whether training keeps it as codes: a table that no head is tied to and no gradient reaches."""
-    return tensor.spec.role == "ple_embedding" and isinstance(tensor.grid, BlockGrid) and not tensor.rule.trainable
 
 
 def learns_scales(tensor: PlannedTensor) -> bool:
@@ -106,10 +105,6 @@ def _scales(tensor: PlannedTensor) -> int:
     return tensor.spec.numel // tensor.grid.block_size if isinstance(tensor.grid, BlockGrid) else 0
 
 
-def _master_bytes(tensor: PlannedTensor) -> int:
-    return tensor.spec.numel * (1 if is_frozen_table(tensor) else FLOAT)
-
-
 def _scale_bytes(tensor: PlannedTensor) -> int:
     grid = tensor.grid
     if not isinstance(grid, BlockGrid):
@@ -118,15 +113,6 @@ def _scale_bytes(tensor: PlannedTensor) -> int:
         return _scales(tensor) * (FLOAT + (0 if grid.canonical else FLOAT))
     supers = 0 if grid.super_block is None else HALF * (tensor.spec.numel // grid.super_block)
     return _scales(tensor) * grid.scale_dtype.itemsize + supers
-
-
-def _decoded_bytes(plan: Plan, tensor: PlannedTensor) -> int:
-    """Of what a linear multiplies by; rows of an embedding are decoded as they are looked up, but for a head's."""
-    tied_head = plan.model.tied_head and tensor.spec.role == "token_embedding"
-    whole = "embedding" not in tensor.spec.role or tied_head
-    if not isinstance(tensor.grid, BlockGrid) or not tensor.rule.trainable or not whole:
-        return 0
-    return HALF * tensor.spec.numel + FLOAT * _scales(tensor)
 
 
 def _head_values(plan: Plan) -> int:

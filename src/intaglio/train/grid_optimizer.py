@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from intaglio.errors import InputError
-from intaglio.train.latents import Latents
+from intaglio.train.latents import Latents, check_inventory
 from intaglio.train.lora import LoraOnGrid, is_adapter
 from intaglio.train.static import bare_path
 
@@ -97,10 +97,11 @@ class GridOptimizer(torch.optim.Optimizer):
 
 
 def check_trainable(latents: Latents) -> None:
-    """Raise InputError for adapters put around a model after `prepare`: they would be added, not quantized."""
+    """Raise InputError for what was put around a model or into it after `prepare`: it would not be quantized."""
     for path, module in latents.model.named_modules():
         if is_adapter(module) and not isinstance(module, LoraOnGrid):
             raise InputError(f"{bare_path(path)}: adapted after prepare(): call get_peft_model() first, then prepare()")
+    check_inventory(latents.model, latents.plan)
     for name, latent in latents.trained.items():
         if not latent.weight.requires_grad:
             raise InputError(

@@ -34,6 +34,18 @@ def take_gradient(weight: nn.Parameter) -> Tensor | None:
     return None if grad is None else local(grad)
 
 
+def check_unchanged(name: str, weight: Tensor, values: Tensor) -> None:
+    """Raise MismatchError unless a weight of the model holds `values`, of this process's rows, cast to its dtype."""
+    own = local(weight.detach())
+    changed = int((values.to(own.dtype) != own).sum())
+    if changed:
+        raise MismatchError(
+            f"{name}: {changed} of {own.numel()} values of the model ({own.dtype}) are not what its latents decode to: "
+            "the weight was changed or cast behind them: train it with GridOptimizer in the place of another "
+            "optimizer, load checkpoints before prepare(), and cast a model before it is prepared"
+        )
+
+
 class FloatLatent:
     """The float32 master [...] of a weight that stays float: the weight is the master, rounded to its grid."""
 
@@ -61,11 +73,13 @@ class FloatLatent:
         self.latent.grad = None if grad is None else grad.float()
 
     def pack(self) -> Tensor:
-        """float32 values of the forward, of this process's rows, on the CPU. MismatchError as in `BlockLatent`."""
-        rounded, values = self.grid.round(self.latent.detach()), local(self.weight.detach())
-        if not torch.equal(rounded.to(values.dtype), values):
-            raise not_decoded(self.name, values, rounded.to(values.dtype))
-        return rounded.cpu()
+        """float32 values as the forward has them, of this process's rows, on the CPU.
+
+        Raises MismatchError if the model's weight holds others.
+        """
+        values = self.grid.round(self.latent.detach())
+        check_unchanged(self.name, self.weight, values)
+        return values.cpu()
 
 
 class BlockLatent:
@@ -207,28 +221,18 @@ class BlockLatent:
         Codes are read off the model's weight, under the steps that it was decoded with: a compiled kernel may round a
         tie its own way. Raises MismatchError if they do not decode to the very values of the weight.
         """
-        values, step = local(self.weight.detach()).cpu(), self.step.cpu()
-        codes = self.grid.codes_of(values, step)
+        if self.adapter is not None:
+            self.adapter.decode_if_switched()
+        step, codes = self.step, self.grid.codes_of(local(self.weight.detach()), self.step)
         if self.mode == "fixed":
             assert self.scale is not None
-            super_scale = None if self.super_scale is None else self.super_scale.cpu()
-            quantized = Quantized(self.grid, codes, self.scale.cpu(), super_scale)
+            quantized = Quantized(self.grid, codes, self.scale, self.super_scale)
         else:
             step = torch.where(step == 0, torch.full_like(step, -0.0), step)  # as ggml writes empty blocks
             quantized = from_steps(self.grid, codes, step)
-        if not torch.equal(quantized.decode(values.dtype), values):
-            raise not_decoded(self.name, values, quantized.decode(values.dtype))
-        return quantized
-
-
-def not_decoded(name: str, values: Tensor, decoded: Tensor) -> MismatchError:
-    """The error for a weight that holds other values than its latent decodes to."""
-    changed = int((values != decoded).sum())
-    return MismatchError(
-        f"{name}: {changed} of {values.numel()} values of the model ({values.dtype}) are not what its grid decodes to: "
-        "the weight was changed or cast behind the optimizer's back: train it with GridOptimizer in place of a plain "
-        "optimizer, and cast a model before it is prepared"
-    )
+        check_unchanged(self.name, self.weight, quantized.decode(self.weight.dtype))
+        parts = (quantized.codes, quantized.scale, quantized.super_scale)
+        return Quantized(self.grid, *(None if part is None else part.cpu() for part in parts))  # type: ignore[arg-type]
 
 
 @functools.cache

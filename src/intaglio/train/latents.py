@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -14,14 +15,23 @@ from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.packed.model import PackedModel
 from intaglio.plan.memory import learns_scales
 from intaglio.plan.plan import Plan, PlannedTensor
-from intaglio.train.latent import BlockLatent, FloatLatent
+from intaglio.train.latent import BlockLatent, FloatLatent, check_unchanged
 from intaglio.train.lora import adapt, check_adapters, is_adapter
 from intaglio.train.quantize import FITS, fit_rows
-from intaglio.train.sharding import average_over_processes, local, own_rows, own_slice, sum_over_processes, world_size
+from intaglio.train.sharding import (
+    average_over_processes,
+    local,
+    own_rows,
+    own_slice,
+    rows_of,
+    sum_over_processes,
+    world_size,
+)
 from intaglio.train.start import check_begins
 from intaglio.train.static import attach_static, bare_path, put_scales
 
 Fit = Callable[[Tensor, BlockGrid], Quantized]
+ROWS_AT_ONCE = 1 << 14  # of a table that is compared with its codes
 STORED_BUFFERS = ("layer_scalar", "token_ordering")  # buffers that a checkpoint holds beside parameters
 
 
@@ -131,9 +141,14 @@ class Latents:
         """A planned tensor as the forward uses it, of this process's rows, on the CPU: codes and scales, or float32."""
         if tensor.name in self.trained:
             return self.trained[tensor.name].pack()
-        if tensor.name in self.still:
-            return self.still[tensor.name]
         module, attribute = self.owners[tensor.name]
+        if tensor.name in self.still:
+            still, weight = self.still[tensor.name], local(getattr(module, attribute).detach())
+            for rows in torch.arange(len(weight)).split(ROWS_AT_ONCE):
+                part = slice(int(rows[0]), int(rows[-1]) + 1)
+                decoded = rows_of(still, part).decode(weight.dtype)
+                check_unchanged(tensor.name, weight[part], decoded.to(weight.device))
+            return still
         assert isinstance(tensor.grid, FloatGrid)
         return tensor.grid.round(local(getattr(module, attribute).detach()).cpu())
 

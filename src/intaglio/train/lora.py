@@ -49,17 +49,27 @@ def is_adapter(module: nn.Module) -> bool:
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Raise InputError for an adapter that is more than W + BA, which no quantized weight can hold."""
+    """Raise InputError for everything of PEFT's that is not W + BA around a linear: no quantized weight can hold it."""
     for path, module in model.named_modules():
+        path = bare_path(path)
+        if any(base.__name__ == "AuxiliaryTrainingWrapper" for base in type(module).__mro__):
+            raise InputError(
+                f"{path}: wrapped by PEFT's {type(module).__name__} (modules_to_save or trainable_token_indices): it "
+                "trains a copy beside the planned weight: leave it out of the adapter's config"
+            )
+        if hasattr(module, "prompt_encoder"):
+            raise InputError("prompt tuning adds inputs that no packed model holds: expected plain LoRA on linears")
+        if isinstance(module, LoraOnGrid):
+            raise InputError(f"{path}: its adapters are prepared already: go on with the latents that prepare() gave")
         if not is_adapter(module):
             continue
-        path = bare_path(path)
-        if not hasattr(module, "lora_A"):
+        layer, kind = type(module), type(module).__module__.split(".")[2]
+        if kind != "lora" or hasattr(module, "parameter_name"):
             raise InputError(
-                f"{path}: {type(module).__module__.split('.')[2]} adapters cannot be trained on a grid: expected plain "
-                "LoRA; or merge the adapter first and train what it gives"
+                f"{path}: {layer.__name__} of PEFT's {kind} adapters cannot be trained on a grid: expected plain LoRA "
+                "on linears; or merge the adapter first and train what it gives"
             )
-        if not isinstance(module.base_layer, nn.Linear):
+        if layer.__name__ != "Linear" or not isinstance(module.base_layer, nn.Linear):
             raise InputError(_elsewhere(path))
         _check_plain(module, path)
 
@@ -117,6 +127,11 @@ class Adapter:
                     part = part.to(factor.dtype)
                     factor.grad = part if factor.grad is None else factor.grad + part
 
+    def decode_if_switched(self) -> None:
+        """Decode anew if other adapters are active than at the last decode."""
+        if self.state != self.lora.decoded_for:
+            self.lora.refresh()
+
     def freeze(self) -> None:
         """Keep the adapters as they are: they are part of the codes that stand still."""
         for name in self.lora.lora_A:
@@ -133,8 +148,7 @@ class LoraOnGrid:
         if kwargs.get("adapter_names") is not None:
             raise InputError("adapter_names: one quantized weight cannot serve several adapters in a batch")
         _check_plain(self, self.latent.adapter.path)
-        if self.latent.adapter.state != self.decoded_for:
-            self.refresh()
+        self.latent.adapter.decode_if_switched()
         return self.base_layer(x)  # type: ignore[attr-defined]
 
     def refresh(self) -> None:

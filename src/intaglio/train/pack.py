@@ -13,7 +13,7 @@ from intaglio.numerics.grid import Quantized
 from intaglio.packed.model import write_packed
 from intaglio.plan.plan import PlannedTensor
 from intaglio.train.grid_optimizer import check_trainable
-from intaglio.train.latents import Latents, check_inventory
+from intaglio.train.latents import Latents
 from intaglio.train.sharding import gather_rows, is_main, settle
 from intaglio.train.static import read_scales
 
@@ -34,7 +34,6 @@ def pack_model(
     must call this, and the main one writes.
     """
     settle(latents.model)
-    check_inventory(latents.model, latents.plan)
     check_trainable(latents)
     plan = latents.plan
     if not is_main():

@@ -64,6 +64,11 @@ def own_rows(value: Quantized | Tensor, parameter: Tensor) -> Quantized | Tensor
     rows = own_slice(parameter)
     if isinstance(value, Tensor):
         return value[rows] if value.ndim else value
+    return rows_of(value, rows)
+
+
+def rows_of(value: Quantized, rows: slice) -> Quantized:
+    """Some rows of a weight on a grid."""
     parts = (value.codes, value.scale, value.super_scale)
     return Quantized(value.grid, *(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
 

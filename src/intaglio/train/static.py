@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -206,8 +207,7 @@ def static(module: Any, kind: str, x: Tensor) -> Tensor:
 def bare_path(path: str) -> str:
     """A module's name in the bare model: wrappers of PEFT, torch.compile, checkpointing and DDP are looked through."""
     parts = [part for part in path.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module", "base_layer")]
-    path = ".".join(parts).removeprefix("module.")
-    return path.removeprefix("base_model.model.")
+    return re.sub(r"^(module\.|base_model\.model\.)+", "", ".".join(parts))
 
 
 def modules_by_name(model: nn.Module) -> dict[str, Any]:
