@@ -214,7 +214,7 @@ def test_an_artifact_that_cannot_be_run_is_a_row_with_the_reason(
         raise ConfigError("llama.cpp ended with signal 11 at the first window")
 
     monkeypatch.setattr(proof, "artifact_candidate", fail)
-    monkeypatch.setattr(proof, "_has_llama", lambda: True)
+    monkeypatch.setattr(proof, "installed", lambda: True)
     result = report(gemma4.checkpoint, out, evaluation=Evaluation(references="stock"))
     failed = {row.label: row.failure for row in result.comparisons if row.failure}
     reason = "llama.cpp ended with signal 11 at the first window"
