@@ -70,6 +70,17 @@ class Bench:
         packed = self.packed | {kind: PackedModel.open(self.out / PACKED[kind])}
         return dataclasses.replace(self, packed={kind: packed[kind] for kind in PACKED if kind in packed})
 
+    def with_those_there(self, references: str) -> Bench:
+        """The bench with the references that are in the folder; one that cannot be opened is a failure."""
+        bench = self
+        for kind in REFERENCES[references]:
+            if (self.out / PACKED[kind]).is_dir():
+                try:
+                    bench = bench.opened(kind)
+                except FAILURES as error:
+                    bench = bench.failed(kind, error)
+        return bench
+
     def failed(self, kind: str, error: Exception) -> Bench:
         """The bench without this kind, and why."""
         packed = {other: model for other, model in self.packed.items() if other != kind}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,3 +239,14 @@ def test_an_original_that_cannot_be_measured_leaves_the_files(
     reason = "CUDA out of memory. Tried to allocate 20.00 GiB."
     assert failed == ({"QAT": reason} if failing == "open_original" else {})
     assert not values["samples"] or reason in values["samples"][0]["continuations"]["QAT"]
+
+
+def test_a_report_does_without_a_reference_that_is_damaged(
+    everything: tuple[Any, ...], gemma4: Case, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(everything[0], tmp_path / "run"))
+    (out / "stock" / FILE_NAME).write_bytes(b"not a packed model")
+    result = report(gemma4.checkpoint, out, evaluation=Evaluation(references="stock"))
+    failed = {row.label: row.failure for row in result.comparisons if row.failure}
+    assert list(failed) == ["Stock rounding"] and "not a valid safetensors file" in failed["Stock rounding"]
+    assert {row.kind for row in result.comparisons if row.comparison} == {"trained"}
