@@ -26,6 +26,7 @@ from intaglio.train.quantize import quantize
 # kind -> folder of the run, in the order of the report
 PACKED = {"stock": "stock", "fitted": "fitted", "start": "start", "trained": "packed"}
 FAILURES = (IntaglioError, torch.OutOfMemoryError)  # of references and measurements, which take no run down
+FIT_LABELS = {"mse": "MSE fit", "stock": "Stock fit", "absmax": "Absmax fit"}
 REFERENCES = {"none": (), "stock": ("stock",), "all": ("stock", "fitted", "start")}
 
 
@@ -61,12 +62,24 @@ class Bench:
 
     @property
     def labels(self) -> dict[str, str]:
-        return {"stock": self.format.stock_label, "fitted": "MSE fit", "start": "GPTQ start", "trained": "QAT"}
+        fit = FIT_LABELS[self.plan.recipe.fit]
+        return {"stock": self.format.stock_label, "fitted": fit, "start": "GPTQ start", "trained": "QAT"}
 
     def opened(self, kind: str) -> Bench:
         """The bench with the packed model of one more kind."""
         packed = self.packed | {kind: PackedModel.open(self.out / PACKED[kind])}
         return dataclasses.replace(self, packed={kind: packed[kind] for kind in PACKED if kind in packed})
+
+    def with_those_there(self, references: str) -> Bench:
+        """The bench with the references that are in the folder; one that cannot be opened is a failure."""
+        bench = self
+        for kind in REFERENCES[references]:
+            if (self.out / PACKED[kind]).is_dir():
+                try:
+                    bench = bench.opened(kind)
+                except FAILURES as error:
+                    bench = bench.failed(kind, error)
+        return bench
 
     def failed(self, kind: str, error: Exception) -> Bench:
         """The bench without this kind, and why."""
@@ -120,7 +133,7 @@ def with_references(
             if kind == "start":
                 bench = bench.opened(kind)  # training left it
                 continue
-            progress.stage(f"Making {bench.labels[kind].lower()}")
+            progress.stage(f"Making {bench.labels[kind]}")
             if bench.given is None and bench.plan.static_scales:
                 bench = dataclasses.replace(bench, given=load_model(bench.model_dir, device=bench.device))
             _make_reference(bench, kind, corpus, options, replace=replace)

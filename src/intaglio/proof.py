@@ -43,7 +43,7 @@ from intaglio.progress import Progress
 from intaglio.train.run_folder import read_losses
 from intaglio.train.static import switch_static
 
-IN_WEIGHTS = {"stock": "stock", "fitted": "MSE", "start": "GPTQ", "trained": "QAT"}  # as columns of weights' distances
+IN_WEIGHTS = {"stock": "stock", "fitted": "fit", "start": "GPTQ", "trained": "QAT"}  # columns of weights' distances
 FLOAT_ACTIVATIONS = "float activations"  # the variant without quantized activations and KV cache
 
 

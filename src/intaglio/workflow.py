@@ -158,8 +158,8 @@ def report(
     """
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
     progress.stage("Reading the files back")
-    kinds = [kind for kind in REFERENCES[evaluation.references] if (out / PACKED[kind]).is_dir()]
-    bench = Bench.open(model_dir, out, load_tokenizer(model_dir), ["trained", *kinds], device=device_for(device))
+    bench = Bench.open(model_dir, out, load_tokenizer(model_dir), ["trained"], device=device_for(device))
+    bench = bench.with_those_there(evaluation.references)
     vocab_size = bench.plan.model.layer_config.vocab_size
     if evaluation.text is not None:
         windows_NT = read_windows(evaluation, vocab_size, bench.tokenizer)

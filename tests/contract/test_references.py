@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,10 @@ def test_the_files_are_there_before_anything_is_compared(everything: tuple[Any, 
     out, _, log = everything
     order = [name for name, _ in log.stages]
     expected = ["Loading the original", "Reading text", "Training", "Packing", "Writing files"]
-    expected += ["Making stock rounding", "Making mse fit", "Loading the original"]
+    expected += ["Making Stock rounding", "Making MSE fit", "Loading the original"]
     assert order[: len(expected)] == expected and order[len(expected)].startswith("Measuring")
     assert log.at("Packing") == {"run.json", "losses.jsonl", "start"}
-    assert log.at("Making stock") == FILES | {"start"}
+    assert log.at("Making Stock") == FILES | {"start"}
     assert log.at("Measuring") == FILES | {"stock", "stock.gguf", "fitted", "start"}
     for name in ("packed", "model.gguf", "hf"):
         assert f"{out / name}: holds what was trained, 0 bits differ" in log.notes
@@ -100,7 +101,7 @@ def test_the_start_is_measured_beside_what_training_added(everything: tuple[Any,
     for name in ("report.md", "report.html"):
         assert "GPTQ start" in (out / name).read_text() and "s KL." in (out / name).read_text()
     assert set(values["samples"][0]["continuations"]) == {"Original", "Stock rounding", "MSE fit", "GPTQ start", "QAT"}
-    assert set(values["layers"][0]["relative_rms"]) == {"stock", "MSE", "GPTQ", "QAT"}
+    assert set(values["layers"][0]["relative_rms"]) == {"stock", "fit", "GPTQ", "QAT"}
 
 
 def test_the_start_that_is_measured_is_where_training_began(
@@ -214,7 +215,7 @@ def test_an_artifact_that_cannot_be_run_is_a_row_with_the_reason(
         raise ConfigError("llama.cpp ended with signal 11 at the first window")
 
     monkeypatch.setattr(proof, "artifact_candidate", fail)
-    monkeypatch.setattr(proof, "_has_llama", lambda: True)
+    monkeypatch.setattr(proof, "installed", lambda: True)
     result = report(gemma4.checkpoint, out, evaluation=Evaluation(references="stock"))
     failed = {row.label: row.failure for row in result.comparisons if row.failure}
     reason = "llama.cpp ended with signal 11 at the first window"
@@ -238,3 +239,14 @@ def test_an_original_that_cannot_be_measured_leaves_the_files(
     reason = "CUDA out of memory. Tried to allocate 20.00 GiB."
     assert failed == ({"QAT": reason} if failing == "open_original" else {})
     assert not values["samples"] or reason in values["samples"][0]["continuations"]["QAT"]
+
+
+def test_a_report_does_without_a_reference_that_is_damaged(
+    everything: tuple[Any, ...], gemma4: Case, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(everything[0], tmp_path / "run"))
+    (out / "stock" / FILE_NAME).write_bytes(b"not a packed model")
+    result = report(gemma4.checkpoint, out, evaluation=Evaluation(references="stock"))
+    failed = {row.label: row.failure for row in result.comparisons if row.failure}
+    assert list(failed) == ["Stock rounding"] and "not a valid safetensors file" in failed["Stock rounding"]
+    assert {row.kind for row in result.comparisons if row.comparison} == {"trained"}

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "formats": {"numerics", "plan", "export"},
     "progress": {"train"},
     "bench": {"errors", "numerics", "plan", "packed", "train", "formats", "progress"},
-    "proof": {"errors", "packed", "train", "measure", "bench", "progress"},
+    "proof": {"errors", "packed", "train", "measure", "formats", "bench", "progress"},
     "fitting": {"errors", "numerics", "plan", "packed", "train", "progress"},
     "workflow": {
         *("errors", "numerics", "plan", "packed", "train", "measure", "formats", "progress", "bench", "proof"),

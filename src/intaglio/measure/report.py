@@ -107,7 +107,7 @@ class CurvePoint:
 class LayerRow:
     """Distance of a tensor from the original weights.
 
-    relative_rms: for each variant ("stock", "MSE", "QAT"), RMS of the difference / RMS of the original.
+    relative_rms: for each variant ("stock", "fit", "GPTQ", "QAT"), RMS of the difference / RMS of the original.
     """
 
     tensor: str

@@ -31,11 +31,11 @@ def load_packed(packed: PackedModel) -> TextModel:
 def decode_into(model: TextModel, packed: PackedModel) -> None:
     """Overwrite a model's weights with what a packed model of its shape decodes to, a few rows at a time.
 
-    Decoding is in float32 on the model's device. Weights of another dtype are then rounded to it.
+    Decoded on the model's device in its dtype, as `BlockGrid.product` says; floats are rounded to that dtype.
     """
     tensors: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
     for tensor in packed.plan:
         target = tensors[tensor.name]
         for rows, value in packed.chunks(tensor.name, target.device):
-            values = value.decode() if isinstance(value, Quantized) else value.float()
+            values = value.decode(target.dtype) if isinstance(value, Quantized) else value.float()
             target[rows if rows is not None else ...].copy_(values)
