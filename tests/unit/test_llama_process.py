@@ -40,6 +40,7 @@ ENDS = {
     "garbage": r"llama\.cpp answered '\S+ hello' WHERE, which is no answer to '\w+', and was stopped",
     "nesting": r"llama\.cpp answered '\[{200}' WHERE",
     "other": r"llama\.cpp answered '\[\]' WHERE",
+    "twice": r"llama\.cpp answered '{\"number\": \d, \"version\": \"\"}' WHERE",
     "flood": r"llama\.cpp answered 'x{200}' WHERE",
     "hang up": r"llama\.cpp hung up WHERE and was stopped",
 }

@@ -49,7 +49,7 @@ class Child:
     """
 
     def __init__(self, name: str, script: Path, *, patience: float | None = None):
-        self.name, self._rest, self._failure = name, bytearray(), ""
+        self.name, self._rest, self._failure, self._count = name, bytearray(), "", 0
         self._patience = read_patience() if patience is None else patience
         with contextlib.ExitStack() as stack:
             try:
@@ -87,8 +87,10 @@ class Child:
         """
         if not self._end.alive:
             raise RuntimeFailureError(self._failure) if self._failure else ValueError(f"this {self.name} is closed")
+        self._count += 1
+        request = {"number": self._count, "do": do, **arguments}
         try:
-            line = self._exchange(json.dumps({"do": do, **arguments}).encode() + b"\n", seconds * self._patience)
+            line = self._exchange(json.dumps(request).encode() + b"\n", seconds * self._patience)
         except TimeoutError:
             self._fail(hanging(self.name, seconds * self._patience, where))
         except OSError:
@@ -100,9 +102,10 @@ class Child:
             answer = json.loads(line)
         except (ValueError, RecursionError):
             answer = None
-        if isinstance(answer, dict) and "refused" in answer:
+        mine = isinstance(answer, dict) and answer.get("number") == self._count
+        if mine and "refused" in answer:
             raise InputError(str(answer["refused"]))
-        if not isinstance(answer, dict) or not all(isinstance(answer.get(key), kind) for key, kind in answers.items()):
+        if not mine or not all(isinstance(answer.get(key), kind) for key, kind in answers.items()):
             shown = line[:SHOWN].decode("utf-8", "replace")
             self._fail(f"{self.name} answered {shown!r} {where}, which is no answer to {do!r}, and was stopped; {HINT}")
         return answer
