@@ -33,6 +33,7 @@ DISK_BYTES_SECOND = 10e6  # a slow network disk; weights are read from it when t
 WORK_BYTES_SECOND = 1e9
 SLICE_SECONDS = 1.0  # a limit is counted in these, so that a run which was suspended has not run out of time
 END_SECONDS = 5.0  # between the end of the conversation and that of the process
+KILL_SECONDS = 30.0  # until the system has cleared away a killed process of many gigabytes
 MOST_BYTES = 1 << 26  # of an answer; a text of tokens is the longest
 SHOWN = 200  # characters of what was not understood
 HINT = "see docs/gguf.md"
@@ -165,7 +166,8 @@ class Child:
 
 def _end(process: subprocess.Popen[bytes], files: contextlib.ExitStack) -> None:
     process.kill()  # it has nothing to save
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a dead disk ends when that answers
+        process.wait(KILL_SECONDS)
     files.close()
 
 
