@@ -24,7 +24,8 @@ for line in connection.makefile("rb"):
     count += asked["do"] == DO
     if count == TIME:
         FATE
-    connection.sendall(json.dumps(answers.get(asked["do"], {})).encode() + b"\\n")
+    answer = answers.get(asked["do"], {}) | {"number": asked["number"]}
+    connection.sendall(json.dumps(answer).encode() + b"\\n")
 """
 
 FATES = {
@@ -39,6 +40,7 @@ FATES = {
     "garbage": "connection.sendall(b'\\xff\\x00 hello\\n')",
     "nesting": "connection.sendall(b'[' * 100_000 + b'\\n')",
     "other": "connection.sendall(b'[]\\n')",
+    "twice": "connection.sendall(json.dumps({'number': asked['number'] - 1, 'version': ''}).encode() + b'\\n')",
     "flood": "connection.sendall(b'x' * 100_000_000)",
     "hang up": "connection.shutdown(socket.SHUT_RDWR); time.sleep(600)",
 }

@@ -40,6 +40,7 @@ ENDS = {
     "garbage": r"llama\.cpp answered '\S+ hello' WHERE, which is no answer to '\w+', and was stopped",
     "nesting": r"llama\.cpp answered '\[{200}' WHERE",
     "other": r"llama\.cpp answered '\[\]' WHERE",
+    "twice": r"llama\.cpp answered '{\"number\": \d, \"version\": \"\"}' WHERE",
     "flood": r"llama\.cpp answered 'x{200}' WHERE",
     "hang up": r"llama\.cpp hung up WHERE and was stopped",
 }
@@ -210,7 +211,6 @@ def test_logits_that_are_no_numbers_are_the_runtimes_failure(
 
 # The real child, with a library in place of llama-cpp-python
 
-
 LIBRARIES = {
     "broken": ("raise RuntimeError('Failed to load shared library: libgomp.so.1')", r"RuntimeError: Failed to load sh"),
     "absent": ("raise ImportError('no module named numpy')", r"ImportError: no module named numpy"),
@@ -238,7 +238,7 @@ def test_a_library_that_cannot_be_loaded_says_why(
 
 def test_the_advice_names_the_version_that_is_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library(monkeypatch, tmp_path, "raise OSError('libllama.so: cannot open shared object file')")
-    pinned = re.search(r"llama-cpp-python==[\d.]+", Path("pyproject.toml").read_text("utf-8"))
+    pinned = re.search(r"llama-cpp-python==[\d.]+", Path(__file__).parents[2].joinpath("pyproject.toml").read_text())
     assert pinned and f"pip install --force-reinstall --no-cache-dir --no-deps {pinned[0]}" in str(why_unusable())
 
 

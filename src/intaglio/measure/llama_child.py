@@ -3,8 +3,9 @@
     python llama_child.py SOCKET MEMORY PARENT
 
 SOCKET and MEMORY are file descriptors, PARENT is the process that asks. A request is a line of JSON on the socket
-with the key "do", the name of a method of `Runtime`, and its arguments; the answer is a line of JSON. Logits are
-no part of an answer: `rows` copies them into the memory. {"refused": reason} answers what llama.cpp does not do.
+with its "number", the name of a method of `Runtime` as "do", and that method's arguments; the answer is a line of
+JSON with the same number. Logits are no part of an answer: `rows` copies them into the memory. "refused" is the reason
+why llama.cpp does not do what it was asked to.
 
 The file imports neither intaglio nor torch, so that the process starts fast and holds nothing but the model.
 """
@@ -169,11 +170,12 @@ def main() -> None:
     runtime = Runtime(memory)
     while True:
         asked = json.loads(requests.get())
+        number, do = asked.pop("number"), asked.pop("do")
         try:
-            answer = getattr(runtime, asked.pop("do"))(**asked)
+            answer = getattr(runtime, do)(**asked)
         except RefusedError as error:
             answer = {"refused": str(error)}
-        connection.sendall(json.dumps(answer).encode() + b"\n")
+        connection.sendall(json.dumps({"number": number, **answer}).encode() + b"\n")
 
 
 def _listen(connection: socket.socket, parent: int, requests: queue.SimpleQueue[bytes]) -> None:

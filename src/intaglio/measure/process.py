@@ -33,6 +33,7 @@ DISK_BYTES_SECOND = 10e6  # a slow network disk; weights are read from it when t
 WORK_BYTES_SECOND = 1e9
 SLICE_SECONDS = 1.0  # a limit is counted in these, so that a run which was suspended has not run out of time
 END_SECONDS = 5.0  # between the end of the conversation and that of the process
+KILL_SECONDS = 30.0  # until the system has cleared away a killed process of many gigabytes
 MOST_BYTES = 1 << 26  # of an answer; a text of tokens is the longest
 SHOWN = 200  # characters of what was not understood
 HINT = "see docs/gguf.md"
@@ -49,7 +50,7 @@ class Child:
     """
 
     def __init__(self, name: str, script: Path, *, patience: float | None = None):
-        self.name, self._rest, self._failure = name, bytearray(), ""
+        self.name, self._rest, self._failure, self._count = name, bytearray(), "", 0
         self._patience = read_patience() if patience is None else patience
         with contextlib.ExitStack() as stack:
             try:
@@ -87,8 +88,10 @@ class Child:
         """
         if not self._end.alive:
             raise RuntimeFailureError(self._failure) if self._failure else ValueError(f"this {self.name} is closed")
+        self._count += 1
+        request = {"number": self._count, "do": do, **arguments}
         try:
-            line = self._exchange(json.dumps({"do": do, **arguments}).encode() + b"\n", seconds * self._patience)
+            line = self._exchange(json.dumps(request).encode() + b"\n", seconds * self._patience)
         except TimeoutError:
             self._fail(hanging(self.name, seconds * self._patience, where))
         except OSError:
@@ -100,9 +103,10 @@ class Child:
             answer = json.loads(line)
         except (ValueError, RecursionError):
             answer = None
-        if isinstance(answer, dict) and "refused" in answer:
+        mine = isinstance(answer, dict) and answer.get("number") == self._count
+        if mine and "refused" in answer:
             raise InputError(str(answer["refused"]))
-        if not isinstance(answer, dict) or not all(isinstance(answer.get(key), kind) for key, kind in answers.items()):
+        if not mine or not all(isinstance(answer.get(key), kind) for key, kind in answers.items()):
             shown = line[:SHOWN].decode("utf-8", "replace")
             self._fail(f"{self.name} answered {shown!r} {where}, which is no answer to {do!r}, and was stopped; {HINT}")
         return answer
@@ -162,7 +166,8 @@ class Child:
 
 def _end(process: subprocess.Popen[bytes], files: contextlib.ExitStack) -> None:
     process.kill()  # it has nothing to save
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a dead disk ends when that answers
+        process.wait(KILL_SECONDS)
     files.close()
 
 
