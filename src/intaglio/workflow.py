@@ -76,8 +76,9 @@ def run(
 
     data: see `train.corpus.load_corpus`; None lets the model write its own text. device: where the original is, and
     where references are fitted and everything is measured; None picks a GPU if there is one.
-    Of several processes, as torchrun starts them, each trains its share; the main one measures and has the report, the
-    others return None. Raises MismatchError if an artifact does not hold the trained codes; see the stages for the rest.
+    Of several processes, as torchrun starts them, each trains its share; the main one measures and has the report,
+    the others return None. Raises MismatchError if an artifact does not hold the trained codes; see the stages for the
+    rest.
     """
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
     began, device = time.perf_counter(), device_for(start_processes() if device is None else device)
