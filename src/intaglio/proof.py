@@ -36,6 +36,7 @@ from intaglio.measure.report import (
 from intaglio.measure.simulate import decoded_model, switched_source
 from intaglio.numerics.grid import BlockGrid
 from intaglio.packed.checkpoint import TextModel, load_model, load_quantized, model_name, stream_tensors
+from intaglio.packed.identity import COMPRESSED, GGUF, MOBILE, QUANTIZED, look
 from intaglio.packed.model import PackedModel, file_sha256
 from intaglio.packed.verify import Verification, verify
 from intaglio.packed.verify_affine import is_mlx
@@ -161,12 +162,14 @@ def _verify(bench: Bench) -> dict[str, Verification]:
 
 def artifact_candidate(path: Path, stack: ExitStack) -> Candidate:
     """An exported file or folder in its own runtime: llama.cpp for .gguf, transformers for folders."""
-    if path.suffix == ".gguf":
+    found = look(path)
+    if found.kind == GGUF and path.is_file():
         llama = stack.enter_context(LlamaCpp(path))
         return Candidate(source=llama.logits, runtime=llama.version, simulated=False)
     if is_mlx(path):
         raise InputError(f"{path}: a folder for mlx-lm, which measures nothing here: measure the packed model instead")
-    model = load_quantized(path) if "quantization_config" in load_config(path) else load_model(path)
+    by_itself = found.kind in (MOBILE, COMPRESSED, QUANTIZED) and "quantization_config" in load_config(path)
+    model = load_quantized(path) if by_itself else load_model(path)
     return Candidate(source=transformers_source(model), runtime=transformers_runtime(), simulated=False)
 
 

@@ -30,14 +30,15 @@ from intaglio.measure.metrics import Comparison
 from intaglio.measure.report import Report, write_report
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer, model_name
-from intaglio.packed.model import FILE_NAME as PACKED_FILE
+from intaglio.packed.identity import CHECKPOINT, COMPRESSED, GGUF, MOBILE, PACKED, QUANTIZED, expect
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
 from intaglio.plan.family import check_runs_alone, read_spec
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
-from intaglio.proof import PACKED, Bench, Evaluation, artifact_candidate, prove
+from intaglio.proof import PACKED as PACKED_FOLDERS
+from intaglio.proof import Bench, Evaluation, artifact_candidate, prove
 from intaglio.train.corpus import Corpus, held_out_windows, load_corpus, sample_corpus
 from intaglio.train.loop import Options, train
 from intaglio.train.pack import pack_model
@@ -69,9 +70,11 @@ def run(
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
     began = time.perf_counter()
     progress.stage("Loading the original")
+    expect(model_dir, CHECKPOINT)
     spec = read_spec(model_dir)
     check_runs_alone(spec, model_dir)
     plan = make_plan(spec, recipe)
+    stock = make_plan(spec, format_of(plan).stock_recipe(recipe))  # a reference that cannot be made is known now
     check_run_dir(out, {"plan": plan.digest}, resume)
     format_of(plan).check(plan, Path(model_dir))
     tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir)
@@ -94,7 +97,7 @@ def run(
     with new_path(out / HELD_OUT_FILE, replace=True) as temporary, open(temporary, "wb") as file:
         np.save(file, windows_NT)
     del student
-    _references(Path(model_dir), plan, corpus, teacher, out, options, replace=resume)
+    _references(Path(model_dir), plan, stock, corpus, teacher, out, options, replace=resume)
     bench = Bench.open(model_dir, out, tokenizer, teacher.to("cpu"))
     for export in bench.format.exports:
         export.write(bench.packed[export.kind], bench.path(export), replace=resume)
@@ -188,6 +191,7 @@ def read_windows(evaluation: Evaluation, vocab_size: int, tokenizer: Any) -> NDA
 def _references(
     model_dir: Path,
     plan: Plan,
+    stock: Plan,
     corpus: Corpus,
     teacher: TextModel,
     out: Path,
@@ -196,9 +200,8 @@ def _references(
     replace: bool,
 ) -> None:
     """What can be had without training: anyone's rounding, and the recipe's fit."""
-    stock = make_plan(model_dir, format_of(plan).stock_recipe(plan.recipe))
     for kind, reference in (("stock", stock), ("fitted", plan)):
-        path = out / PACKED[kind]
+        path = out / PACKED_FOLDERS[kind]
         if reference.static_scales:
             quantize_on_text(teacher, reference, corpus, path, assets=model_dir, options=options, replace=replace)
         else:
@@ -221,7 +224,9 @@ def compare(
     """
     progress, artifact = progress or Progress(), Path(artifact)
     progress.stage("Loading")
-    packed = PackedModel.open(artifact) if (artifact / PACKED_FILE).is_file() else None
+    kind = expect(artifact, PACKED, GGUF, CHECKPOINT, MOBILE, COMPRESSED, QUANTIZED).kind
+    packed = PackedModel.open(artifact) if kind == PACKED else None
+    expect(original, CHECKPOINT)
     check_runs_alone(read_spec(original), original)
     if packed is not None:
         check_runs_alone(packed.plan.model, artifact)

@@ -340,7 +340,12 @@ def test_shards_that_contradict_their_index(gemma4: Case, tmp_path: Path) -> Non
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"\x80\x04cos\nsystem\n")
-    for path, says in ((tmp_path / "weights.bin", "neither GGUF nor"), (tmp_path / "gone", "no such file or folder")):
+    (tmp_path / "text.txt").write_text("The whale swam.")
+    for path, says in (
+        (tmp_path / "weights.bin", "weights.bin is a pickle"),
+        (tmp_path / "text.txt", "neither GGUF nor"),
+        (tmp_path / "gone", "no such file or folder"),
+    ):
         outcome = intaglio("inspect", path)
         assert outcome.code == 2 and says in outcome.error
 

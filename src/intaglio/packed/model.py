@@ -32,6 +32,7 @@ from intaglio.errors import ConfigError, InputError, WeightError
 from intaglio.numerics.grid import BlockGrid, Quantized, check_steps
 from intaglio.numerics.rounding import is_normal_positive
 from intaglio.packed.codes import FIELDS, pack_codes, unpack_codes
+from intaglio.packed.identity import CONFIG, MISSING, OTHER, PACKED, PACKED_FILE, look
 from intaglio.packed.store import (
     SAFETENSORS_DTYPES,
     SafetensorsReader,
@@ -46,7 +47,7 @@ from intaglio.plan.family import TOWER_ROLES
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
 
-FILE_NAME = "packed.safetensors"
+FILE_NAME = PACKED_FILE
 FORMAT = "intaglio-packed-1"
 # What belongs to a model beside its weights; copied where present.
 ASSETS = (
@@ -64,10 +65,22 @@ ASSETS = (
 
 
 def copy_assets(source: Path, target: Path) -> None:
-    """Copy what belongs to a model beside its weights, as far as it is there."""
+    """Copy what belongs to a model beside its weights, as far as it is there.
+
+    Raises ConfigError for a link to a file outside of the model's folder: such a file is somebody's own, and would
+    be published with the model. The hub's cache, whose folders are links, is no stranger.
+    """
     for name in ASSETS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        if not (source / name).is_file():
+            continue
+        folder, file = source.resolve(), (source / name).resolve()
+        cache = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+        if not file.is_relative_to(folder) and not file.is_relative_to(cache):
+            raise ConfigError(
+                f"{source / name}: is a link to {file}, outside of the model's folder: put a copy in its place if it "
+                "belongs to the model"
+            )
+        shutil.copyfile(file, target / name)
 
 
 def check_static(name: str, value: float) -> None:
@@ -189,8 +202,11 @@ class PackedModel:
         """Raises ConfigError for anything that is not a complete packed model of this version."""
         path = Path(path)
         file_path = path / FILE_NAME
-        if not file_path.is_file():
+        found = look(path)
+        if found.kind in (MISSING, OTHER, CONFIG):
             raise ConfigError(f"{path}: no {FILE_NAME}: expected the folder that train or quantize wrote")
+        if found.kind != PACKED:
+            raise found.error()
         with open_safetensors(file_path) as file:
             metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
