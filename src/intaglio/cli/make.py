@@ -212,13 +212,12 @@ def convert(
     from intaglio.plan.recipe import Recipe
     from intaglio.sources.convert import convert as run_convert
 
-    if overrides and recipe is None:
-        raise typer.BadParameter("--set changes a recipe: say which with --recipe")
     with Bars() as bars:
         result = run_convert(
             source,
             out,
             recipe=None if recipe is None else Recipe.load(recipe, overrides),
+            overrides=() if recipe is not None else overrides,
             config=config,
             requantize=requantize,
             text_only=text_only,

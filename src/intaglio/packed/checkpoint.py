@@ -269,7 +269,10 @@ def _entries(
             found[shard].append((tensor, stored_name))
     if wanted:
         raise ConfigError(f"{model_dir}: {_missing(wanted, list(files))}")
-    _check_rest(model_dir, {name: stored[name] for name in stored.keys() - {t.name for t in tensors}}, spec, files)
+    rest = {name: stored[name] for name in stored.keys() - {t.name for t in tensors}}
+    if spec.tied_head and HEAD in rest:
+        _check_tied(model_dir, rest.pop(HEAD), spec, files)
+    check_rest(model_dir, rest, spec)
     return found
 
 
@@ -287,13 +290,11 @@ def _missing(wanted: dict[str, TensorSpec], names: list[str]) -> str:
     return text
 
 
-def _check_rest(model_dir: Path, rest: dict[str, str], spec: ModelSpec, files: dict[str, Path]) -> None:
+def check_rest(model_dir: Path, rest: dict[str, str], spec: ModelSpec) -> None:
     """Raise ConfigError for tensors that would be lost though nobody knows them to be unused.
 
     rest: tensors outside of the plan, by our names, with those of the files.
     """
-    if spec.tied_head and HEAD in rest:
-        _check_tied(model_dir, rest.pop(HEAD), spec, files)
     odd = sorted(stored for name, stored in rest.items() if not is_unused(name, spec))
     if odd:
         some = ", ".join(odd[:SHOWN]) + (", ..." if len(odd) > SHOWN else "")
@@ -322,10 +323,15 @@ def _check_tied(model_dir: Path, head: str, spec: ModelSpec, files: dict[str, Pa
             torch.equal(first.read(head, rows), second.read(stored, rows)) for rows in row_slices(embedding.shape)
         )
     if not same:
-        raise ConfigError(
-            f'{model_dir}: config.json says "tie_word_embeddings": true, but {head} has other values than {stored}: '
-            f'set "tie_word_embeddings": false in config.json to keep this head, or remove {head} from the files'
-        )
+        raise untied(model_dir, head, stored)
+
+
+def untied(model_dir: Path, head: str, embedding: str) -> ConfigError:
+    """The error for a head that is not the embedding, although config.json says so; with both ways out."""
+    return ConfigError(
+        f'{model_dir}: config.json says "tie_word_embeddings": true, but {head} has other values than {embedding}: '
+        f'set "tie_word_embeddings": false in config.json to keep this head, or remove {head} from the files'
+    )
 
 
 def own_name(stored_name: str) -> str:

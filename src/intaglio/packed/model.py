@@ -94,15 +94,17 @@ def check_static(name: str, value: float) -> None:
 
 def _parts(plan: Plan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Names, dtypes and shapes under which a plan's tensors and static scales are stored."""
-    parts = {part: spec for tensor in plan.everything for part, spec in _parts_of(tensor).items()}
-    return parts | {name: (torch.float32, ()) for name in _static_names(plan)}
+    parts = {part: spec for tensor in plan.everything for part, spec in parts_of(tensor).items()}
+    return parts | {name: (torch.float32, ()) for name in static_names(plan)}
 
 
-def _static_names(plan: Plan) -> list[str]:
+def static_names(plan: Plan) -> list[str]:
+    """Names of a plan's static scales, those of what is carried last."""
     return [scale.name for scale in plan.static_scales] + list(plan.carried_scales)
 
 
-def _parts_of(tensor: PlannedTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def parts_of(tensor: PlannedTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and shapes under which one tensor is stored."""
     grid, shape = tensor.grid, tensor.spec.shape
     if not isinstance(grid, BlockGrid):
         return {tensor.name: (tensor.stored_dtype, shape)}
@@ -160,16 +162,13 @@ class PackedWriter:
 
     def leave_static_off(self) -> None:
         """Store 0 for every static scale: nothing was calibrated."""
-        for name in _static_names(self.plan):
+        for name in static_names(self.plan):
             self.writer.write(name, torch.zeros(()))
 
 
-@contextmanager
-def write_packed(
-    path: Path, plan: Plan, *, assets: Path, provenance: dict[str, Any], replace: bool = False
-) -> Iterator[PackedWriter]:
-    """Create a PackedModel folder; it appears under `path` only when every tensor was added."""
-    metadata = {
+def metadata_of(plan: Plan, provenance: dict[str, Any]) -> dict[str, str]:
+    """What makes a plan again, as a file's metadata; `read_plan` reads it."""
+    return {
         "format": FORMAT,
         "recipe": plan.recipe.to_toml(),
         "config": json.dumps(plan.model.whole or plan.model.config),
@@ -177,6 +176,37 @@ def write_packed(
         "plan": plan.layout_digest,
         "provenance": json.dumps(provenance),
     }
+
+
+def read_plan(file_path: Path) -> tuple[Plan, dict[str, Any]]:
+    """Plan and provenance of a file with the metadata of `metadata_of`. ConfigError if they are damaged."""
+    with open_safetensors(file_path) as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise ConfigError(f"{file_path}: format {metadata.get('format')!r}: expected {FORMAT!r}")
+    try:
+        config, provenance = json.loads(metadata["config"]), json.loads(metadata["provenance"])
+        unused = json.loads(metadata.get("unused", "[]"))
+        recipe = Recipe.from_toml(metadata["recipe"], source=f"{file_path} recipe")
+        if not isinstance(config, dict) or not isinstance(provenance, dict) or not isinstance(unused, list):
+            raise ValueError("config and provenance are expected to be JSON objects, unused a list")
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file_path}: damaged metadata: {error}") from error
+    plan = make_plan(describe_whole(config, map(str, unused)), recipe)
+    if metadata.get("plan") != plan.layout_digest:
+        raise ConfigError(
+            f"{file_path}: was packed by plan {str(metadata.get('plan'))[:12]}, but its recipe and config make "
+            f"plan {plan.layout_digest[:12]}: it is damaged or of another version of intaglio; pack the model again"
+        )
+    return plan, provenance
+
+
+@contextmanager
+def write_packed(
+    path: Path, plan: Plan, *, assets: Path, provenance: dict[str, Any], replace: bool = False
+) -> Iterator[PackedWriter]:
+    """Create a PackedModel folder; it appears under `path` only when every tensor was added."""
+    metadata = metadata_of(plan, provenance)
     with new_path(path, replace=replace) as temporary:
         temporary.mkdir()
         copy_assets(assets, temporary)
@@ -207,24 +237,7 @@ class PackedModel:
             raise ConfigError(f"{path}: no {FILE_NAME}: expected the folder that train or quantize wrote")
         if found.kind != PACKED:
             raise found.error()
-        with open_safetensors(file_path) as file:
-            metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise ConfigError(f"{file_path}: format {metadata.get('format')!r}: expected {FORMAT!r}")
-        try:
-            config, provenance = json.loads(metadata["config"]), json.loads(metadata["provenance"])
-            unused = json.loads(metadata.get("unused", "[]"))
-            recipe = Recipe.from_toml(metadata["recipe"], source=f"{file_path} recipe")
-            if not isinstance(config, dict) or not isinstance(provenance, dict) or not isinstance(unused, list):
-                raise ValueError("config and provenance are expected to be JSON objects, unused a list")
-        except (KeyError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{file_path}: damaged metadata: {error}") from error
-        plan = make_plan(describe_whole(config, map(str, unused)), recipe)
-        if metadata.get("plan") != plan.layout_digest:
-            raise ConfigError(
-                f"{file_path}: was packed by plan {str(metadata.get('plan'))[:12]}, but its recipe and config make "
-                f"plan {plan.layout_digest[:12]}: it is damaged or of another version of intaglio; pack the model again"
-            )
+        plan, provenance = read_plan(file_path)
         expected = {part: (SAFETENSORS_DTYPES[dtype], shape) for part, (dtype, shape) in _parts(plan).items()}
         stored = headers(file_path)
         if stored != expected:
@@ -294,7 +307,7 @@ class PackedModel:
         Raises InputError for one that no runtime could use, and for one that differs from its owner's.
         """
         with self._reader() as file:
-            values = {name: float(file.read(name)) for name in _static_names(self.plan)}
+            values = {name: float(file.read(name)) for name in static_names(self.plan)}
         try:
             for name, value in values.items():
                 check_static(name, value)

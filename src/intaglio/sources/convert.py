@@ -10,7 +10,7 @@ the recipe puts it on, Q6_K as in official files, or kept as floats if the recip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as dataclass_replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from intaglio.numerics.grid import EMPTY_STEP, BlockGrid, FloatGrid, Quantized
 from intaglio.numerics.identify import NAMES
 from intaglio.numerics.rounding import HALF_LARGEST, round_half
 from intaglio.packed.checkpoint import model_name
+from intaglio.packed.identity import look
 from intaglio.packed.import_mobile import import_mobile
 from intaglio.packed.model import PackedModel, write_packed
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
@@ -31,7 +32,8 @@ from intaglio.plan.recipe import Recipe
 from intaglio.sources.inspect import Verdict, examine, recovered_blocks
 from intaglio.sources.match import SHOWN, assets_of, in_file_order, in_rows, match, model_of, recipe_of
 from intaglio.sources.open import open_source
-from intaglio.sources.stored import Source, Stored
+from intaglio.sources.restore import has_kept, restore
+from intaglio.sources.stored import DEQUANTIZED, Source, Stored
 from intaglio.train.quantize import FITS, check_finite, fit_tensor
 
 FITTED_TYPES = ("Q6_K", "Q8_0")  # on which a tensor without a trained grid is put without further ado
@@ -88,6 +90,7 @@ def convert(
     out: str | Path,
     *,
     recipe: Recipe | None = None,
+    overrides: Sequence[str] = (),
     config: str | Path | None = None,
     requantize: bool = False,
     text_only: bool = False,
@@ -96,31 +99,39 @@ def convert(
 ) -> Conversion:
     """Write the PackedModel `out` of a trained checkpoint: floats on a grid, mobile, W4A16 or GGUF.
 
-    recipe: None takes the grids that are found. config: folder of config.json and tokenizer, for a source
-    without. on_tensor: tensors done, in all (each counts twice: looked into, and written), and a name.
+    recipe: None takes the grids that are found. overrides: of its keys, or of the found recipe's. config: folder of
+    config.json and tokenizer, for a source without. on_tensor: tensors done, in all (each counts twice: looked into,
+    and written), and a name.
     Raises QualityError for trained blocks that do not come over exactly, unless `requantize`; ConfigError for a
     source that is damaged, of another model, or on no grid; RecipeError for a recipe that cannot hold it.
     """
     source = open_source(path)
     if source.kind == "packed":
-        raise ConfigError(f"{source.path}: is a packed model: export it")
+        raise look(source.path).error()
+    if recipe is None and not overrides and config is None and source.kind == "floats" and has_kept(source.path):
+        kept = restore(source, Path(out), text_only=text_only, replace=replace, on_tensor=on_tensor)
+        return _whole(kept, source.kind)
     if source.kind == "mobile":
         if text_only:
             raise ConfigError(f"{source.path}: a mobile folder is taken as a whole: say --text-only when you export it")
         return _imported(source, Path(out), recipe, replace)
     assets = assets_of(source, config)
     model = model_of(source, assets, text_only)
-    found, left_out = match(source, model)
+    found, left_out = match(source, model, text_only=text_only, requantize=requantize)
     total = 2 * len(found)
     slices = {tensor.name: tensor.slice_columns for tensor in model.tensors}
     verdicts = {}
     for done, name in enumerate(in_file_order(source, found)):
         on_tensor(done, total, name)
         verdicts[name] = examine(found[name], slices.get(name))
-    if not any(verdict.on_grid for verdict in verdicts.values()):
-        raise ConfigError(f"{source.path}: no tensor lies on a grid: fit one with `intaglio quantize`, or train to one")
-    plan = make_plan(model, recipe if recipe is not None else recipe_of(model, found, verdicts))
-    steps = [_step(plan[name], found[name], verdicts[name]) for name in verdicts]
+    trained = any(verdict.on_grid for verdict in verdicts.values())
+    if not trained and (recipe is None or config is None):
+        raise ConfigError(f"{source.path}: no tensor lies on a grid: {_advice(source, config)}")
+    chosen = recipe if recipe is not None else recipe_of(model, found, verdicts)
+    if overrides:
+        chosen = Recipe.from_toml(chosen.to_toml(), source=f"recipe {chosen.name}", overrides=list(overrides))
+    plan = make_plan(model, chosen)
+    steps = [_step(plan[name], found[name], verdicts[name], trained) for name in verdicts]
     lossy = {step.tensor.name: step.lossy for step in steps if step.lossy}
     if lossy and not requantize:
         raise QualityError(_unrecovered(source.path, steps))
@@ -149,16 +160,27 @@ def convert(
 def _imported(source: Source, out: Path, recipe: Recipe | None, replace: bool) -> Conversion:
     if recipe is not None:
         raise RecipeError(f"{source.path}: a mobile folder says itself which grids it has: leave out the recipe")
-    packed = import_mobile(source.path, out, replace=replace)
+    return _whole(import_mobile(source.path, out, replace=replace), source.kind)
+
+
+def _whole(packed: PackedModel, kind: str) -> Conversion:
+    """The conversion of a source that says itself which codes and scales it has: all of them came over."""
     on_grids = [(t.spec, t.grid) for t in packed.plan.everything if isinstance(t.grid, BlockGrid)]
     count = sum(torch.Size(spec.shape).numel() // grid.block_size for spec, grid in on_grids)
     names = [grid.name for _, grid in on_grids]
     grids = {name: names.count(name) for name in dict.fromkeys(names)}
-    return Conversion(packed=packed, kind=source.kind, grids=grids, blocks=count, recovered=count)
+    return Conversion(packed=packed, kind=kind, grids=grids, blocks=count, recovered=count)
 
 
-def _step(tensor: PlannedTensor, stored: Stored, verdict: Verdict) -> _Step:
-    """What to do with a tensor, and how many of its trained blocks that changes."""
+def _advice(source: Source, config: str | Path | None) -> str:
+    """The way on from a source of floats that were not trained to a grid."""
+    if source.path.is_dir() and config is None:
+        return f"fit one with `intaglio quantize {source.path} --out packed`, or train to one"
+    return "say which one to fit it to, for example with --recipe q4_0"
+
+
+def _step(tensor: PlannedTensor, stored: Stored, verdict: Verdict, of_trained: bool = True) -> _Step:
+    """What to do with a tensor, and how many of its trained blocks that changes: none of a model without any."""
     grid, tally = tensor.grid, verdict.tally
     if isinstance(grid, FloatGrid):
         return _Step(tensor, stored, verdict, "values")
@@ -174,7 +196,7 @@ def _step(tensor: PlannedTensor, stored: Stored, verdict: Verdict) -> _Step:
     rows = verdict.hypothesis if verdict.hypothesis is not None and verdict.hypothesis.by_row else None
     if rows is not None and (grid.code_min, grid.block_size) == (rows.rule.code_min, rows.width):
         return _Step(tensor, stored, verdict, "codes", tally.all - tally.recovered)
-    trained = verdict.on_grid or grid.ggml_type not in FITTED_TYPES
+    trained = verdict.on_grid or stored.kind in DEQUANTIZED or (of_trained and grid.ggml_type not in FITTED_TYPES)
     return _Step(tensor, stored, verdict, "fit", torch.Size(stored.shape).numel() // grid.block_size if trained else 0)
 
 
