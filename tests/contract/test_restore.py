@@ -145,3 +145,32 @@ def test_damaged_scales_are_no_traceback(damage: str, hf: Path, cases: dict[str,
 def test_a_recipe_that_is_given_looks_at_the_weights_alone(gemma4: Case, tmp_path: Path) -> None:
     packed = convert(gemma4.hf, tmp_path / "out", recipe=Recipe.load("q4_0-free")).packed
     assert isinstance(packed, PackedModel) and packed.plan.recipe.name == "q4_0-free"
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-dense", "gemma3"])
+def test_weights_alone_give_the_same_values_on_the_same_grids(
+    name: str, cases: dict[str, Case], tmp_path: Path
+) -> None:
+    """Without the scales, as after another program saved the folder again: every value is recovered, none is fitted."""
+    case = cases[name]
+    folder = Path(shutil.copytree(case.hf, tmp_path / "hf"))
+    (folder / KEPT_FILE).unlink()
+    outcome = intaglio("convert", folder, f"--out={tmp_path / 'out'}")
+    assert outcome.code == 0 and "fitted" not in outcome.out and "LOSSY" not in outcome.out
+    again = PackedModel.open(tmp_path / "out")
+    assert again.plan.recipe.name == "q4_0"
+    for tensor in case.packed.plan:
+        assert torch.equal(again.decode(tensor.name), case.packed.decode(tensor.name)), tensor.name
+    assert verify(again, case.hf).exact
+
+
+def test_rows_that_q6_k_cannot_hold_are_found_on_q8_0(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", NARROW)
+    plan = make_plan(checkpoint, Recipe.load("q4_0", ["weights.ple_embedding.grid=q8_0"]))
+    packed = quantize(checkpoint, plan, tmp_path / "packed")
+    export_hf(packed, tmp_path / "hf")
+    (tmp_path / "hf" / KEPT_FILE).unlink()
+    result = convert(tmp_path / "hf", tmp_path / "again")
+    assert not result.fitted and not result.lossy
+    assert verify(result.packed, tmp_path / "hf").exact
+    assert [tensor.grid for tensor in result.packed.plan] == [tensor.grid for tensor in plan]

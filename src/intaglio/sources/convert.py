@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError, QualityError, RecipeError, WeightError
+from intaglio.numerics.exact import solve
 from intaglio.numerics.grid import EMPTY_STEP, BlockGrid, FloatGrid, Quantized
 from intaglio.numerics.identify import NAMES
 from intaglio.numerics.rounding import HALF_LARGEST, round_half
@@ -47,7 +48,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class _Step:
-    """What becomes of one tensor: its codes are taken, its values kept as floats, or it is fitted.
+    """What becomes of one tensor: its codes are taken or solved for, its values kept as floats, or it is fitted.
 
     lossy: blocks whose trained codes or scales do not come over.
     """
@@ -55,7 +56,7 @@ class _Step:
     tensor: PlannedTensor
     stored: Stored
     verdict: Verdict
-    action: str  # "codes", "values" or "fit"
+    action: str  # "codes", "solved", "values" or "fit"
     lossy: int = 0
 
 
@@ -138,7 +139,7 @@ def convert(
     result = Conversion(
         packed=PackedModel(Path(out), plan, {}),
         kind=source.kind,
-        grids=_counts(verdicts),
+        grids=_counts(verdicts, steps),
         blocks=sum(step.verdict.tally.all for step in steps if step.action == "codes"),
         recovered=sum(step.verdict.tally.all - step.lossy for step in steps if step.action == "codes"),
         fitted={step.tensor.name: step.tensor.grid.name for step in steps if step.action == "fit" and not step.lossy},
@@ -196,8 +197,17 @@ def _step(tensor: PlannedTensor, stored: Stored, verdict: Verdict, of_trained: b
     rows = verdict.hypothesis if verdict.hypothesis is not None and verdict.hypothesis.by_row else None
     if rows is not None and (grid.code_min, grid.block_size) == (rows.rule.code_min, rows.width):
         return _Step(tensor, stored, verdict, "codes", tally.all - tally.recovered)
+    if stored.is_float and not verdict.on_grid and _solved(stored, grid):
+        return _Step(tensor, stored, verdict, "solved")
     trained = verdict.on_grid or stored.kind in DEQUANTIZED or (of_trained and grid.ggml_type not in FITTED_TYPES)
     return _Step(tensor, stored, verdict, "fit", torch.Size(stored.shape).numel() // grid.block_size if trained else 0)
+
+
+def _solved(stored: Stored, grid: BlockGrid) -> bool:
+    """Whether all values lie on the grid, as embeddings of our own checkpoints do on Q6_K."""
+    return grid.ggml_type in FITTED_TYPES and all(
+        solve(value.float(), grid) is not None for _, value in stored.pieces()
+    )
 
 
 def _unrecovered(path: Path, steps: list[_Step]) -> str:
@@ -224,8 +234,9 @@ def _unrecovered(path: Path, steps: list[_Step]) -> str:
     )
 
 
-def _counts(verdicts: dict[str, Verdict]) -> dict[str, int]:
-    names = [NAMES.get(verdict.grid, verdict.grid) for verdict in verdicts.values()]
+def _counts(verdicts: dict[str, Verdict], steps: list[_Step]) -> dict[str, int]:
+    solved = {step.tensor.name: step.tensor.grid.name for step in steps if step.action == "solved"}
+    names = [solved.get(name, NAMES.get(verdict.grid, verdict.grid)) for name, verdict in verdicts.items()]
     return {name: names.count(name) for name in dict.fromkeys(names)}
 
 
@@ -251,6 +262,11 @@ def _values(step: _Step, plan: Plan, kind: str, rounded: dict[str, int]) -> Iter
             yield rows, _coded(step, value, plan.recipe.fit, rows, shape[:-1])
             continue
         floats = (value.decode() if isinstance(value, Quantized) else value).reshape(shape)
+        if step.action == "solved":
+            solved = solve(floats.float().flatten(0, -2), step.tensor.grid)  # type: ignore[arg-type]
+            assert solved is not None
+            yield rows, solved.with_lead(shape[:-1])
+            continue
         unshifted = floats.float() - shift if shift else floats
         packed = fit_tensor(unshifted, plan, name, rows)
         if step.action == "values":
