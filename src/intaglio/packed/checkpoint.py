@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from intaglio.errors import ConfigError
 from intaglio.packed.identity import CHECKPOINT, CONFIG, FLOAT_KINDS, PACKED, expect
+from intaglio.packed.names import TEXT_PREFIXES, WRAPPED, check_rest, is_tower, missing, own_name, untied
 from intaglio.packed.shards import INDEX, SINGLE, shards, tensor_files
 from intaglio.packed.store import SafetensorsReader, headers, open_safetensors, row_slices
-from intaglio.plan.carried import TOWERS, describe_whole, is_shared_kv, unused_names
+from intaglio.plan.carried import describe_whole, unused_names
 from intaglio.plan.family import (
-    TOWER_ROLES,
     WHOLES,
     ModelSpec,
     TensorSpec,
@@ -34,23 +33,6 @@ from intaglio.plan.plan import HEAD
 # A transformers causal language model: its `model`, `config` and `generate` have no static types.
 TextModel = Any
 
-# A multimodal checkpoint nests its text model; the text model alone does not.
-TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
-# What wrappers put before or between the names of a model: DataParallel and DDP, PEFT without adapters, torch.compile,
-# FSDP, activation checkpointing.
-WRAPPED = re.compile(
-    r"^(?:(?:module|base_model\.model|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
-    r"|(?<=\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
-)
-# Towers and what joins them to the text, also those of Gemma 3, whose text alone is taken.
-TOWER_PREFIXES = (
-    *TOWERS,
-    *("vision_tower.", "multi_modal_projector.", "model.multi_modal_projector."),
-    *("audio_tower.", "embed_vision.", "embed_audio."),
-)
-# Buffers that older versions of transformers saved, and that every version computes from the config.
-COMPUTED = re.compile(r"(rotary_emb(_local)?\.(\w+_)?inv_freq|\.embed_scale|\.position_ids)$")
-SHOWN = 3  # names in a message
 # Folder names that say what lies in them, and not whose it is.
 NAMELESS = ("model", "hf", "packed", "checkpoint", "merged", "final")
 
@@ -204,7 +186,7 @@ def notes(model_dir: str | Path, spec: ModelSpec) -> list[str]:
     if not (path / SINGLE).is_file() and not (path / INDEX).is_file():
         return said
     names = list(tensor_files(path))
-    if text_config(config) is config and (tower := next((n for n in names if _is_tower(own_name(n))), None)):
+    if text_config(config) is config and (tower := next((n for n in names if is_tower(own_name(n))), None)):
         said.append(f"{path}: config.json is of a text model alone: towers are left out ({tower}, ...)")
     wrapped = next((match[0] for name in names if (match := WRAPPED.search(name))), None)
     if wrapped is not None:
@@ -268,50 +250,12 @@ def _entries(
                 raise ConfigError(f"{shard}: {stored_name} is of type {kind}: expected floats: download it again")
             found[shard].append((tensor, stored_name))
     if wanted:
-        raise ConfigError(f"{model_dir}: {_missing(wanted, list(files))}")
+        raise ConfigError(f"{model_dir}: {missing(wanted, list(files))}")
     rest = {name: stored[name] for name in stored.keys() - {t.name for t in tensors}}
     if spec.tied_head and HEAD in rest:
         _check_tied(model_dir, rest.pop(HEAD), spec, files)
     check_rest(model_dir, rest, spec)
     return found
-
-
-def _missing(wanted: dict[str, TensorSpec], names: list[str]) -> str:
-    """What to say of tensors that no file has, whose first reason a person can mend."""
-    first = wanted[min(wanted)]
-    text = f"{len(wanted)} tensors are missing, the first is {first.name}"
-    prefix = next((n.removesuffix(first.name) for n in names if n.endswith("." + first.name)), "")
-    if prefix:
-        return f"{text}: names begin with {prefix!r}, which belongs to another program: save the model that it wraps"
-    if first.role == "head" and len(wanted) == 1:
-        return f'{text}: if the head is the embedding, set "tie_word_embeddings": true in config.json'
-    if first.role in TOWER_ROLES:
-        return f"{text}: to do without towers, say --text-only"
-    return text
-
-
-def check_rest(model_dir: Path, rest: dict[str, str], spec: ModelSpec) -> None:
-    """Raise ConfigError for tensors that would be lost though nobody knows them to be unused.
-
-    rest: tensors outside of the plan, by our names, with those of the files.
-    """
-    odd = sorted(stored for name, stored in rest.items() if not is_unused(name, spec))
-    if odd:
-        some = ", ".join(odd[:SHOWN]) + (", ..." if len(odd) > SHOWN else "")
-        raise ConfigError(
-            f"{model_dir}: {len(odd)} tensors have no place in a {spec.family.model_type} of this config and would be "
-            f"lost: {some}: expected the tensors of the model alone; merge them into its weights, or remove them from "
-            "the files if nothing needs them"
-        )
-
-
-def is_unused(name: str, spec: ModelSpec) -> bool:
-    """Whether a tensor outside of a plan, by our name, is known to have no part in what the text model computes."""
-    return _is_tower(name) or COMPUTED.search(name) is not None or is_shared_kv(name, spec)
-
-
-def _is_tower(name: str) -> bool:
-    return name.startswith(TOWER_PREFIXES)
 
 
 def _check_tied(model_dir: Path, head: str, spec: ModelSpec, files: dict[str, Path]) -> None:
@@ -324,20 +268,3 @@ def _check_tied(model_dir: Path, head: str, spec: ModelSpec, files: dict[str, Pa
         )
     if not same:
         raise untied(model_dir, head, stored)
-
-
-def untied(model_dir: Path, head: str, embedding: str) -> ConfigError:
-    """The error for a head that is not the embedding, although config.json says so; with both ways out."""
-    return ConfigError(
-        f'{model_dir}: config.json says "tie_word_embeddings": true, but {head} has other values than {embedding}: '
-        f'set "tie_word_embeddings": false in config.json to keep this head, or remove {head} from the files'
-    )
-
-
-def own_name(stored_name: str) -> str:
-    """Our name of a tensor that a checkpoint's file calls so."""
-    stored_name = WRAPPED.sub("", stored_name)
-    for prefix in TEXT_PREFIXES:
-        if stored_name.startswith(prefix):
-            return "model." + stored_name.removeprefix(prefix)
-    return HEAD if stored_name == f"language_model.{HEAD}" else stored_name

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.errors import ConfigError
-from intaglio.packed.shards import INDEX, SINGLE, shards
+from intaglio.packed.shards import INDEX, SINGLE, shards, unlisted
 from intaglio.packed.store import headers
 from intaglio.plan.family import load_config
 
@@ -23,7 +23,6 @@ from intaglio.plan.family import load_config
 CHECKPOINT, CONFIG, PACKED = "checkpoint", "config", "packed"
 MOBILE, COMPRESSED, GGUF, TENSORS = "mobile", "compressed-tensors", "gguf", "tensors"
 WEIGHTS = "weights"  # of a checkpoint whose config.json is elsewhere
-# Kinds that no verb takes.
 PREPARED, ADAPTER, ADAPTED, QUANTIZED = "prepared", "adapter", "adapted", "quantized"
 STALE, LITERT, ONNX, PICKLE, RUN, RELEASE = "stale", "litert", "onnx", "pickle", "run", "release"
 MISSING, OTHER = "missing", "other"
@@ -131,14 +130,13 @@ def _look_at_file(path: Path) -> Found:
         return _judge(path, {}, headers(path), None, TENSORS)
     if path.suffix in PICKLES:
         return _pickle(path)
-    what = "neither GGUF nor .safetensors"
-    return Found(path, OTHER, what, "expected one of them, or a checkpoint's folder")
+    return Found(path, OTHER, "neither GGUF nor .safetensors", "expected one of them, or a checkpoint's folder")
 
 
 def _look_at_weights(path: Path, adapter: str | None) -> Found:
-    config = load_config(path) if (path / "config.json").is_file() else None
+    config = load_config(path) if (path / "config.json").is_file() else {}
     found = {name: header for shard in shards(path) for name, header in headers(shard).items()}
-    return _judge(path, config or {}, found, adapter, WEIGHTS if config is None else CHECKPOINT)
+    return _judge(path, config, found, adapter, CHECKPOINT if config else WEIGHTS)
 
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]  # dtype, as safetensors spells it, and shape by name
@@ -157,8 +155,7 @@ def _judge(path: Path, config: dict[str, Any], found: Headers, adapter: str | No
     part = _first(ADAPTER_NAMES, found)
     if part is not None or adapter is not None:
         return _adapted(path, part, adapter)
-    quantized = _quantized(path, config, found)
-    if quantized is not None:
+    if (quantized := _quantized(path, config, found)) is not None:
         return quantized
     advice = {
         TENSORS: "give the folder of the checkpoint that it is part of",
@@ -193,8 +190,7 @@ def _quantized(path: Path, config: dict[str, Any], found: Headers) -> Found | No
     evidence = by_name[1] if by_name else odd
     assert evidence is not None
     if title is None:
-        what = f"holds {evidence} in {found[evidence][0]}, which is no float"
-        return Found(path, QUANTIZED, what, FLOATS_INSTEAD)
+        return Found(path, QUANTIZED, f"holds {evidence} in {found[evidence][0]}, which is no float", FLOATS_INSTEAD)
     what = f"holds codes of {title} ({evidence}, {found[evidence][0]})"
     takes = f"`intaglio convert {path} --out packed` makes a packed model of them"
     if title == "the Gemma mobile format" and method == "gemma":
@@ -230,9 +226,7 @@ def _look_at_rest(path: Path) -> Found:
         return _pickle(path / pickled)
     if "config.json" in names:
         load_config(path)
-        shards_at_hand = [name for name in names if name.endswith(".safetensors")]
-        more = f" (there is {shards_at_hand[0]}, which no index lists)" if shards_at_hand else ""
-        return Found(path, CONFIG, f"no {SINGLE} or {INDEX}", f"expected weights{more}")
+        return Found(path, CONFIG, f"no {SINGLE} or {INDEX}", f"expected weights{unlisted(path)}")
     return Found(path, OTHER, f"{path / 'config.json'}: no such file", "expected a model folder with config.json")
 
 
@@ -263,8 +257,7 @@ def _pickle(path: Path) -> Found:
         f"t.AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('safe'); "
         f"t.AutoTokenizer.from_pretrained('{folder}').save_pretrained('safe')\""
     )
-    what = f"no {SINGLE}, and {path.name} is a pickle"
-    return Found(folder, PICKLE, what, advice)
+    return Found(folder, PICKLE, f"no {SINGLE}, and {path.name} is a pickle", advice)
 
 
 def _adapter(path: Path) -> Found:

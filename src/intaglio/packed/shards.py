@@ -26,9 +26,7 @@ def shards(model_dir: Path) -> list[Path]:
     if not index.is_file():
         if single.is_file():
             return [single]
-        odd = sorted(path.name for path in model_dir.glob("*.safetensors")) if model_dir.is_dir() else []
-        more = f" (there is {odd[0]}, which no index lists)" if odd else ""
-        raise ConfigError(f"{model_dir}: no {SINGLE} or {INDEX}: expected weights{more}")
+        raise ConfigError(f"{model_dir}: no {SINGLE} or {INDEX}: expected weights{unlisted(model_dir)}")
     names = sorted(set(_weight_map(index).values()))
     if single.is_file() and SINGLE not in names:
         raise ConfigError(
@@ -44,6 +42,12 @@ def shards(model_dir: Path) -> list[Path]:
             f"{model_dir}: {stray[0]} is a shard that {INDEX} does not list: remove it, or download both again"
         )
     return [model_dir / name for name in names]
+
+
+def unlisted(folder: Path) -> str:
+    """Words for a message about missing weights: a safetensors file that is there all the same."""
+    odd = sorted(path.name for path in folder.glob("*.safetensors"))
+    return f" (there is {odd[0]}, which no index lists)" if odd else ""
 
 
 def tensor_files(model_dir: Path) -> dict[str, Path]:
@@ -68,11 +72,9 @@ def tensor_files(model_dir: Path) -> dict[str, Path]:
             if name not in files or files[name].name != shard_name:
                 found = files[name].name if name in files else "no shard"
                 raise ConfigError(f"{index}: puts {name} into {shard_name}, but {found} holds it: download it again")
-        unlisted = sorted(files.keys() - listed.keys())
-        if unlisted:
-            raise ConfigError(
-                f"{index}: does not list {unlisted[0]}, which {files[unlisted[0]].name} holds: download it again"
-            )
+        more = sorted(files.keys() - listed.keys())
+        if more:
+            raise ConfigError(f"{index}: does not list {more[0]}, which {files[more[0]].name} holds: download it again")
     return files
 
 

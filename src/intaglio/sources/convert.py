@@ -19,23 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intaglio.errors import ConfigError, QualityError, RecipeError, WeightError
+from intaglio.errors import ConfigError, QualityError, RecipeError
 from intaglio.numerics.exact import solve
-from intaglio.numerics.grid import EMPTY_STEP, BlockGrid, FloatGrid, Quantized
+from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.numerics.identify import NAMES
-from intaglio.numerics.rounding import HALF_LARGEST, round_half
 from intaglio.packed.checkpoint import model_name
 from intaglio.packed.identity import look
 from intaglio.packed.import_mobile import import_mobile
 from intaglio.packed.model import PackedModel, write_packed
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.sources.inspect import Verdict, examine, recovered_blocks
+from intaglio.sources.inspect import Verdict, examine
 from intaglio.sources.match import SHOWN, assets_of, in_file_order, in_rows, match, model_of, recipe_of
 from intaglio.sources.open import open_source
+from intaglio.sources.recode import coded
 from intaglio.sources.restore import has_kept, restore
 from intaglio.sources.stored import DEQUANTIZED, Source, Stored
-from intaglio.train.quantize import FITS, check_finite, fit_tensor
+from intaglio.train.quantize import fit_tensor
 
 FITTED_TYPES = ("Q6_K", "Q8_0")  # on which a tensor without a trained grid is put without further ado
 METHODS = {
@@ -259,7 +259,7 @@ def _values(step: _Step, plan: Plan, kind: str, rounded: dict[str, int]) -> Iter
         # experts, [experts, rows, columns], come as rows of a matrix
         shape = spec.shape if rows is None else (rows.stop - rows.start, *spec.shape[1:])
         if step.action == "codes":
-            yield rows, _coded(step, value, plan.recipe.fit, rows, shape[:-1])
+            yield rows, coded(step.tensor, step.verdict.hypothesis, value, plan.recipe.fit, rows, shape[:-1])
             continue
         floats = (value.decode() if isinstance(value, Quantized) else value).reshape(shape)
         if step.action == "solved":
@@ -275,41 +275,3 @@ def _values(step: _Step, plan: Plan, kind: str, rounded: dict[str, int]) -> Iter
             if changed:
                 rounded[name] = rounded.get(name, 0) + changed
         yield rows, packed
-
-
-def _coded(step: _Step, value: Any, fit: str, rows: slice | None, lead: tuple[int, ...]) -> Quantized:
-    """Some rows by their codes; blocks that were not recovered by the recipe's fit."""
-    grid = step.tensor.grid
-    assert isinstance(grid, BlockGrid)
-    first_row = rows.start if rows else 0
-    if isinstance(value, Quantized):
-        return _recoded(value, grid, step.tensor.name, lead)
-    assert step.verdict.hypothesis is not None
-    parts = list(recovered_blocks(value, step.verdict.hypothesis))
-    codes = torch.cat([part.codes for part in parts])
-    scale = torch.cat([part.scale for part in parts])
-    exact = torch.cat([part.exact for part in parts])
-    if not bool(exact.all()):
-        left = (~exact).nonzero().squeeze(1)
-        blocks = value.reshape(-1, grid.block_size)[left].float()
-        check_finite(value, step.tensor.name, first_row)
-        fitted = FITS[fit](blocks, grid)
-        codes[left], scale[left] = fitted.codes, fitted.step.squeeze(1)
-    empty = torch.tensor(EMPTY_STEP if grid.positive else -0.0)  # what ggml writes as the scale of an empty block
-    scale = torch.where((codes == 0).all(1), empty, scale)
-    scale = scale if grid.positive else round_half(scale)
-    if float(scale.abs().max()) > HALF_LARGEST and not grid.positive:
-        raise WeightError(f"{step.tensor.name}: a scale of {float(scale.abs().max()):.3g} is beyond float16")
-    return Quantized(grid, codes.reshape(*lead, -1).contiguous(), scale.reshape(*lead, -1).to(grid.scale_dtype))
-
-
-def _recoded(value: Quantized, grid: BlockGrid, name: str, lead: tuple[int, ...]) -> Quantized:
-    """The same codes and scales on the planned grid, which has the same bytes."""
-    scales = (value.scale, *(() if value.super_scale is None else (value.super_scale,)))
-    if not all(bool(torch.isfinite(scale).all()) for scale in scales) or int(value.codes.min()) < grid.code_min:
-        raise WeightError(f"{name}: has scales that are not finite, or codes below {grid.code_min}: download it again")
-    scale = value.scale if value.scale.dtype == grid.scale_dtype else value.scale.to(grid.scale_dtype)
-    if not bool(torch.isfinite(scale).all()):
-        raise WeightError(f"{name}: a scale of {float(value.scale.abs().max()):.3g} is beyond float16")
-    super_scale = None if value.super_scale is None else value.super_scale.reshape(*lead, -1)
-    return Quantized(grid, value.codes.reshape(*lead, -1), scale.reshape(*lead, -1), super_scale)

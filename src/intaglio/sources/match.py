@@ -23,7 +23,7 @@ from intaglio.numerics.grid import (
     Quantized,
 )
 from intaglio.numerics.identify import ROW_GRIDS
-from intaglio.packed.checkpoint import check_rest, own_name, untied
+from intaglio.packed.names import check_rest, own_name, untied
 from intaglio.plan.carried import describe_whole, unused_names
 from intaglio.plan.family import TOWER_ROLES, ModelSpec, TensorSpec, load_config, read_spec
 from intaglio.plan.found import recipe_for

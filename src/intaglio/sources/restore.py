@@ -15,10 +15,10 @@ from torch import Tensor
 
 from intaglio.errors import ConfigError
 from intaglio.numerics.grid import BlockGrid, Quantized
-from intaglio.packed.checkpoint import own_name
 from intaglio.packed.codes import unpack_codes
 from intaglio.packed.kept import KEPT_FILE, in_checkpoint, kept_parts
 from intaglio.packed.model import PackedModel, read_plan, write_packed
+from intaglio.packed.names import own_name
 from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers, row_slices
 from intaglio.plan.family import load_config, transformers_config
 from intaglio.plan.plan import Plan, PlannedTensor
