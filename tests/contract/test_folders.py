@@ -130,7 +130,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "mlx": (with_codes(None, I32, "scales", "biases"), r"codes of MLX"),
     "a method unheard of": (with_codes("spqr", I32), r"codes of spqr \(.*up_proj\.weight, I32\)"),
     "integers": (with_codes(None, INT8), r"up_proj\.weight in I8, which is no float"),
-    "a stale quantization_config": (stale, r"quant_method 'bitsandbytes', but all weights are floats: remove"),
+    "a stale quantization_config": (stale, r"are codes of 'bitsandbytes', but all of them are floats: remove"),
+    "a stale quantization of MLX": (
+        lambda folder: edit_config(folder, quantization={"group_size": 32, "bits": 4}),
+        r"are codes of 'mlx', but all of them are floats: remove quantization from config\.json",
+    ),
     "a prepared model": (
         with_tensors(model__layers__0__mlp__up_proj__quantizer__scale_latent=torch.ones(4)),
         r"a prepared model \(model\.layers\.0\.mlp\.up_proj\.quantizer\.scale_latent\).*: pack the model with",
@@ -210,7 +214,7 @@ def test_every_verb_says_the_same_of_a_folder(kind: str, checkpoint: Path, gemma
     error = errors["quantize"]
     assert re.search(rf"^{re.escape(str(checkpoint))}(/\S+)?: (holds )?.*{says}", error), error
     assert contents(tmp_path) == before
-    if "codes of" in error:
+    if "holds codes of" in error:
         assert FLOATS_INSTEAD in error
 
 

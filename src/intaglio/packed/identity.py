@@ -19,7 +19,7 @@ from intaglio.packed.shards import INDEX, SINGLE, shards, unlisted
 from intaglio.packed.store import headers
 from intaglio.plan.family import load_config
 
-# Kinds that one verb or another takes.
+# Kinds of paths; those of the last three lines no verb takes.
 CHECKPOINT, CONFIG, PACKED = "checkpoint", "config", "packed"
 MOBILE, COMPRESSED, GGUF, TENSORS = "mobile", "compressed-tensors", "gguf", "tensors"
 WEIGHTS = "weights"  # of a checkpoint whose config.json is elsewhere
@@ -65,7 +65,7 @@ QUANTIZERS = (
     Quantizer("AWQ", ("awq",), re.compile(r"\.qweight$")),
     Quantizer("HQQ", ("hqq",), re.compile(r"\.W_q$")),
     Quantizer("quanto", ("quanto",), re.compile(r"\.weight\._(data|scale)$")),
-    Quantizer("MLX", (), re.compile(r"\.biases$")),
+    Quantizer("MLX", ("mlx",), re.compile(r"\.biases$")),
     Quantizer(
         "an FP8 quantizer",
         ("fp8", "fbgemm_fp8", "finegrained_fp8", "modelopt"),
@@ -168,9 +168,10 @@ def _judge(path: Path, config: dict[str, Any], found: Headers, adapter: str | No
 
 def _quantized(path: Path, config: dict[str, Any], found: Headers) -> Found | None:
     """Whose codes these weights are; None for floats."""
-    table = config.get("quantization_config")
+    key = "quantization" if "quantization" in config else "quantization_config"  # the first is MLX's
+    table = config.get(key)
     table = table if isinstance(table, dict) else {}
-    method = table.get("quant_method")
+    method = table.get("quant_method", "mlx" if key == "quantization" and table else None)
     odd = next((name for name, (kind, shape) in found.items() if kind not in FLOAT_KINDS and len(shape) > 1), None)
     signs = [(quantizer, name) for quantizer in QUANTIZERS if (name := _first(quantizer.names, found)) is not None]
     if method is None and odd is None and not signs:
@@ -179,8 +180,8 @@ def _quantized(path: Path, config: dict[str, Any], found: Headers) -> Found | No
         return Found(
             path,
             STALE,
-            f"config.json says quant_method {method!r}, but all weights are floats",
-            "remove quantization_config from config.json if these weights are right, or else download them again",
+            f"config.json says that the weights are codes of {method!r}, but all of them are floats",
+            f"remove {key} from config.json if they are right, or download them again",
         )
     by_method = next((q.title for q in QUANTIZERS if method in q.methods), str(method) if method else None)
     by_name = signs[0] if signs else None
