@@ -11,7 +11,7 @@ from intaglio.export.gguf import check_exportable, check_grids, export_gguf
 from intaglio.export.hf import export_hf
 from intaglio.export.litert import check_litert
 from intaglio.export.mobile import export_mobile
-from intaglio.numerics.grid import Q4_0_POSITIVE
+from intaglio.numerics.grid import Q4_0, Q4_0_FREE, Q4_0_POSITIVE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE, Grid
 from intaglio.plan.plan import Plan
 from intaglio.plan.recipe import Recipe
 
@@ -52,6 +52,17 @@ def _check_gguf(plan: Plan, model_dir: Path) -> None:
     check_exportable(plan.model, model_dir)
 
 
+# What llama.cpp's quantizer writes into the tensor types of portable grids.
+STOCK_GRIDS: dict[Grid, Grid] = {Q4_0: Q4_0_FREE, Q6_K: Q6_K_FREE, Q8_0: Q8_0_FREE}
+
+
+def _llama_quantize(recipe: Recipe) -> Recipe:
+    """The same tensor types as the recipe's, filled as llama.cpp's own quantizer would."""
+    rules = tuple(replace(rule, grid=STOCK_GRIDS.get(rule.grid, rule.grid)) for rule in recipe.rules)
+    summary = "What llama-quantize writes, bit for bit; the reference that training is measured against"
+    return replace(recipe, name="q4_0-stock", summary=summary, fit="stock", rules=rules)
+
+
 def _absmax(recipe: Recipe) -> Recipe:
     return replace(recipe, name=f"{recipe.name}-absmax", fit="absmax")
 
@@ -60,7 +71,7 @@ HF = Export(name="hf", kind="trained", write=export_hf, runs=False, on_device=Tr
 GGUF = Format(
     label="Q4_0",
     stock_label="Stock rounding",
-    stock_recipe=lambda recipe: Recipe.load("q4_0-stock"),
+    stock_recipe=_llama_quantize,
     exports=(
         Export(name="model.gguf", kind="trained", write=export_gguf),
         Export(name="stock.gguf", kind="stock", write=export_gguf),

@@ -10,11 +10,12 @@ from typing import Any
 from intaglio.errors import ConfigError, RecipeError
 from intaglio.export.footprint import KV_BITS, Footprint, footprint, longest_context
 from intaglio.export.sizes import GEMMA_METADATA_BYTES, bf16_bytes, gguf_size, w4a16_size
-from intaglio.packed.checkpoint import check_weights, checkpoint_spec, has_weights
+from intaglio.packed.checkpoint import check_weights, checkpoint_spec, notes
+from intaglio.packed.identity import CHECKPOINT, COMPRESSED, CONFIG, MOBILE, look
 from intaglio.plan.bundled import DRAFTER, MODELS, bundled_config, bundled_name, find_config
 from intaglio.plan.carried import describe_whole
 from intaglio.plan.components import kv_cache_bytes, parameters
-from intaglio.plan.family import ModelSpec, load_config
+from intaglio.plan.family import ModelSpec
 from intaglio.plan.memory import TrainingMemory, training_memory
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.published import LEFT_OUT, PUBLISHED_GB
@@ -60,6 +61,7 @@ class Survey:
     training: TrainingMemory | None
     drafter: tuple[str, Footprint] | None
     fits: tuple[Fit, ...]
+    notes: list[str]
 
     @property
     def checkpointed(self) -> TrainingMemory:
@@ -107,8 +109,8 @@ def find_spec(model: str | Path, *, text_only: bool = False) -> ModelSpec:
     """What a folder, a config.json or a bundled name describes; weights in the folder must be as its config says."""
     path = Path(model)
     if path.exists():
-        spec = checkpoint_spec(path, text_only=text_only)
-        if path.is_dir() and has_weights(path) and "quantization_config" not in load_config(path):
+        spec = checkpoint_spec(path, text_only=text_only, kinds=(CHECKPOINT, CONFIG, MOBILE, COMPRESSED))
+        if look(path).kind == CHECKPOINT:
             check_weights(path, spec)
         return spec
     name = bundled_name(str(model))
@@ -145,6 +147,7 @@ def survey(
         else training_memory(plan, gpus=wishes.gpus, gradient_checkpointing=wishes.gradient_checkpointing),
         drafter=made_for,
         fits=() if wishes.budget_bytes is None else _fits(display_name(model), spec, recipe, wishes, made_for),
+        notes=notes(model, spec) if Path(model).exists() else [],
     )
 
 

@@ -37,7 +37,7 @@ from intaglio.measure.original import open_original
 from intaglio.measure.report import Report, write_report
 from intaglio.numerics.device import Device, device_for
 from intaglio.packed.checkpoint import TextModel, load_tokenizer, model_name, stored_dtype
-from intaglio.packed.model import FILE_NAME as PACKED_FILE
+from intaglio.packed.identity import CHECKPOINT, expect
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
 from intaglio.packed.verify import Verification
@@ -84,9 +84,11 @@ def run(
     began, device = time.perf_counter(), device_for(start_processes() if device is None else device)
     progress = progress if is_main() else Progress()
     progress.stage("Loading the original")
+    expect(model_dir, CHECKPOINT)
     spec = read_spec(model_dir)
     check_runs_alone(spec, model_dir)
     plan = make_plan(spec, recipe)
+    make_plan(spec, format_of(plan).stock_recipe(recipe))  # a reference that cannot be made is known now
     if data is None and world_size() > 1:
         raise InputError("several processes cannot write a model's own text together: give --data")
     check_run_dir(out, {"plan": plan.digest}, resume)
@@ -272,7 +274,9 @@ def compare(
     """
     progress, artifact, device = progress or Progress(), Path(artifact), device_for(device)
     progress.stage("Loading")
-    packed = PackedModel.open(artifact) if (artifact / PACKED_FILE).is_file() else None
+    kind = expect(artifact, PACKED_KIND, GGUF, CHECKPOINT, MOBILE, COMPRESSED, QUANTIZED).kind
+    packed = PackedModel.open(artifact) if kind == PACKED_KIND else None
+    expect(original, CHECKPOINT)
     spec = read_spec(original)
     check_runs_alone(spec, original)
     if packed is not None:

@@ -86,7 +86,10 @@ def test_a_folder_that_is_not_there(text: Path, tmp_path: Path) -> None:
 def test_a_folder_without_config(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     (checkpoint / "config.json").unlink()
     for command in reads_a_model(checkpoint, text, tmp_path / "out"):
-        refused(*command, says=r"model/config\.json: no such file: expected a model folder", within=tmp_path)
+        says = r"model: weights without config \(.*model/config\.json: no such file\): put the config\.json of"
+        refused(*command, says=says, within=tmp_path)
+    (checkpoint / "model.safetensors").unlink()
+    refused("plan", checkpoint, says=r"model/config\.json: no such file: expected a model folder", within=tmp_path)
 
 
 def test_a_folder_without_weights(checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -109,7 +112,7 @@ CONFIGS = {
     "no model_type": ("{}", "no model_type"),
     "another architecture": (
         '{"model_type": "llama"}',
-        "model_type 'llama': expected one of gemma3_text, gemma4, .*gemma4_unified_text",
+        "model_type 'llama': expected one of gemma3, gemma3_text, gemma4, .*gemma4_unified_text",
     ),
     "a model_type that is a list": ('{"model_type": ["gemma4_text"]}', r"model_type \['gemma4_text'\]: expected"),
     "a text_config without model_type": ('{"model_type": "x", "text_config": {}}', "model_type None: expected"),
@@ -372,7 +375,7 @@ def test_damaged_metadata_of_a_packed_model(key: str, value: str, gemma4: Case, 
 def test_an_artifact_of_another_model_is_no_traceback(gemma4: Case, cases: dict[str, Case], tmp_path: Path) -> None:
     for artifact in (cases["gemma4-dense"].gguf, cases["gemma4-dense"].hf):
         refused("verify", gemma4.packed.path, artifact, says="NOT exact", within=tmp_path, code=3)
-    says = r"no packed\.safetensors: expected the folder"
+    says = r"checkpoint: a checkpoint of floats: `intaglio quantize .*checkpoint --out packed` makes a packed model"
     refused("verify", gemma4.checkpoint, gemma4.gguf, says=says, within=tmp_path)
 
 
@@ -393,7 +396,7 @@ def test_pickled_weights_are_not_loaded(checkpoint: Path, text: Path, tmp_path: 
     (checkpoint / "model.safetensors").unlink()
     (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     for command in reads_a_model(checkpoint, text, tmp_path / "out")[1:]:
-        refused(*command, says=r"no model\.safetensors.*expected weights", within=tmp_path)
+        refused(*command, says=r"model: no model\.safetensors, and pytorch_model\.bin is a pickle", within=tmp_path)
 
 
 def test_code_in_a_model_folder_does_not_run(checkpoint: Path, text: Path, tmp_path: Path) -> None:

@@ -291,12 +291,12 @@ def test_ggufs_that_do_not_fit(cases: dict[str, Case], tmp_path: Path) -> None:
     gemma4, gemma3 = cases["gemma4"], cases["gemma3"]
     refused(tmp_path, gemma4.gguf, says="brings no config.json.*--config")
     refused(tmp_path, gemma4.gguf, "--config", gemma3.checkpoint, says="general.architecture = 'gemma4'.*'gemma3'")
-    refused(tmp_path, gemma4.packed.path, says="is a packed model: export it")
+    refused(tmp_path, gemma4.packed.path, says="packed: a packed model: .*`intaglio export")
     other = tmp_path / "other"
     other.mkdir()
     config = json.loads((gemma4.checkpoint / "config.json").read_text("utf-8"))
     (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 512}), "utf-8")
-    refused(tmp_path, gemma4.gguf, "--config", other, says="has shape .* config and weights are of different models")
+    refused(tmp_path, gemma4.gguf, "--config", other, says="feed_forward_length = .* but the config of")
 
 
 def test_a_gguf_with_a_broken_block_count(gemma4: Case, tmp_path: Path) -> None:
@@ -340,7 +340,12 @@ def test_shards_that_contradict_their_index(gemma4: Case, tmp_path: Path) -> Non
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"\x80\x04cos\nsystem\n")
-    for path, says in ((tmp_path / "weights.bin", "neither GGUF nor"), (tmp_path / "gone", "no such file or folder")):
+    (tmp_path / "text.txt").write_text("The whale swam.")
+    for path, says in (
+        (tmp_path / "weights.bin", "weights.bin is a pickle"),
+        (tmp_path / "text.txt", "neither GGUF nor"),
+        (tmp_path / "gone", "no such file or folder"),
+    ):
         outcome = intaglio("inspect", path)
         assert outcome.code == 2 and says in outcome.error
 

@@ -186,7 +186,9 @@ def test_grids_of_other_formats_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_mobile_folder_is_no_checkpoint_to_train(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="is in the mobile format, whose weights are no floats: `convert` it first"):
+    with pytest.raises(
+        ConfigError, match=r"holds codes of the Gemma mobile format .*: `intaglio convert .* --out packed`"
+    ):
         load_model(folder)
 
 

@@ -154,7 +154,7 @@ def test_a_hostile_header_is_named(copy: Path, header: int) -> None:
 
 
 def test_foreign_files_are_named(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no packed\.safetensors"):
+    with pytest.raises(ConfigError, match=r"checkpoint: a checkpoint of floats: `intaglio quantize"):
         PackedModel.open(checkpoint)
     shutil.copyfile(checkpoint / "model.safetensors", tmp_path / FILE_NAME)
     with pytest.raises(ConfigError, match="format 'pt'"):

@@ -84,8 +84,8 @@ def test_a_tied_head_is_planned_once_and_an_untied_one_needs_a_rule() -> None:
     assert "lm_head.weight" not in {tensor.name for tensor in make_plan(GEMMA4, "q4_0")}
     untied = GEMMA4 | {"tie_word_embeddings": False}
     with pytest.raises(RecipeError, match=r'no rule covers lm_head\.weight \[4096, 256\].*roles = \["head"\]'):
-        make_plan(untied, "q4_0")
-    head = ["weights.head.roles=['head']", "weights.head.grid=q6_k"]
+        make_plan(untied, Recipe.load("q4_0", alone := ["weights.token_embedding.roles=['token_embedding']"]))
+    head = [*alone, "weights.head.roles=['head']", "weights.head.grid=q6_k"]
     assert make_plan(untied, Recipe.load("q4_0", head))["lm_head.weight"].grid.name == "q6_k"
 
 
@@ -182,7 +182,9 @@ def test_a_vector_takes_four_bytes_a_value_in_the_file_on_any_float_grid() -> No
 
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}), "utf-8")
-    with pytest.raises(ConfigError, match=r"model_type 'llama': expected one of gemma3_text, gemma4, .*gemma4_text"):
+    with pytest.raises(
+        ConfigError, match=r"model_type 'llama': expected one of gemma3, gemma3_text, gemma4, .*gemma4_text"
+    ):
         make_plan(tmp_path, "q4_0")
 
 

@@ -19,6 +19,7 @@ from intaglio.cli.options import (
     app,
     evaluation_of,
     print_json,
+    print_notes,
 )
 from intaglio.errors import RuntimeFailureError
 
@@ -76,6 +77,7 @@ def plan(
         budget_bytes=None if budget is None else parse_bytes(budget, "--budget"),
     )
     made = planning.survey(model, Recipe.load(recipe, overrides), wishes, drafter=drafter, text_only=text_only)
+    print_notes(made.notes)
     if html is not None:
         from intaglio.cli.plan_page import write_page
 

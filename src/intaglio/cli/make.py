@@ -20,6 +20,7 @@ from intaglio.cli.options import (
     app,
     evaluation_of,
     print_json,
+    print_notes,
     print_towers_off,
 )
 
@@ -72,7 +73,7 @@ def quantize(
     """Fit scales without training and write a packed model; then `export` it."""
     from intaglio.cli.terminal import Bars
     from intaglio.fitting import quantize_model
-    from intaglio.packed.checkpoint import checkpoint_spec
+    from intaglio.packed.checkpoint import checkpoint_spec, notes
     from intaglio.packed.model import PackedModel
     from intaglio.plan.plan import make_plan
     from intaglio.plan.recipe import Recipe
@@ -81,7 +82,9 @@ def quantize(
         raise typer.BadParameter("--trained has its static scales: expected it or --data, not both")
     text = None if trained is None else PackedModel.open(trained)
     chosen = Recipe.load(recipe, overrides) if text is None else text.plan.recipe
-    made = make_plan(checkpoint_spec(model, text_only=text_only), chosen)
+    spec = checkpoint_spec(model, text_only=text_only)
+    print_notes(notes(model, spec))
+    made = make_plan(spec, chosen)
     with Bars() as bars:
         errors = quantize_model(
             model,
@@ -162,9 +165,14 @@ def train(
 def _train_floats(model: Path, out: Path, recipe: str, overrides: list[str], **common: Any) -> None:
     """A checkpoint is brought to its recipe's grids."""
     from intaglio.cli.terminal import Bars, print_report
+    from intaglio.packed.checkpoint import notes
+    from intaglio.packed.identity import CHECKPOINT, expect
+    from intaglio.plan.family import read_spec
     from intaglio.plan.recipe import Recipe
     from intaglio.workflow import run
 
+    expect(model, CHECKPOINT)
+    print_notes(notes(model, read_spec(model)))
     loaded = Recipe.load(recipe, overrides)
     with Bars() as bars:
         report = run(model, loaded, out, progress=bars.progress, **common)
@@ -211,13 +219,12 @@ def convert(
     from intaglio.plan.recipe import Recipe
     from intaglio.sources.convert import convert as run_convert
 
-    if overrides and recipe is None:
-        raise typer.BadParameter("--set changes a recipe: say which with --recipe")
     with Bars() as bars:
         result = run_convert(
             source,
             out,
             recipe=None if recipe is None else Recipe.load(recipe, overrides),
+            overrides=() if recipe is not None else overrides,
             config=config,
             requantize=requantize,
             text_only=text_only,

@@ -45,6 +45,12 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
+def print_notes(notes: list[str]) -> None:
+    """Say what a user has to hear before the work begins; beside what a program reads."""
+    for note in notes:
+        typer.echo(note, err=True)
+
+
 def print_towers_off(packed: PackedModel) -> None:
     """Say it where activations of a tower stay floats."""
     from intaglio.plan.carried import scales_in_use

@@ -17,6 +17,7 @@ from intaglio.drafter.clusters import assign_clusters
 from intaglio.errors import ConfigError
 from intaglio.packed.checkpoint import TextModel, load_model
 from intaglio.packed.decoded import load_packed
+from intaglio.packed.identity import CHECKPOINT, PACKED, expect
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel
 from intaglio.plan.family import build_meta_model, is_drafter, load_config, text_config, transformers_config
@@ -103,8 +104,8 @@ def drafter_config(target: dict[str, Any], shape: Shape) -> dict[str, Any]:
 
 def config_of(path: str | Path) -> dict[str, Any]:
     """The config of a packed model or of a checkpoint folder."""
-    packed = (Path(path) / PACKED_FILE).is_file()
-    return PackedModel.open(path).plan.model.config if packed else load_config(path)
+    found = expect(path, PACKED, CHECKPOINT)
+    return PackedModel.open(path).plan.model.config if found.kind == PACKED else load_config(path)
 
 
 def target_config(path: str | Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from intaglio.errors import WeightError
 from intaglio.numerics.grid import IndexGrid, Quantized
 from intaglio.numerics.layout import row_chunks
+from intaglio.packed.kept import write_kept
 from intaglio.packed.model import PackedModel, copy_assets
 from intaglio.packed.store import SafetensorsWriter, Specs, new_path
 from intaglio.plan.carried import whole_name
@@ -26,7 +27,9 @@ from intaglio.plan.plan import Plan, PlannedTensor
 def export_hf(
     packed: PackedModel, path: str | Path, *, replace: bool = False, device: torch.device | str = "cpu"
 ) -> None:
-    """Write the folder `path`: config.json, model.safetensors, tokenizer and generation files.
+    """Write the folder `path`: config.json, model.safetensors, tokenizer and generation files, and the scales.
+
+    The scales are for `intaglio convert`, which gives the packed model back (see `packed.kept`).
 
     The weights are bfloat16 if the plan is portable, that is, if bfloat16 holds each code times its
     step exactly; and float32 if it is not, because a product of a 4-bit code and a float16 scale
@@ -49,6 +52,7 @@ def export_hf(
             for stored, (name, exact_in) in sources.items():
                 for rows, value in packed.chunks(name, device):
                     writer.write(stored, decoded(value, exact_in, name), rows)
+        write_kept(packed, temporary)
 
 
 def float_dtype(plan: Plan) -> torch.dtype:

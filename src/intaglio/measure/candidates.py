@@ -13,6 +13,7 @@ from intaglio.measure.llamacpp import LlamaCpp
 from intaglio.measure.original import Original
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model, load_quantized
+from intaglio.packed.identity import COMPRESSED, GGUF, MOBILE, QUANTIZED, look
 from intaglio.packed.model import PackedModel
 from intaglio.packed.verify_affine import is_mlx
 from intaglio.plan.family import load_config
@@ -24,13 +25,14 @@ def artifact_candidate(path: Path, stack: ExitStack, original: Original) -> Cand
 
     llama.cpp runs a .gguf. transformers runs a folder, on the original's device and in its dtype.
     """
-    if path.suffix == ".gguf":
+    found = look(path)
+    if found.kind == GGUF and path.is_file():
         llama = stack.enter_context(LlamaCpp(path))
         return Candidate(source=llama.logits, runtime=llama.version, simulated=False)
     if is_mlx(path):
         raise InputError(f"{path}: a folder for mlx-lm, which measures nothing here: measure the packed model instead")
     device, dtype = original.model.device, original.model.dtype
-    quantized = "quantization_config" in load_config(path)
+    quantized = found.kind in (MOBILE, COMPRESSED, QUANTIZED) and "quantization_config" in load_config(path)
     model = load_quantized(path, dtype).to(device) if quantized else load_model(path, dtype, device)
     source = logits_of(model, original.windows_NT, original.batch)
     return Candidate(source=source, runtime=transformers_runtime(), simulated=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +13,26 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError
+from intaglio.packed.identity import CHECKPOINT, CONFIG, FLOAT_KINDS, PACKED, expect
+from intaglio.packed.names import TEXT_PREFIXES, WRAPPED, check_rest, is_tower, missing, own_name, untied
+from intaglio.packed.shards import INDEX, SINGLE, shards, tensor_files
 from intaglio.packed.store import SafetensorsReader, headers, open_safetensors, row_slices
 from intaglio.plan.carried import describe_whole, unused_names
-from intaglio.plan.family import TOWER_ROLES, ModelSpec, TensorSpec, load_config, one_line, read_spec, text_config
+from intaglio.plan.family import (
+    WHOLES,
+    ModelSpec,
+    TensorSpec,
+    build_meta_model,
+    load_config,
+    one_line,
+    read_spec,
+    text_config,
+)
+from intaglio.plan.plan import HEAD
 
 # A transformers causal language model: its `model`, `config` and `generate` have no static types.
 TextModel = Any
 
-# A multimodal checkpoint nests its text model; the text model alone does not.
-TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
 # Folder names that say what lies in them, and not whose it is.
 NAMELESS = ("model", "hf", "packed", "checkpoint", "merged", "final")
 
@@ -40,18 +50,21 @@ def load_model(
 
     Weights are read in `dtype` rather than cast later: a cast of the whole model would round
     rotary tables too. Each goes from the file to `device`, so that a model on a GPU is never whole on the host.
-    Raises ConfigError for a folder that is incomplete or does not fit its config.
+    Raises ConfigError for anything but a whole checkpoint of floats, and for one that is incomplete or does not fit
+    its config.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = Path(model_dir)
-    if is_mobile(path):
-        raise ConfigError(f"{path}: is in the mobile format, whose weights are no floats: `convert` it first")
+    expect(path, CHECKPOINT)
     spec = read_spec(path)
-    _entries(path, spec.tensors)  # transformers would only say that something does not fit
+    entries = _entries(path, spec.tensors, spec)  # transformers would only say that something does not fit
+    wrapped = any(WRAPPED.search(name) for found in entries.values() for _, name in found)
+    loader: Any = type(build_meta_model(spec.config)) if wrapped else AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
+        model = loader.from_pretrained(
+            None if wrapped else path,
+            state_dict=dict(stream_tensors(path, spec)) if wrapped else None,
             config=AutoConfig.for_model(**spec.config),
             dtype=dtype,
             device_map={"": torch.device(device)},
@@ -140,86 +153,58 @@ def load_tokenizer(model_dir: str | Path) -> Any:
         raise ConfigError(f"{path}: no usable tokenizer: {one_line(error)}") from error
 
 
-def shards(model_dir: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, from its index where there is one."""
-    index = model_dir / "model.safetensors.index.json"
-    single = model_dir / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise ConfigError(f"{model_dir}: no model.safetensors or model.safetensors.index.json: expected weights")
-    try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{index}: not a shard index: {one_line(error)}") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (model_dir / name).is_file():
-            raise ConfigError(f"{index}: lists {name!r}, which is not a file of this folder")
-    return [model_dir / name for name in names]
-
-
-def tensor_files(model_dir: Path) -> dict[str, Path]:
-    """In which file of a checkpoint each tensor is, file by file.
-
-    Raises ConfigError for a tensor that two shards hold, and for one that the index promises of a shard which
-    has no such tensor.
-    """
-    files: dict[str, Path] = {}
-    for shard in shards(model_dir):
-        with open_safetensors(shard) as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
-                if name in files:
-                    raise ConfigError(
-                        f"{model_dir}: {name} is in {files[name].name} and in {shard.name}: expected once"
-                    )
-                files[name] = shard
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file() and not (model_dir / "model.safetensors").is_file():
-        for name, shard_name in json.loads(index.read_text("utf-8"))["weight_map"].items():
-            if name not in files or files[name].name != shard_name:
-                found = files[name].name if name in files else "no shard"
-                raise ConfigError(f"{index}: puts {name} into {shard_name}, but {found} holds it: download it again")
-    return files
-
-
-def checkpoint_spec(model_dir: str | Path, *, text_only: bool = False) -> ModelSpec:
+def checkpoint_spec(
+    model_dir: str | Path, *, text_only: bool = False, kinds: tuple[str, ...] = (CHECKPOINT,)
+) -> ModelSpec:
     """The model of a folder with all that its files hold beside the text model; `text_only` leaves towers out.
 
-    Without weights, what the config alone tells. Raises ConfigError as `describe` does.
+    kinds: of folders that the caller can use, as `identity` names them. Without weights, the config alone tells.
+    Raises ConfigError for another kind, and as `describe` does.
     """
     path = Path(model_dir)
+    found = expect(path, *kinds)
     config = load_config(path)
     try:
         alone = describe_whole(config)
-        unused = unused_names(map(own_name, _stored_names(path)), alone) if path.is_dir() else []
+        stored = tensor_files(path) if found.kind not in (CONFIG, PACKED) and path.is_dir() else {}
+        unused = unused_names(map(own_name, stored), alone)
         model = replace(alone, carried=describe_whole(text_config(config), unused).carried + alone.carried)
     except ConfigError as error:
         raise ConfigError(f"{model_dir}: {error}") from error
     return model.text_only() if text_only else model
 
 
-def has_weights(model_dir: Path) -> bool:
-    """Whether a folder has float weights to compare a config with."""
-    return any(model_dir.glob("model*.safetensors*"))
-
-
 def check_weights(model_dir: Path, spec: ModelSpec) -> None:
     """Raise ConfigError where a folder's weights are not those of the model; only their headers are read."""
-    _entries(model_dir, spec.tensors + spec.carried)
+    _entries(model_dir, spec.tensors + spec.carried, spec)
 
 
-def _stored_names(model_dir: Path) -> Iterator[str]:
-    if has_weights(model_dir):
-        yield from tensor_files(model_dir)
+def notes(model_dir: str | Path, spec: ModelSpec) -> list[str]:
+    """Sentences for the user of a checkpoint: what is left out of it, and which names are shortened."""
+    path, said = Path(model_dir), []
+    config = load_config(path)
+    if spec.whole is None and text_config(config) is not config:
+        kinds = [kind for kind in ("vision", "audio") if config.get(f"{kind}_config")]
+        reason = "" if config["model_type"] in WHOLES else f", since intaglio reads no towers of {config['model_type']}"
+        said.append(f"{path}: the text model alone is taken: {' and '.join(kinds) or 'no'} towers are left out{reason}")
+    if not (path / SINGLE).is_file() and not (path / INDEX).is_file():
+        return said
+    names = list(tensor_files(path))
+    if text_config(config) is config and (tower := next((n for n in names if is_tower(own_name(n))), None)):
+        said.append(f"{path}: config.json is of a text model alone: towers are left out ({tower}, ...)")
+    wrapped = next((match[0] for name in names if (match := WRAPPED.search(name))), None)
+    if wrapped is not None:
+        said.append(f"{path}: names hold {wrapped!r}, which a wrapper put there: it is taken off")
+    return said
 
 
 def stream_tensors(model_dir: Path, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
     """Each tensor of the text model under its own name, one at a time, in the order of the files.
 
-    Tensors that the model does not use (towers, unused k/v of KV-shared layers) are passed over.
-    Raises ConfigError for a tensor that is missing or has another shape than the config says.
+    Towers and tensors that are known to be unused are passed over. Raises ConfigError for a tensor that is
+    missing, has another shape than the config says, is of no float type or has no place in the model.
     """
-    for shard, entries in _entries(model_dir, spec.tensors).items():
+    for shard, entries in _entries(model_dir, spec.tensors, spec).items():
         with SafetensorsReader(shard) as file:
             for tensor, stored_name in entries:
                 yield tensor.name, file.read(stored_name)
@@ -227,7 +212,7 @@ def stream_tensors(model_dir: Path, spec: ModelSpec) -> Iterator[tuple[str, Tens
 
 def stream_rows(model_dir: str | Path, spec: ModelSpec, rows: dict[str, slice]) -> Iterator[tuple[str, Tensor]]:
     """These rows of each tensor of the text model, in the order of the files: only they are read from disk."""
-    for shard, entries in _entries(Path(model_dir), spec.tensors).items():
+    for shard, entries in _entries(Path(model_dir), spec.tensors, spec).items():
         with SafetensorsReader(shard) as file:
             for tensor, stored_name in entries:
                 part = rows[tensor.name]
@@ -236,53 +221,73 @@ def stream_rows(model_dir: str | Path, spec: ModelSpec, rows: dict[str, slice]) 
 
 def stored_dtype(model_dir: str | Path, spec: ModelSpec) -> torch.dtype:
     """bfloat16 if all the text model's tensors are stored in it, else float32, which holds any of them exactly."""
-    wanted = {name for entries in _entries(Path(model_dir), spec.tensors).values() for _, name in entries}
     kinds = {
-        dtype for shard in shards(Path(model_dir)) for name, (dtype, _) in headers(shard).items() if name in wanted
+        headers(shard)[name][0]
+        for shard, entries in _entries(Path(model_dir), spec.tensors, spec).items()
+        for _, name in entries
     }
     return torch.bfloat16 if kinds <= {"BF16", "I64"} else torch.float32
 
 
-def stream_chunks(model_dir: Path, spec: ModelSpec) -> Iterator[tuple[str, slice | None, Tensor]]:
+def stream_chunks(
+    model_dir: Path, spec: ModelSpec, *, carried_only: bool = False
+) -> Iterator[tuple[str, slice | None, Tensor]]:
     """Each tensor of the model and of what is carried with it, a few rows at a time: name, rows and values.
 
-    The rows are None where they are all. Order and errors as in `stream_tensors`.
+    carried_only: leave out the text model. The rows are None where they are all. Order and errors as in
+    `stream_tensors`.
     """
-    for shard, entries in _entries(model_dir, spec.tensors + spec.carried).items():
+    text = {tensor.name for tensor in spec.tensors} if carried_only else set()
+    for shard, entries in _entries(model_dir, spec.tensors + spec.carried, spec).items():
         with SafetensorsReader(shard) as file:
             for tensor, stored_name in entries:
-                for rows in row_slices(tensor.shape):
+                for rows in row_slices(tensor.shape) if tensor.name not in text else ():
                     yield tensor.name, rows, file.read(stored_name, rows)
 
 
-def _entries(model_dir: Path, tensors: tuple[TensorSpec, ...]) -> dict[Path, list[tuple[TensorSpec, str]]]:
-    """In which file each tensor is, and its name there; the headers alone are read."""
+def _entries(
+    model_dir: Path, tensors: tuple[TensorSpec, ...], spec: ModelSpec
+) -> dict[Path, list[tuple[TensorSpec, str]]]:
+    """In which file each of these tensors is, and its name there; but for a head, the headers alone are read."""
+    expect(model_dir, CHECKPOINT)
     wanted = {t.name: t for t in tensors}
+    stored: dict[str, str] = {}  # by our names, what the files call them
     found: dict[Path, list[tuple[TensorSpec, str]]] = {}
-    for shard in dict.fromkeys(tensor_files(model_dir).values()):
+    files = tensor_files(model_dir)
+    for stored_name in files:
+        name = own_name(stored_name)
+        if stored.setdefault(name, stored_name) != stored_name:
+            raise ConfigError(f"{model_dir}: {stored[name]} and {stored_name} are one tensor: expected one of them")
+    for shard in dict.fromkeys(files.values()):
         found[shard] = []
-        with open_safetensors(shard) as file:
-            for stored_name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
-                tensor = wanted.pop(own_name(stored_name), None)
-                if tensor is None:
-                    continue
-                shape = file.get_slice(stored_name).get_shape()
-                if tuple(shape) != tensor.shape:
-                    raise ConfigError(
-                        f"{shard}: {stored_name} has shape {shape}, the config says {list(tensor.shape)}: "
-                        "config and weights are of different models"
-                    )
-                found[shard].append((tensor, stored_name))
+        for stored_name, (kind, shape) in headers(shard).items():
+            tensor = wanted.pop(own_name(stored_name), None)
+            if tensor is None:
+                continue
+            if shape != tensor.shape:
+                raise ConfigError(
+                    f"{shard}: {stored_name} has shape {list(shape)}, the config says {list(tensor.shape)}: "
+                    "config and weights are of different models"
+                )
+            if kind not in (("I64", "I32") if tensor.role == "token_ordering" else FLOAT_KINDS):
+                raise ConfigError(f"{shard}: {stored_name} is of type {kind}: expected floats: download it again")
+            found[shard].append((tensor, stored_name))
     if wanted:
-        first = wanted[min(wanted)]
-        advice = ": to do without towers, say --text-only" if first.role in TOWER_ROLES else ""
-        raise ConfigError(f"{model_dir}: {len(wanted)} tensors are missing, the first is {first.name}{advice}")
+        raise ConfigError(f"{model_dir}: {missing(wanted, list(files))}")
+    rest = {name: stored[name] for name in stored.keys() - {t.name for t in tensors}}
+    if spec.tied_head and HEAD in rest:
+        _check_tied(model_dir, rest.pop(HEAD), spec, files)
+    check_rest(model_dir, rest, spec)
     return found
 
 
-def own_name(stored_name: str) -> str:
-    """Our name of a tensor that a checkpoint's file calls so."""
-    for prefix in TEXT_PREFIXES:
-        if stored_name.startswith(prefix):
-            return "model." + stored_name.removeprefix(prefix)
-    return stored_name
+def _check_tied(model_dir: Path, head: str, spec: ModelSpec, files: dict[str, Path]) -> None:
+    """Raise ConfigError where config.json says that the head is the embedding, and the files hold another head."""
+    embedding = next(tensor for tensor in spec.tensors if tensor.role == "token_embedding")
+    stored = next(name for name in files if own_name(name) == embedding.name)
+    with SafetensorsReader(files[head]) as first, SafetensorsReader(files[stored]) as second:
+        same = headers(files[head])[head][1] == embedding.shape and all(
+            torch.equal(first.read(head, rows), second.read(stored, rows)) for rows in row_slices(embedding.shape)
+        )
+    if not same:
+        raise untied(model_dir, head, stored)

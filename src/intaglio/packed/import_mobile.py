@@ -16,9 +16,10 @@ from torch import Tensor
 
 from intaglio.errors import ConfigError, RecipeError, WeightError
 from intaglio.numerics.grid import BF16, F32, INT2, INT4, INT8, BlockGrid, Grid, Quantized, check_steps
-from intaglio.packed.checkpoint import is_mobile, model_name, shards
+from intaglio.packed.checkpoint import is_mobile, model_name
 from intaglio.packed.codes import unpack_codes
 from intaglio.packed.model import PackedModel, write_packed
+from intaglio.packed.shards import shards
 from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers, row_slices
 from intaglio.plan.carried import describe_whole, text_name, unused_names, whole_name
 from intaglio.plan.family import TOWER_ROLES, WHOLES, TensorSpec, load_config, text_config

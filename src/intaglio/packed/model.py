@@ -32,6 +32,7 @@ from intaglio.errors import ConfigError, InputError, WeightError
 from intaglio.numerics.grid import BlockGrid, Quantized, check_steps
 from intaglio.numerics.rounding import is_normal_positive
 from intaglio.packed.codes import FIELDS, pack_codes, unpack_codes
+from intaglio.packed.identity import CONFIG, MISSING, OTHER, PACKED, PACKED_FILE, look
 from intaglio.packed.store import (
     SAFETENSORS_DTYPES,
     SafetensorsReader,
@@ -46,7 +47,7 @@ from intaglio.plan.family import TOWER_ROLES
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
 
-FILE_NAME = "packed.safetensors"
+FILE_NAME = PACKED_FILE
 FORMAT = "intaglio-packed-1"
 # What belongs to a model beside its weights; copied where present.
 ASSETS = (
@@ -64,10 +65,22 @@ ASSETS = (
 
 
 def copy_assets(source: Path, target: Path) -> None:
-    """Copy what belongs to a model beside its weights, as far as it is there."""
+    """Copy what belongs to a model beside its weights, as far as it is there.
+
+    Raises ConfigError for a link to a file outside of the model's folder: such a file is somebody's own, and would
+    be published with the model. The hub's cache, whose folders are links, is no stranger.
+    """
     for name in ASSETS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        if not (source / name).is_file():
+            continue
+        folder, file = source.resolve(), (source / name).resolve()
+        cache = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+        if not file.is_relative_to(folder) and not file.is_relative_to(cache):
+            raise ConfigError(
+                f"{source / name}: is a link to {file}, outside of the model's folder: put a copy in its place if it "
+                "belongs to the model"
+            )
+        shutil.copyfile(file, target / name)
 
 
 def check_static(name: str, value: float) -> None:
@@ -81,15 +94,17 @@ def check_static(name: str, value: float) -> None:
 
 def _parts(plan: Plan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Names, dtypes and shapes under which a plan's tensors and static scales are stored."""
-    parts = {part: spec for tensor in plan.everything for part, spec in _parts_of(tensor).items()}
-    return parts | {name: (torch.float32, ()) for name in _static_names(plan)}
+    parts = {part: spec for tensor in plan.everything for part, spec in parts_of(tensor).items()}
+    return parts | {name: (torch.float32, ()) for name in static_names(plan)}
 
 
-def _static_names(plan: Plan) -> list[str]:
+def static_names(plan: Plan) -> list[str]:
+    """Names of a plan's static scales, those of what is carried last."""
     return [scale.name for scale in plan.static_scales] + list(plan.carried_scales)
 
 
-def _parts_of(tensor: PlannedTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def parts_of(tensor: PlannedTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and shapes under which one tensor is stored."""
     grid, shape = tensor.grid, tensor.spec.shape
     if not isinstance(grid, BlockGrid):
         return {tensor.name: (tensor.stored_dtype, shape)}
@@ -147,16 +162,13 @@ class PackedWriter:
 
     def leave_static_off(self) -> None:
         """Store 0 for every static scale: nothing was calibrated."""
-        for name in _static_names(self.plan):
+        for name in static_names(self.plan):
             self.writer.write(name, torch.zeros(()))
 
 
-@contextmanager
-def write_packed(
-    path: Path, plan: Plan, *, assets: Path, provenance: dict[str, Any], replace: bool = False
-) -> Iterator[PackedWriter]:
-    """Create a PackedModel folder; it appears under `path` only when every tensor was added."""
-    metadata = {
+def metadata_of(plan: Plan, provenance: dict[str, Any]) -> dict[str, str]:
+    """What makes a plan again, as a file's metadata; `read_plan` reads it."""
+    return {
         "format": FORMAT,
         "recipe": plan.recipe.to_toml(),
         "config": json.dumps(plan.model.whole or plan.model.config),
@@ -164,6 +176,37 @@ def write_packed(
         "plan": plan.layout_digest,
         "provenance": json.dumps(provenance),
     }
+
+
+def read_plan(file_path: Path) -> tuple[Plan, dict[str, Any]]:
+    """Plan and provenance of a file with the metadata of `metadata_of`. ConfigError if they are damaged."""
+    with open_safetensors(file_path) as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise ConfigError(f"{file_path}: format {metadata.get('format')!r}: expected {FORMAT!r}")
+    try:
+        config, provenance = json.loads(metadata["config"]), json.loads(metadata["provenance"])
+        unused = json.loads(metadata.get("unused", "[]"))
+        recipe = Recipe.from_toml(metadata["recipe"], source=f"{file_path} recipe")
+        if not isinstance(config, dict) or not isinstance(provenance, dict) or not isinstance(unused, list):
+            raise ValueError("config and provenance are expected to be JSON objects, unused a list")
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file_path}: damaged metadata: {error}") from error
+    plan = make_plan(describe_whole(config, map(str, unused)), recipe)
+    if metadata.get("plan") != plan.layout_digest:
+        raise ConfigError(
+            f"{file_path}: was packed by plan {str(metadata.get('plan'))[:12]}, but its recipe and config make "
+            f"plan {plan.layout_digest[:12]}: it is damaged or of another version of intaglio; pack the model again"
+        )
+    return plan, provenance
+
+
+@contextmanager
+def write_packed(
+    path: Path, plan: Plan, *, assets: Path, provenance: dict[str, Any], replace: bool = False
+) -> Iterator[PackedWriter]:
+    """Create a PackedModel folder; it appears under `path` only when every tensor was added."""
+    metadata = metadata_of(plan, provenance)
     with new_path(path, replace=replace) as temporary:
         temporary.mkdir()
         copy_assets(assets, temporary)
@@ -189,26 +232,12 @@ class PackedModel:
         """Raises ConfigError for anything that is not a complete packed model of this version."""
         path = Path(path)
         file_path = path / FILE_NAME
-        if not file_path.is_file():
+        found = look(path)
+        if found.kind in (MISSING, OTHER, CONFIG):
             raise ConfigError(f"{path}: no {FILE_NAME}: expected the folder that train or quantize wrote")
-        with open_safetensors(file_path) as file:
-            metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise ConfigError(f"{file_path}: format {metadata.get('format')!r}: expected {FORMAT!r}")
-        try:
-            config, provenance = json.loads(metadata["config"]), json.loads(metadata["provenance"])
-            unused = json.loads(metadata.get("unused", "[]"))
-            recipe = Recipe.from_toml(metadata["recipe"], source=f"{file_path} recipe")
-            if not isinstance(config, dict) or not isinstance(provenance, dict) or not isinstance(unused, list):
-                raise ValueError("config and provenance are expected to be JSON objects, unused a list")
-        except (KeyError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{file_path}: damaged metadata: {error}") from error
-        plan = make_plan(describe_whole(config, map(str, unused)), recipe)
-        if metadata.get("plan") != plan.layout_digest:
-            raise ConfigError(
-                f"{file_path}: was packed by plan {str(metadata.get('plan'))[:12]}, but its recipe and config make "
-                f"plan {plan.layout_digest[:12]}: it is damaged or of another version of intaglio; pack the model again"
-            )
+        if found.kind != PACKED:
+            raise found.error()
+        plan, provenance = read_plan(file_path)
         expected = {part: (SAFETENSORS_DTYPES[dtype], shape) for part, (dtype, shape) in _parts(plan).items()}
         stored = headers(file_path)
         if stored != expected:
@@ -286,7 +315,7 @@ class PackedModel:
         Raises InputError for one that no runtime could use, and for one that differs from its owner's.
         """
         with self._reader() as file:
-            values = {name: float(file.read(name)) for name in _static_names(self.plan)}
+            values = {name: float(file.read(name)) for name in static_names(self.plan)}
         try:
             for name, value in values.items():
                 check_static(name, value)

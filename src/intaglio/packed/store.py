@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import math
 import os
@@ -204,6 +205,11 @@ class SafetensorsReader:
         tensor = self.file.get_tensor(name) if rows is None else self.file.get_slice(name)[rows]
         self.read_bytes += tensor.nbytes
         return tensor
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors of the file."""
+        return frozenset(headers(self.path))
 
     def close(self) -> None:
         self.stack.close()

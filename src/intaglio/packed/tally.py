@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from intaglio.packed.checkpoint import shards
+from intaglio.packed.shards import shards
 from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from intaglio.errors import ConfigError
 from intaglio.numerics.grid import Quantized
 from intaglio.numerics.layout import from_blocks, map_chunks, row_chunks
-from intaglio.packed.checkpoint import is_mobile, shards
+from intaglio.packed.checkpoint import is_mobile
 from intaglio.packed.model import PackedModel
+from intaglio.packed.shards import shards
 from intaglio.packed.store import open_safetensors
 from intaglio.packed.tally import Tally
 from intaglio.packed.tflite import bundle_in, holds_bundle

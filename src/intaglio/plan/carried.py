@@ -30,6 +30,7 @@ STORED_NAMES = {
     "model.embed_vision.": "model.vision_embedder.",
 }
 UNUSED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj)\.weight")
+SHARED_NORM = re.compile(r"model\.layers\.(\d+)\.self_attn\.(k_norm|v_norm)\.weight")
 
 
 def whole_name(name: str) -> str:
@@ -72,6 +73,12 @@ def describe_whole(config: dict[str, Any], unused: Iterable[str] = ()) -> ModelS
 def unused_names(names: Iterable[str], model: ModelSpec) -> list[str]:
     """Those of a checkpoint's tensors that belong to KV-shared layers and have no use, in their order."""
     return [name for name in names if _is_unused(name, model)]
+
+
+def is_shared_kv(name: str, model: ModelSpec) -> bool:
+    """Whether a tensor, by our name, is a projection or norm of keys or values that a layer takes from another one."""
+    norm = SHARED_NORM.fullmatch(name)
+    return _is_unused(f"model.layers.{norm[1]}.self_attn.k_proj.weight" if norm else name, model)
 
 
 def _is_unused(name: str, model: ModelSpec) -> bool:

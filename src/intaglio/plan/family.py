@@ -72,6 +72,16 @@ FAMILIES: dict[str, Family] = {
 
 # Multimodal models, by the model_type of the whole: towers or embedders beside a nested text model are carried.
 WHOLES = ("gemma4", "gemma4_unified")
+# The same and those whose text model alone is taken.
+MULTIMODAL = (*WHOLES, "gemma3")
+# What a multimodal config may say twice, for itself and in its text_config; both have to say the same.
+SAID_TWICE = (
+    *("tie_word_embeddings", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "global_head_dim", "num_kv_shared_layers"),
+    *("hidden_size_per_layer_input", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling"),
+    *("sliding_window", "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar"),
+    *("hidden_activation", "max_position_embeddings"),
+)
 
 
 @dataclass(frozen=True)
@@ -201,10 +211,16 @@ def describe(config: dict[str, Any]) -> ModelSpec:
     The model is built by transformers on the meta device, so its names and shapes are the
     library's own. Raises ConfigError for a model_type that no family covers.
     """
+    _check_nested(config)
     config = text_config(config)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = sorted({*FAMILIES, *WHOLES})
+        known = sorted({*FAMILIES, *MULTIMODAL})
+        if model_type in MULTIMODAL:
+            raise ConfigError(
+                f"model_type {model_type!r} is that of a multimodal model, but its text_config is missing: "
+                f'download config.json again, or say "model_type": "{model_type}_text" if it describes the text alone'
+            )
         raise ConfigError(f"unknown model_type {model_type!r}: expected one of {', '.join(known)}")
     model: Any = build_meta_model(config)
     shared = getattr(model.config, "num_kv_shared_layers", 0)
@@ -221,6 +237,21 @@ def describe(config: dict[str, Any]) -> ModelSpec:
         for name in order
     )
     return ModelSpec(FAMILIES[model_type], config, tensors)
+
+
+def _check_nested(config: dict[str, Any]) -> None:
+    """Raise ConfigError where a multimodal config and its text_config contradict each other."""
+    nested = text_config(config)
+    if nested is config:
+        return
+    for key in SAID_TWICE:
+        default = True if key == "tie_word_embeddings" else None  # of every family here
+        whole, text = config.get(key, default), nested.get(key, default)
+        if whole != text and (key in config and (key in nested or default is not None)):
+            raise ConfigError(
+                f"config.json says {key} = {json.dumps(whole)}, and its text_config {json.dumps(text)}: "
+                "set both to the one that is right"
+            )
 
 
 def build_meta_model(config: dict[str, Any]) -> torch.nn.Module:

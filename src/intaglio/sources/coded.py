@@ -7,6 +7,7 @@ a packed model keeps four-bit codes.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from intaglio.errors import ConfigError
 from intaglio.numerics.grid import Q4_0_FREE, Quantized
 from intaglio.packed.codes import unpack_codes
+from intaglio.plan.affine import EXPERT_LINEARS
 from intaglio.plan.mobile import resolve_bits
 from intaglio.sources.stored import FLOATS, Stored
 
@@ -77,7 +79,55 @@ def w4a16_tensors(path: Path, tensors: tuple[Stored, ...], quantization: dict[st
             found.append(_coded(path, weight, by_name))
         elif tensor.name not in hidden:
             found.append(tensor)
-    return tuple(found)
+    return _with_joined_experts(path, tuple(found))
+
+
+@dataclass(frozen=True)
+class _ExpertsReader:
+    """Linears of all experts as one tensor [E, rows, columns]: of each expert these parts, one below the other."""
+
+    parts: tuple[tuple[Stored, ...], ...]
+
+    def read(self, name: str, rows: slice | None = None) -> Quantized | Tensor:
+        values = [[part.reader.read(part.name) for part in expert] for expert in self.parts[rows or slice(None)]]
+        if not isinstance(values[0][0], Quantized):
+            return torch.stack([torch.cat(expert) for expert in values])
+        codes = torch.stack([torch.cat([value.codes for value in expert]) for expert in values])
+        scale = torch.stack([torch.cat([value.scale for value in expert]) for expert in values])
+        return Quantized(W4A16, codes, scale)
+
+    def close(self) -> None:
+        for expert in self.parts:
+            for part in expert:
+                part.reader.close()
+
+
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
+
+
+def _with_joined_experts(path: Path, tensors: tuple[Stored, ...]) -> tuple[Stored, ...]:
+    """The tensors, with linears of single experts, as vLLM has them, joined into the tensors of a checkpoint."""
+    linears: dict[str, dict[tuple[int, str], Stored]] = {}
+    for tensor in tensors:
+        match = EXPERT.fullmatch(tensor.name)
+        if match:
+            linears.setdefault(match[1], {})[int(match[2]), match[3]] = tensor
+    joined = []
+    for layer, found in linears.items():
+        count = 1 + max(expert for expert, _ in found)
+        for name, kinds in EXPERT_LINEARS.items():
+            wanted = [[(expert, kind) for kind in kinds] for expert in range(count)]
+            absent = [key for expert in wanted for key in expert if key not in found]
+            if absent:
+                raise ConfigError(f"{path}: {layer}.{absent[0][0]}.{absent[0][1]} is missing: download it again")
+            parts = tuple(tuple(found[key] for key in expert) for expert in wanted)
+            first = parts[0][0]
+            if any((part.kind, part.shape) != (first.kind, first.shape) for expert in parts for part in expert):
+                raise ConfigError(f"{path}: experts of {layer} differ in type or shape: expected the same of all")
+            shape = (count, len(kinds) * first.shape[0], first.shape[1])
+            size = sum(part.size_bytes for expert in parts for part in expert)
+            joined.append(Stored(f"{layer}.{name}", first.kind, shape, size, _ExpertsReader(parts), first.bits))
+    return tuple(t for t in tensors if not EXPERT.fullmatch(t.name)) + tuple(joined)
 
 
 def _coded(path: Path, weight: str, by_name: dict[str, Stored]) -> Stored:

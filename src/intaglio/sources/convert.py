@@ -10,7 +10,7 @@ the recipe puts it on, Q6_K as in official files, or kept as floats if the recip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as dataclass_replace
 from pathlib import Path
@@ -19,20 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intaglio.errors import ConfigError, QualityError, RecipeError, WeightError
-from intaglio.numerics.grid import EMPTY_STEP, BlockGrid, FloatGrid, Quantized
+from intaglio.errors import ConfigError, QualityError, RecipeError
+from intaglio.numerics.exact import solve
+from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.numerics.identify import NAMES
-from intaglio.numerics.rounding import HALF_LARGEST, round_half
 from intaglio.packed.checkpoint import model_name
+from intaglio.packed.identity import look
 from intaglio.packed.import_mobile import import_mobile
 from intaglio.packed.model import PackedModel, write_packed
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.sources.inspect import Verdict, examine, recovered_blocks
+from intaglio.sources.inspect import Verdict, examine
 from intaglio.sources.match import SHOWN, assets_of, in_file_order, in_rows, match, model_of, recipe_of
 from intaglio.sources.open import open_source
-from intaglio.sources.stored import Source, Stored
-from intaglio.train.quantize import FITS, check_finite, fit_tensor
+from intaglio.sources.recode import coded
+from intaglio.sources.restore import has_kept, restore
+from intaglio.sources.stored import DEQUANTIZED, Source, Stored
+from intaglio.train.quantize import fit_tensor
 
 FITTED_TYPES = ("Q6_K", "Q8_0")  # on which a tensor without a trained grid is put without further ado
 METHODS = {
@@ -45,7 +48,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class _Step:
-    """What becomes of one tensor: its codes are taken, its values kept as floats, or it is fitted.
+    """What becomes of one tensor: its codes are taken or solved for, its values kept as floats, or it is fitted.
 
     lossy: blocks whose trained codes or scales do not come over.
     """
@@ -53,7 +56,7 @@ class _Step:
     tensor: PlannedTensor
     stored: Stored
     verdict: Verdict
-    action: str  # "codes", "values" or "fit"
+    action: str  # "codes", "solved", "values" or "fit"
     lossy: int = 0
 
 
@@ -88,6 +91,7 @@ def convert(
     out: str | Path,
     *,
     recipe: Recipe | None = None,
+    overrides: Sequence[str] = (),
     config: str | Path | None = None,
     requantize: bool = False,
     text_only: bool = False,
@@ -96,38 +100,46 @@ def convert(
 ) -> Conversion:
     """Write the PackedModel `out` of a trained checkpoint: floats on a grid, mobile, W4A16 or GGUF.
 
-    recipe: None takes the grids that are found. config: folder of config.json and tokenizer, for a source
-    without. on_tensor: tensors done, in all (each counts twice: looked into, and written), and a name.
+    recipe: None takes the grids that are found. overrides: of its keys, or of the found recipe's. config: folder of
+    config.json and tokenizer, for a source without. on_tensor: tensors done, in all (each counts twice: looked into,
+    and written), and a name.
     Raises QualityError for trained blocks that do not come over exactly, unless `requantize`; ConfigError for a
     source that is damaged, of another model, or on no grid; RecipeError for a recipe that cannot hold it.
     """
     source = open_source(path)
     if source.kind == "packed":
-        raise ConfigError(f"{source.path}: is a packed model: export it")
+        raise look(source.path).error()
+    if recipe is None and not overrides and config is None and source.kind == "floats" and has_kept(source.path):
+        kept = restore(source, Path(out), text_only=text_only, replace=replace, on_tensor=on_tensor)
+        return _whole(kept, source.kind)
     if source.kind == "mobile":
         if text_only:
             raise ConfigError(f"{source.path}: a mobile folder is taken as a whole: say --text-only when you export it")
         return _imported(source, Path(out), recipe, replace)
     assets = assets_of(source, config)
     model = model_of(source, assets, text_only)
-    found, left_out = match(source, model)
+    found, left_out = match(source, model, text_only=text_only, requantize=requantize)
     total = 2 * len(found)
     slices = {tensor.name: tensor.slice_columns for tensor in model.tensors}
     verdicts = {}
     for done, name in enumerate(in_file_order(source, found)):
         on_tensor(done, total, name)
         verdicts[name] = examine(found[name], slices.get(name))
-    if not any(verdict.on_grid for verdict in verdicts.values()):
-        raise ConfigError(f"{source.path}: no tensor lies on a grid: fit one with `intaglio quantize`, or train to one")
-    plan = make_plan(model, recipe if recipe is not None else recipe_of(model, found, verdicts))
-    steps = [_step(plan[name], found[name], verdicts[name]) for name in verdicts]
+    trained = any(verdict.on_grid for verdict in verdicts.values())
+    if not trained and (recipe is None or config is None):
+        raise ConfigError(f"{source.path}: no tensor lies on a grid: {_advice(source, config)}")
+    chosen = recipe if recipe is not None else recipe_of(model, found, verdicts)
+    if overrides:
+        chosen = Recipe.from_toml(chosen.to_toml(), source=f"recipe {chosen.name}", overrides=list(overrides))
+    plan = make_plan(model, chosen)
+    steps = [_step(plan[name], found[name], verdicts[name], trained) for name in verdicts]
     lossy = {step.tensor.name: step.lossy for step in steps if step.lossy}
     if lossy and not requantize:
         raise QualityError(_unrecovered(source.path, steps))
     result = Conversion(
         packed=PackedModel(Path(out), plan, {}),
         kind=source.kind,
-        grids=_counts(verdicts),
+        grids=_counts(verdicts, steps),
         blocks=sum(step.verdict.tally.all for step in steps if step.action == "codes"),
         recovered=sum(step.verdict.tally.all - step.lossy for step in steps if step.action == "codes"),
         fitted={step.tensor.name: step.tensor.grid.name for step in steps if step.action == "fit" and not step.lossy},
@@ -149,16 +161,27 @@ def convert(
 def _imported(source: Source, out: Path, recipe: Recipe | None, replace: bool) -> Conversion:
     if recipe is not None:
         raise RecipeError(f"{source.path}: a mobile folder says itself which grids it has: leave out the recipe")
-    packed = import_mobile(source.path, out, replace=replace)
+    return _whole(import_mobile(source.path, out, replace=replace), source.kind)
+
+
+def _whole(packed: PackedModel, kind: str) -> Conversion:
+    """The conversion of a source that says itself which codes and scales it has: all of them came over."""
     on_grids = [(t.spec, t.grid) for t in packed.plan.everything if isinstance(t.grid, BlockGrid)]
     count = sum(torch.Size(spec.shape).numel() // grid.block_size for spec, grid in on_grids)
     names = [grid.name for _, grid in on_grids]
     grids = {name: names.count(name) for name in dict.fromkeys(names)}
-    return Conversion(packed=packed, kind=source.kind, grids=grids, blocks=count, recovered=count)
+    return Conversion(packed=packed, kind=kind, grids=grids, blocks=count, recovered=count)
 
 
-def _step(tensor: PlannedTensor, stored: Stored, verdict: Verdict) -> _Step:
-    """What to do with a tensor, and how many of its trained blocks that changes."""
+def _advice(source: Source, config: str | Path | None) -> str:
+    """The way on from a source of floats that were not trained to a grid."""
+    if source.path.is_dir() and config is None:
+        return f"fit one with `intaglio quantize {source.path} --out packed`, or train to one"
+    return "say which one to fit it to, for example with --recipe q4_0"
+
+
+def _step(tensor: PlannedTensor, stored: Stored, verdict: Verdict, of_trained: bool = True) -> _Step:
+    """What to do with a tensor, and how many of its trained blocks that changes: none of a model without any."""
     grid, tally = tensor.grid, verdict.tally
     if isinstance(grid, FloatGrid):
         return _Step(tensor, stored, verdict, "values")
@@ -174,8 +197,17 @@ def _step(tensor: PlannedTensor, stored: Stored, verdict: Verdict) -> _Step:
     rows = verdict.hypothesis if verdict.hypothesis is not None and verdict.hypothesis.by_row else None
     if rows is not None and (grid.code_min, grid.block_size) == (rows.rule.code_min, rows.width):
         return _Step(tensor, stored, verdict, "codes", tally.all - tally.recovered)
-    trained = verdict.on_grid or grid.ggml_type not in FITTED_TYPES
+    if stored.is_float and not verdict.on_grid and _solved(stored, grid):
+        return _Step(tensor, stored, verdict, "solved")
+    trained = verdict.on_grid or stored.kind in DEQUANTIZED or (of_trained and grid.ggml_type not in FITTED_TYPES)
     return _Step(tensor, stored, verdict, "fit", torch.Size(stored.shape).numel() // grid.block_size if trained else 0)
+
+
+def _solved(stored: Stored, grid: BlockGrid) -> bool:
+    """Whether all values lie on the grid, as embeddings of our own checkpoints do on Q6_K."""
+    return grid.ggml_type in FITTED_TYPES and all(
+        solve(value.float(), grid) is not None for _, value in stored.pieces()
+    )
 
 
 def _unrecovered(path: Path, steps: list[_Step]) -> str:
@@ -202,8 +234,9 @@ def _unrecovered(path: Path, steps: list[_Step]) -> str:
     )
 
 
-def _counts(verdicts: dict[str, Verdict]) -> dict[str, int]:
-    names = [NAMES.get(verdict.grid, verdict.grid) for verdict in verdicts.values()]
+def _counts(verdicts: dict[str, Verdict], steps: list[_Step]) -> dict[str, int]:
+    solved = {step.tensor.name: step.tensor.grid.name for step in steps if step.action == "solved"}
+    names = [solved.get(name, NAMES.get(verdict.grid, verdict.grid)) for name, verdict in verdicts.items()]
     return {name: names.count(name) for name in dict.fromkeys(names)}
 
 
@@ -226,9 +259,14 @@ def _values(step: _Step, plan: Plan, kind: str, rounded: dict[str, int]) -> Iter
         # experts, [experts, rows, columns], come as rows of a matrix
         shape = spec.shape if rows is None else (rows.stop - rows.start, *spec.shape[1:])
         if step.action == "codes":
-            yield rows, _coded(step, value, plan.recipe.fit, rows, shape[:-1])
+            yield rows, coded(step.tensor, step.verdict.hypothesis, value, plan.recipe.fit, rows, shape[:-1])
             continue
         floats = (value.decode() if isinstance(value, Quantized) else value).reshape(shape)
+        if step.action == "solved":
+            solved = solve(floats.float().flatten(0, -2), step.tensor.grid)  # type: ignore[arg-type]
+            assert solved is not None
+            yield rows, solved.with_lead(shape[:-1])
+            continue
         unshifted = floats.float() - shift if shift else floats
         packed = fit_tensor(unshifted, plan, name, rows)
         if step.action == "values":
@@ -237,41 +275,3 @@ def _values(step: _Step, plan: Plan, kind: str, rounded: dict[str, int]) -> Iter
             if changed:
                 rounded[name] = rounded.get(name, 0) + changed
         yield rows, packed
-
-
-def _coded(step: _Step, value: Any, fit: str, rows: slice | None, lead: tuple[int, ...]) -> Quantized:
-    """Some rows by their codes; blocks that were not recovered by the recipe's fit."""
-    grid = step.tensor.grid
-    assert isinstance(grid, BlockGrid)
-    first_row = rows.start if rows else 0
-    if isinstance(value, Quantized):
-        return _recoded(value, grid, step.tensor.name, lead)
-    assert step.verdict.hypothesis is not None
-    parts = list(recovered_blocks(value, step.verdict.hypothesis))
-    codes = torch.cat([part.codes for part in parts])
-    scale = torch.cat([part.scale for part in parts])
-    exact = torch.cat([part.exact for part in parts])
-    if not bool(exact.all()):
-        left = (~exact).nonzero().squeeze(1)
-        blocks = value.reshape(-1, grid.block_size)[left].float()
-        check_finite(value, step.tensor.name, first_row)
-        fitted = FITS[fit](blocks, grid)
-        codes[left], scale[left] = fitted.codes, fitted.step.squeeze(1)
-    empty = torch.tensor(EMPTY_STEP if grid.positive else -0.0)  # what ggml writes as the scale of an empty block
-    scale = torch.where((codes == 0).all(1), empty, scale)
-    scale = scale if grid.positive else round_half(scale)
-    if float(scale.abs().max()) > HALF_LARGEST and not grid.positive:
-        raise WeightError(f"{step.tensor.name}: a scale of {float(scale.abs().max()):.3g} is beyond float16")
-    return Quantized(grid, codes.reshape(*lead, -1).contiguous(), scale.reshape(*lead, -1).to(grid.scale_dtype))
-
-
-def _recoded(value: Quantized, grid: BlockGrid, name: str, lead: tuple[int, ...]) -> Quantized:
-    """The same codes and scales on the planned grid, which has the same bytes."""
-    scales = (value.scale, *(() if value.super_scale is None else (value.super_scale,)))
-    if not all(bool(torch.isfinite(scale).all()) for scale in scales) or int(value.codes.min()) < grid.code_min:
-        raise WeightError(f"{name}: has scales that are not finite, or codes below {grid.code_min}: download it again")
-    scale = value.scale if value.scale.dtype == grid.scale_dtype else value.scale.to(grid.scale_dtype)
-    if not bool(torch.isfinite(scale).all()):
-        raise WeightError(f"{name}: a scale of {float(value.scale.abs().max()):.3g} is beyond float16")
-    super_scale = None if value.super_scale is None else value.super_scale.reshape(*lead, -1)
-    return Quantized(grid, value.codes.reshape(*lead, -1), scale.reshape(*lead, -1), super_scale)

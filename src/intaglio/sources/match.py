@@ -5,18 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from intaglio.errors import ConfigError
-from intaglio.numerics.grid import F16, F32, Q4_0, Q4_0_FREE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE, BlockGrid, Grid
+from intaglio.numerics.grid import (
+    F16,
+    F32,
+    Q4_0,
+    Q4_0_FREE,
+    Q6_K,
+    Q6_K_FREE,
+    Q8_0,
+    Q8_0_FREE,
+    BlockGrid,
+    Grid,
+    Quantized,
+)
 from intaglio.numerics.identify import ROW_GRIDS
-from intaglio.packed.checkpoint import own_name
+from intaglio.packed.names import check_rest, own_name, untied
 from intaglio.plan.carried import describe_whole, unused_names
 from intaglio.plan.family import TOWER_ROLES, ModelSpec, TensorSpec, load_config, read_spec
 from intaglio.plan.found import recipe_for
 from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name
-from intaglio.plan.plan import LEFT_ALONE
+from intaglio.plan.plan import HEAD, LEFT_ALONE
 from intaglio.plan.recipe import Recipe
+from intaglio.sources.agree import check_agreement
 from intaglio.sources.inspect import Verdict
-from intaglio.sources.stored import GgufFile, Source, Stored
+from intaglio.sources.stored import DEQUANTIZED, GgufFile, Source, Stored
 
 PRESETS = ("q4_0", "q4_0-free", "mobile-e2b", "mobile-e4b", "mobile")
 CONVERTED = Recipe(name="converted", summary="The grids of a converted checkpoint")
@@ -26,6 +42,8 @@ TYPES: tuple[tuple[str, BlockGrid, BlockGrid], ...] = (
     ("Q6_K", Q6_K, Q6_K_FREE),
     ("Q8_0", Q8_0, Q8_0_FREE),
 )
+GGUF_TOWERS = ("v.", "a.", "mm.")  # what llama.cpp calls tensors of vision, audio and what joins them to the text
+EMBEDDING = "token_embedding"
 SHOWN = 3  # names in a message
 
 
@@ -58,25 +76,19 @@ def model_of(source: Source, assets: Path, text_only: bool) -> ModelSpec:
 
 def _gguf_model(source: Source, assets: Path) -> ModelSpec:
     """The text model of the config; ConfigError where the GGUF says that it is of another one."""
-    model, metadata = read_spec(assets), source.metadata or {}
-    architecture = model.family.gguf_architecture
-    config = model.config
-    expected = {
-        "general.architecture": architecture,
-        f"{architecture}.block_count": config.get("num_hidden_layers"),
-        f"{architecture}.embedding_length": config.get("hidden_size"),
-    }
-    for key, value in expected.items():
-        if metadata.get(key) != value:
-            raise ConfigError(
-                f"{source.path}: {key} = {metadata.get(key)!r}, but the config of {assets} makes it {value!r}: "
-                "expected the config of the same model"
-            )
+    model = read_spec(assets)
+    check_agreement(source, model, assets)
     return model
 
 
-def match(source: Source, model: ModelSpec) -> tuple[dict[str, Stored], tuple[str, ...]]:
-    """The source's tensor for each of the model's, and the names of those that the model has no use for."""
+def match(
+    source: Source, model: ModelSpec, *, text_only: bool = False, requantize: bool = False
+) -> tuple[dict[str, Stored], tuple[str, ...]]:
+    """The source's tensor for each of the model's, and the names of those that the model has no use for.
+
+    text_only: towers of a GGUF are left out. requantize: types of GGUF that no grid holds are taken as the floats that
+    they decode to. Raises ConfigError for tensors that are missing, of another shape or type, or that would be lost.
+    """
     gguf = source.kind == "gguf"
     stored = {tensor.name if gguf else own_name(tensor.name): tensor for tensor in source.tensors}
     found = {}
@@ -91,13 +103,42 @@ def match(source: Source, model: ModelSpec) -> tuple[dict[str, Stored], tuple[st
                 f"{source.path}: {part.name} has shape {list(part.shape)}, the config says {list(tensor.shape)}: "
                 "config and weights are of different models"
             )
-        if not part.is_float and (part.bits is None or not in_rows(tensor)):
+        if part.kind in DEQUANTIZED and not requantize:
+            raise ConfigError(
+                f"{source.path}: {part.name} is of type {part.kind}, whose codes no grid here holds: say --requantize "
+                "to fit such tensors anew, which marks the result as lossy"
+            )
+        if not part.is_float and part.kind not in DEQUANTIZED and (part.bits is None or not in_rows(tensor)):
             raise ConfigError(f"{source.path}: {part.name} is of type {part.kind}: expected floats, or codes we know")
         found[tensor.name] = part
     stored.pop(GGUF_ROPE_FACTORS, None)
-    if gguf and stored:
-        raise ConfigError(f"{source.path}: {len(stored)} tensors are not part of this model: {_some(list(stored))}")
+    towers = [name for name in stored if gguf and name.startswith(GGUF_TOWERS)]
+    if towers and not text_only:
+        raise ConfigError(
+            f"{source.path}: holds towers beside the text model ({_some(towers)}): to do without them, say --text-only"
+        )
+    if not gguf:
+        if model.tied_head and HEAD in stored:
+            _check_tied(source, stored.pop(HEAD), next(found[t.name] for t in model.tensors if t.role == EMBEDDING))
+        check_rest(source.path, {name: tensor.name for name, tensor in stored.items()}, model)
+    odd = [name for name in stored if gguf and name not in towers]
+    if odd:
+        raise ConfigError(f"{source.path}: {len(odd)} tensors are not part of this model: {_some(odd)}")
     return found, tuple(tensor.name for tensor in stored.values())
+
+
+def _check_tied(source: Source, head: Stored, embedding: Stored) -> None:
+    """Raise ConfigError for a head that is stored beside an embedding of other values, to which the config ties it."""
+    same = (head.kind, head.shape) == (embedding.kind, embedding.shape) and all(
+        torch.equal(_decoded(mine), _decoded(other))
+        for (_, mine), (_, other) in zip(head.pieces(), embedding.pieces(), strict=True)
+    )
+    if not same:
+        raise untied(source.path, head.name, embedding.name)
+
+
+def _decoded(value: Quantized | Tensor) -> Tensor:
+    return value.decode() if isinstance(value, Quantized) else value
 
 
 def in_file_order(source: Source, found: dict[str, Stored]) -> Iterator[str]:
@@ -139,12 +180,14 @@ def _found_grid(spec: TensorSpec, verdict: Verdict, types: dict[str, BlockGrid])
 
 
 def _usual_grid(model: ModelSpec, spec: TensorSpec, base: Recipe, stored: Stored, types: dict[str, BlockGrid]) -> Grid:
-    """Where nothing was found: what the recipe says of such a tensor; towers and a GGUF's matrices stay floats."""
+    """The recipe's grid for a tensor on which none was found; towers and a GGUF's matrices stay floats."""
     if spec.role in TOWER_ROLES and stored.kind == "F32":
         return F32
     if isinstance(stored.reader, GgufFile) and stored.kind in ("F16", "BF16") and in_rows(spec):
         return F16
     rule = base.rule_for(spec.name, spec.role, model.first_late_layer) or LEFT_ALONE
+    if isinstance(rule.grid, BlockGrid) and spec.shape[-1] % rule.grid.column_multiple and in_rows(spec):
+        return Q8_0 if spec.shape[-1] % Q8_0.column_multiple == 0 else F16  # as llama-quantize does with such rows
     return types["Q4_0"] if rule.grid == Q4_0 else rule.grid
 
 

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 from intaglio.errors import ConfigError
-from intaglio.packed.checkpoint import tensor_files
-from intaglio.packed.model import FILE_NAME as PACKED_FILE
+from intaglio.packed.identity import CHECKPOINT, COMPRESSED, GGUF, MOBILE, PACKED, TENSORS, WEIGHTS, expect
+from intaglio.packed.shards import tensor_files
 from intaglio.packed.store import SafetensorsReader, headers
 from intaglio.plan.family import load_config
 from intaglio.sources.coded import mobile_tensors, w4a16_tensors
@@ -15,38 +15,30 @@ from intaglio.sources.stored import Source, Stored, open_gguf
 
 
 def open_source(path: str | Path) -> Source:
-    """A folder, a .safetensors file or a .gguf file. ConfigError for anything else, and for damaged ones."""
+    """A folder, a .safetensors file or a .gguf file. ConfigError for any other kind, and for damaged ones."""
+    kind = expect(path, CHECKPOINT, WEIGHTS, TENSORS, MOBILE, COMPRESSED, GGUF, PACKED).kind
     path = Path(path)
-    if path.is_dir():
-        return _open_folder(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file or folder: expected a checkpoint's folder, a .safetensors or a .gguf")
-    with open(path, "rb") as file:
-        start = file.read(4)
-    if start == b"GGUF":
-        return open_gguf(path)
-    if path.suffix == ".safetensors":
+    if kind == GGUF:
+        return open_gguf(path if path.is_file() else _only_gguf(path))
+    if kind == TENSORS:
         return Source(path, "floats", _safetensors({path: None}))
-    raise ConfigError(f"{path}: neither GGUF nor .safetensors: expected one of them, or a checkpoint's folder")
-
-
-def _open_folder(path: Path) -> Source:
-    if (path / PACKED_FILE).is_file():
-        return Source(path, "packed", (), load_config(path))
-    config = load_config(path) if (path / "config.json").is_file() else None
-    quantization = (config or {}).get("quantization_config")
-    quantization = quantization if isinstance(quantization, dict) else {}
-    method = quantization.get("quant_method")
+    config = load_config(path) if kind != WEIGHTS else None
+    if kind == PACKED:
+        return Source(path, "packed", (), config)
     tensors = _safetensors(dict.fromkeys(tensor_files(path).values()))
-    if method == "gemma":
+    quantization = (config or {}).get("quantization_config") or {}
+    if kind == MOBILE:
         return Source(path, "mobile", mobile_tensors(path, tensors, quantization), config)
-    if method == "compressed-tensors":
+    if kind == COMPRESSED:
         return Source(path, "w4a16", w4a16_tensors(path, tensors, quantization), config)
-    if method is not None:
-        raise ConfigError(
-            f"{path}: quant_method {method!r}: expected a float checkpoint, 'gemma' (mobile) or 'compressed-tensors'"
-        )
     return Source(path, "floats", tensors, config)
+
+
+def _only_gguf(folder: Path) -> Path:
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) != 1:
+        raise ConfigError(f"{folder}: holds {len(found)} GGUF files: name one of them, for example {found[0]}")
+    return found[0]
 
 
 def _safetensors(files: dict[Path, None]) -> tuple[Stored, ...]:

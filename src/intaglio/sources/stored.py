@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 from torch import Tensor
 
 from intaglio.errors import ConfigError
@@ -23,9 +25,12 @@ from intaglio.packed.verify import read_gguf
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 GGUF_GRIDS: dict[str, BlockGrid] = {"Q4_0": Q4_0_FREE, "Q8_0": Q8_0_FREE, "Q6_K": Q6_K_FREE}
+# Types of GGUF without a grid here, which gguf-py decodes.
+DEQUANTIZED = ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS")
 PIECE_ELEMENTS = 1 << 22  # of a tensor that is in memory at once, and several times that of temporaries
 SAMPLE_ELEMENTS = 1 << 17
 SAMPLE_ROWS = 64
+MOST_LAYERS = 1024  # longer lists of a GGUF, such as its tokens, are none of its metadata here
 
 
 class Reader(Protocol):
@@ -127,6 +132,10 @@ class GgufFile:
         if kind in GGUF_GRIDS:
             grid, rows_of_part = GGUF_GRIDS[kind], math.prod(part[:-1])
             return from_blocks(grid, data.reshape(rows_of_part, -1))
+        if kind in DEQUANTIZED:
+            rows_of_part = math.prod(part[:-1])
+            decoded = dequantize(data.reshape(rows_of_part, -1), GGMLQuantizationType[kind])
+            return torch.from_numpy(decoded).reshape(part)
         return torch.from_numpy(data).view(FLOATS[kind]).reshape(part)
 
     def close(self) -> None:
@@ -144,7 +153,7 @@ def open_gguf(path: Path) -> Source:
         bits = GGUF_GRIDS[kind].code_bits if kind in GGUF_GRIDS else None
         tensors.append(Stored(tensor.name, kind, shape, int(tensor.n_bytes), file, bits))
     try:
-        short = {name: f.contents() for name, f in reader.fields.items() if len(f.data) <= 1}
+        short = {name: f.contents() for name, f in reader.fields.items() if len(f.data) <= MOST_LAYERS}
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{path}: not a valid GGUF file ({error}): download or export it again") from error
     _check_layers(path, short, [tensor.name for tensor in tensors])

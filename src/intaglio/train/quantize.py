@@ -5,7 +5,6 @@ Streams the checkpoint a few rows of a tensor at a time: from the file to the de
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,11 +76,9 @@ def quantize(
         record |= trained.provenance
     with write_packed(target, plan, assets=source, provenance=record, replace=replace) as writer:
         writer.leave_static_off()
-        to_fit = plan.model
         if trained is not None:
             _copy(trained, writer, on_tensor)
-            to_fit = dataclasses.replace(plan.model, tensors=())
-        for name, rows, values in stream_chunks(source, to_fit):
+        for name, rows, values in stream_chunks(source, plan.model, carried_only=trained is not None):
             value = fit_tensor(values.to(device), plan, name, rows)
             writer.add(name, value, rows)
             if towers is not None:

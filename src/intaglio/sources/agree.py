@@ -1,0 +1,144 @@
+"""A GGUF and the config and tokenizer that it is converted with state many things twice: both have to say the same.
+
+Written from llama.cpp's names of keys, and without the exporter's table, so that neither repeats the other's mistake.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intaglio.errors import ConfigError
+from intaglio.packed.verify import read_gguf
+from intaglio.plan.family import ModelSpec
+from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_rope_factors
+from intaglio.sources.stored import Source
+
+TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
+
+
+def check_agreement(source: Source, model: ModelSpec, assets: Path) -> None:
+    """Raise ConfigError that names both, where the file and the folder contradict each other.
+
+    Compared are keys that the file has; and those whose absence means something to llama.cpp.
+    """
+    metadata = source.metadata or {}
+    architecture = model.family.gguf_architecture
+    if metadata.get("general.architecture") != architecture:
+        _differ(source, assets, "general.architecture", metadata.get("general.architecture"), architecture)
+    for key, (value, absent) in _expected(model).items():
+        stated = metadata.get(f"{architecture}.{key}", absent)
+        if stated is not None and not _same(stated, value):
+            _differ(source, assets, f"{architecture}.{key}", stated, value)
+    factors = gguf_rope_factors(model)
+    stored = next((tensor for tensor in source.tensors if tensor.name == GGUF_ROPE_FACTORS), None)
+    if stored is not None and not _same(stored.reader.read(stored.name).tolist(), factors or []):
+        _differ(source, assets, GGUF_ROPE_FACTORS, "others", "those of its rope_parameters")
+    _check_tokens(source, assets)
+
+
+def _expected(model: ModelSpec) -> dict[str, tuple[Any, Any]]:
+    """Values that the config gives llama.cpp's keys, each with what the key's absence means; None: nothing."""
+    config = model.layer_config
+    kinds, layers = list(config.layer_types), config.per_layer_config
+    full = layers[kinds.index("full_attention") if "full_attention" in kinds else 0]
+    rope = config.rope_parameters
+    widths = [tensor.shape[0] for tensor in model.tensors if tensor.name.endswith(".mlp.gate_proj.weight")]
+    gemma4 = model.family.gguf_architecture.startswith("gemma4")
+    cap = config.final_logit_softcapping or 0.0
+    found: dict[str, tuple[Any, Any]] = {
+        "block_count": (config.num_hidden_layers, 0),
+        "embedding_length": (config.hidden_size, 0),
+        "feed_forward_length": (widths, None),
+        "attention.head_count": (config.num_attention_heads, None),
+        "attention.head_count_kv": ([layer.num_key_value_heads for layer in layers], None),
+        "attention.layer_norm_rms_epsilon": (config.rms_norm_eps, None),
+        "attention.key_length": (full.head_dim, None),
+        "attention.value_length": (full.head_dim, None),
+        "attention.sliding_window": (config.sliding_window, None),
+        "rope.freq_base": (rope["full_attention"]["rope_theta"], None),
+        "rope.freq_base_swa": (rope["sliding_attention"]["rope_theta"], None),
+        # without the key, llama.cpp caps logits of Gemma 4 at 30
+        "final_logit_softcapping": (cap, 30.0 if gemma4 and not model.family.drafter else None),
+    }
+    if not gemma4:
+        return found | {"rope.scaling.factor": (rope["full_attention"].get("factor", 1.0), 1.0)}
+    found |= {
+        "attention.shared_kv_layers": (config.num_kv_shared_layers, None),
+        "attention.sliding_window_pattern": ([kind == "sliding_attention" for kind in kinds], None),
+        "embedding_length_per_layer_input": (config.hidden_size_per_layer_input or 0, None),
+    }
+    if getattr(config, "enable_moe_block", False):
+        found["expert_count"] = config.num_experts, 0
+        found["expert_used_count"] = config.top_k_experts, 0
+    return found
+
+
+def _same(stated: Any, value: Any) -> bool:
+    """Whether two numbers are the same float32, or two lists of them; one number stands for a list of it."""
+    first, second = (np.asarray(x, dtype=np.float32).reshape(-1) for x in (stated, value))
+    if len(first) != len(second) and 1 not in (len(first), len(second)):
+        return False
+    return bool(np.all(first == second))
+
+
+def _differ(source: Source, assets: Path, key: str, stated: Any, value: Any) -> None:
+    raise ConfigError(
+        f"{source.path}: {key} = {stated!r}, but the config of {assets} makes it {value!r}: "
+        "expected the config of the same model"
+    )
+
+
+def _check_tokens(source: Source, assets: Path) -> None:
+    """Raise ConfigError for a token that has another text or number in the file than in the folder's tokenizer."""
+    path = assets / "tokenizer.json"
+    fields = read_gguf(source.path).fields
+    if TOKENS not in fields or not path.is_file():
+        return
+    try:
+        tokenizer = json.loads(path.read_text("utf-8"))
+        ids = dict(tokenizer["model"]["vocab"]) | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+        merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in tokenizer["model"].get("merges", [])]
+        stated = [str(token) for token in fields[TOKENS].contents()]
+        stated_merges = [str(merge) for merge in fields[MERGES].contents()] if MERGES in fields else merges
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{source.path} and {path}: their tokens cannot be compared: {error}") from None
+    for text, index in ids.items():
+        # in the vocabulary of Gemma 3, llama.cpp has the space itself in added tokens
+        if index < len(stated) and stated[index] not in (text, text.replace("\u2581", " ")):
+            raise ConfigError(
+                f"{source.path}: token {index} is {stated[index]!r}, but {path} has {text!r} there: "
+                "expected the tokenizer of the same model"
+            )
+    if stated_merges != merges:
+        raise ConfigError(f"{source.path}: has other merges than {path}: expected the tokenizer of the same model")
+    _check_special(source, assets, ids)
+
+
+def _check_special(source: Source, assets: Path, ids: dict[str, int]) -> None:
+    """Raise ConfigError where the token that begins a text is another one, or that which ends it is none of theirs."""
+    metadata = source.metadata or {}
+    files = {name: _read(assets / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")}
+    for kind in ("bos", "eos"):
+        key = f"tokenizer.ggml.{kind}_token_id"
+        token = files["tokenizer_config.json"].get(f"{kind}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        allowed: set[Any] = {ids[text]} if text in ids else set()
+        others = [files[name].get(f"{kind}_token_id") for name in ("generation_config.json", "config.json")]
+        others.append((files["config.json"].get("text_config") or {}).get(f"{kind}_token_id"))
+        for other in others if kind == "eos" or not allowed else []:
+            allowed |= set(other) if isinstance(other, list) else {other}
+        allowed.discard(None)
+        if allowed and key in metadata and metadata[key] not in allowed:
+            _differ(source, assets, key, metadata[key], sorted(allowed))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,49 @@
+"""Stock references: what anyone's tool would make of the tensor types that a recipe asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from intaglio.errors import RecipeError
+from intaglio.formats import GGUF, format_of
+from intaglio.plan.plan import make_plan
+from intaglio.plan.recipe import Recipe
+from intaglio.train.quantize import quantize
+from tests.support.tiny import GEMMA4, GEMMA4_DENSE, make_checkpoint
+
+PLE = "model.embed_tokens_per_layer.weight"
+NARROW = GEMMA4 | {"hidden_size_per_layer_input": 32}  # rows of 128, which Q6_K cannot hold
+
+
+def test_the_stock_reference_of_the_preset_is_the_preset() -> None:
+    made, preset = GGUF.stock_recipe(Recipe.load("q4_0")), Recipe.load("q4_0-stock")
+    assert (made.name, made.summary, made.fit, made.rules) == (preset.name, preset.summary, preset.fit, preset.rules)
+
+
+@pytest.mark.parametrize(
+    ("override", "grid"),
+    [
+        ("ple_embedding.grid=q8_0", "q8_0-free"),
+        ("ple_embedding.grid=q4_0", "q4_0-free"),
+        ("ple_embedding.grid=f16", "f16"),
+    ],
+)
+def test_it_follows_what_the_recipe_puts_elsewhere(override: str, grid: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not fit grid q6_k"):
+        make_plan(NARROW, "q4_0")
+    plan = make_plan(NARROW, Recipe.load("q4_0", [f"weights.{override}"]))
+    stock = make_plan(NARROW, format_of(plan).stock_recipe(plan.recipe))
+    assert stock[PLE].grid.name == grid
+    assert stock[PLE].grid.ggml_type == plan[PLE].grid.ggml_type
+    quantize(make_checkpoint(tmp_path / "model", NARROW), stock, tmp_path / "stock")
+
+
+@pytest.mark.parametrize("recipe", ["q4_0", "q4_0-free", "q4_0-stock", "mobile", "q4_0-litert"])
+def test_a_recipe_that_can_be_planned_has_a_reference(recipe: str) -> None:
+    for config in (GEMMA4, GEMMA4_DENSE, GEMMA4 | {"tie_word_embeddings": False}):
+        plan = make_plan(config, recipe)
+        stock = make_plan(config, format_of(plan).stock_recipe(plan.recipe))
+        assert [tensor.grid.ggml_type for tensor in stock] == [tensor.grid.ggml_type for tensor in plan]
+        assert Recipe.from_toml(stock.recipe.to_toml()) == stock.recipe
