@@ -32,18 +32,20 @@ from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer, model_name
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel
+from intaglio.packed.outputs import check_output
 from intaglio.packed.store import new_path
 from intaglio.plan.family import check_runs_alone, read_spec
+from intaglio.plan.files import reading
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.proof import PACKED, Bench, Evaluation, artifact_candidate, prove
 from intaglio.train.corpus import Corpus, held_out_windows, load_corpus, sample_corpus
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import Options, run_identity, train
 from intaglio.train.pack import pack_model
 from intaglio.train.ptq import quantize_on_text
 from intaglio.train.quantize import quantize
-from intaglio.train.run_folder import check_run_dir
+from intaglio.train.run_folder import check_run_dir, hold
 from intaglio.train.static import switch_static
 
 SHARE_HELD_OUT = 0.02  # of the training sequences, when no held-out text is given
@@ -67,12 +69,27 @@ def run(
     Raises MismatchError if an artifact does not hold the trained codes; see the stages for the rest.
     """
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
+    check_output(out, [model_dir, data, evaluation.text])
+    with hold(out), progress.logged(out):
+        return _run(Path(model_dir), recipe, out, data, evaluation, options, resume, progress)
+
+
+def _run(
+    model_dir: Path,
+    recipe: Recipe,
+    out: Path,
+    data: str | Path | None,
+    evaluation: Evaluation,
+    options: Options | None,
+    resume: bool,
+    progress: Progress,
+) -> Report:
     began = time.perf_counter()
     progress.stage("Loading the original")
     spec = read_spec(model_dir)
     check_runs_alone(spec, model_dir)
     plan = make_plan(spec, recipe)
-    check_run_dir(out, {"plan": plan.digest}, resume)
+    check_run_dir(out, run_identity(plan, None, options), resume)
     format_of(plan).check(plan, Path(model_dir))
     tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir)
     progress.stage("Reading text")
@@ -91,7 +108,7 @@ def run(
     )
     progress.stage("Packing and exporting")
     pack_model(student, plan, out / "packed", assets=model_dir, provenance=_provenance(model_dir, data), replace=resume)
-    with new_path(out / HELD_OUT_FILE, replace=True) as temporary, open(temporary, "wb") as file:
+    with new_path(out / HELD_OUT_FILE, replace=True, internal=True) as temporary, open(temporary, "wb") as file:
         np.save(file, windows_NT)
     del student
     _references(Path(model_dir), plan, corpus, teacher, out, options, replace=resume)
@@ -132,15 +149,18 @@ def _measure(
 
 def _saved_windows(path: Path, vocab_size: int) -> NDArray[np.int32]:
     advice = "give held-out text with --text"
-    try:
-        windows_NT = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise CorpusError(f"{path}: cannot be read: {error}: {advice}") from None
-    if windows_NT.ndim != 2 or windows_NT.dtype.kind != "i" or not windows_NT.size:
+    with reading(path, "cannot be read", advice, CorpusError):
+        if not path.is_file():
+            raise ValueError("no regular file")
+        # mapped: a header that announces more than the file has is an error, and no allocation
+        windows_NT = np.load(path, allow_pickle=False, mmap_mode="r")
+        if not isinstance(windows_NT, np.ndarray):
+            raise ValueError("an archive of arrays")
+    if windows_NT.ndim != 2 or windows_NT.dtype != np.int32 or not windows_NT.size:
         raise CorpusError(f"{path}: {windows_NT.dtype} of shape {windows_NT.shape}: expected int32 [N, T]: {advice}")
     if windows_NT.min() < 0 or windows_NT.max() >= vocab_size:
         raise CorpusError(f"{path}: has tokens that the vocabulary of {vocab_size} has not: {advice}")
-    return windows_NT
+    return np.array(windows_NT)
 
 
 def training_text(
@@ -222,6 +242,8 @@ def compare(
     progress, artifact = progress or Progress(), Path(artifact)
     progress.stage("Loading")
     packed = PackedModel.open(artifact) if (artifact / PACKED_FILE).is_file() else None
+    if packed is not None:
+        packed.check()
     check_runs_alone(read_spec(original), original)
     if packed is not None:
         check_runs_alone(packed.plan.model, artifact)

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "workflow": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof"},
     "release": {"errors", "numerics", "plan", "packed", "export", "progress"},
     "finetune": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof", "workflow"},
-    "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow", "drafter"},
+    "demo": {"errors", "plan", "packed", "train", "measure", "tiny", "progress", "proof", "workflow", "drafter"},
     "drafter": {
         *("errors", "plan", "packed", "train", "export", "measure", "formats", "progress", "proof", "workflow"),
     },

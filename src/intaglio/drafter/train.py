@@ -29,7 +29,7 @@ from intaglio.train.corpus import Corpus
 from intaglio.train.distill import chunked_kl
 from intaglio.train.kernels import compile_layers
 from intaglio.train.lesson import head_weight
-from intaglio.train.loop import Options, Session, StepInfo, make_accelerator, session_dtype
+from intaglio.train.loop import Options, Session, StepInfo, make_accelerator, run_identity, session_dtype
 from intaglio.train.run_folder import check_run_dir, claim
 
 
@@ -89,7 +89,7 @@ def train_drafter(
         )
     if not bool(inside(torch.from_numpy(corpus.positions).long(), count).any()):
         raise CorpusError(f"{corpus.source}: no document is long enough for {count} draft steps: add longer text")
-    identity = {"plan": plan.digest, "corpus": corpus.digest, "target": target_digest}
+    identity = run_identity(plan, None, options) | {"corpus": corpus.digest, "target": target_digest}
     check_run_dir(run_dir, identity, resume)
     accelerator = make_accelerator(options, run_dir)
     compiled = accelerator.device.type == "cuda" if options.compiled is None else options.compiled

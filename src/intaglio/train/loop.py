@@ -97,7 +97,7 @@ def train(
     run_dir = Path(run_dir)
     if plan.recipe.schedule.lora_rank and start is None:
         raise InputError("schedule.lora_rank is for training that goes on from a packed model: quantize it first")
-    identity = run_identity(plan, start) | {"corpus": corpus.digest}
+    identity = run_identity(plan, start, options) | {"corpus": corpus.digest}
     check_run_dir(run_dir, identity, resume)
     accelerator = make_accelerator(options, run_dir)
     compiled = accelerator.device.type == "cuda" if options.compiled is None else options.compiled
@@ -149,14 +149,20 @@ def _first_values(
     calibrate_student(student, plan, corpus, accelerator, on_calibration)
 
 
-def run_identity(plan: Plan, start: PackedModel | None) -> dict[str, str]:
+def run_identity(plan: Plan, start: PackedModel | None, options: Options | None) -> dict[str, str]:
     """What must be the same for a run to be resumed, beside the corpus."""
-    return {"plan": plan.digest} | ({} if start is None else {"start": start.sha256()})
+    identity = {"plan": plan.digest, "recipe": plan.recipe.to_toml(), "precision": precision_of(options or Options())}
+    return identity | ({} if start is None else {"start": start.sha256()})
+
+
+def precision_of(options: Options) -> str:
+    """The precision that the options ask for, "bf16" or "no"."""
+    return options.precision or ("bf16" if torch.cuda.is_available() else "no")
 
 
 def make_accelerator(options: Options, run_dir: Path | None) -> Accelerator:
     """accelerate with the precision that the options ask for."""
-    precision = options.precision or ("bf16" if torch.cuda.is_available() else "no")
+    precision = precision_of(options)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # of an earlier run in this process
     log_with = "tensorboard" if options.tensorboard else None
