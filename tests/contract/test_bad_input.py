@@ -594,7 +594,7 @@ def test_outputs_of_another_kind_are_not_replaced(gemma4: Case, tmp_path: Path) 
     (out / "thesis.txt").write_text("years of work")
     for target in ("gguf", "hf"):
         command = ["export", packed, target, f"--out={out}", "--replace"]
-        refused(*command, says="out: holds no model, so it is not replaced", within=tmp_path)
+        refused(*command, says="out: holds no model that intaglio wrote, so it is not replaced", within=tmp_path)
     mark(out)
     command = ["export", packed, "gguf", f"--out={out}", "--replace"]
     refused(*command, says="out: is a folder, and the output is not", within=tmp_path)
@@ -654,8 +654,8 @@ def test_writes_that_fail_half_way(size_bytes: int, gemma4: Case, text: Path, tm
 
 @pytest.mark.parametrize(
     ("size_bytes", "left"),
-    [(0, set()), (5, set()), (200, {"run.json", "losses.jsonl"}), (100_000, {"run.json", "losses.jsonl"})],
-    ids=["run record", "half a run record", "loss log", "checkpoint"],
+    [(0, set()), (5, set()), (200, set()), (100_000, {"run.json", "losses.jsonl"})],
+    ids=["lock", "half a lock", "half a run record", "checkpoint"],
 )
 def test_a_full_disk_while_training(size_bytes: int, left: set[str], gemma4: Case, text: Path, tmp_path: Path) -> None:
     with files_of_at_most(size_bytes):

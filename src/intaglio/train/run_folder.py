@@ -46,7 +46,10 @@ def hold(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise write_error(path, error) from error
     try:
-        _sign(descriptor)
+        try:
+            _sign(descriptor)
+        except OSError as error:
+            raise write_error(path, error) from error
         for folder in (run_dir, run_dir / "checkpoints"):
             clear_leftovers(folder)
         yield
