@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from intaglio.train.run_folder import LOG_FILE, RUN_FILE
+from intaglio.train.run_folder import LOG_FILE
 
 if TYPE_CHECKING:
     from intaglio.train.loop import StepInfo
@@ -51,12 +51,16 @@ class Progress:
 
     @contextmanager
     def logged(self, run_dir: Path) -> Iterator[None]:
-        """Write lines into the log of a run folder too, with how the run ended; not before the folder is the run's."""
+        """Write lines into the log of a run folder too, with how the run ended.
+
+        They wait until the run has claimed the folder, which begins its log: a run that is refused leaves no trace.
+        """
         waiting: list[str] = []
+        before = _sizes_of_logs(run_dir)
 
         def write(line: str) -> None:
             waiting.append(line)
-            if any(run_dir.glob(RUN_FILE)) or any(run_dir.glob(f"*/{RUN_FILE}")):
+            if _sizes_of_logs(run_dir) != before:
                 with suppress(OSError), open(run_dir / LOG_FILE, "a", encoding="utf-8", errors="replace") as file:
                     file.write("".join(f"{line}\n" for line in waiting))
                 waiting.clear()
@@ -135,6 +139,11 @@ class Lines:
     def close(self) -> None:
         """Say no more."""
         self.closed.set()
+
+
+def _sizes_of_logs(run_dir: Path) -> dict[Path, int]:
+    """Of a run folder, and of the runs in it where it has several."""
+    return {path: path.stat().st_size for path in (*run_dir.glob(LOG_FILE), *run_dir.glob(f"*/{LOG_FILE}"))}
 
 
 def _duration(seconds: float) -> str:

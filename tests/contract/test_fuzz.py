@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from intaglio.errors import ConfigError, IntaglioError
+from intaglio.export import EXPORTERS
 from intaglio.packed.outputs import why_kept
+from intaglio.packed.verify import verify
 from intaglio.plan.family import check_sizes, load_config
 from intaglio.plan.files import read_json
 from intaglio.plan.recipe import Recipe
@@ -31,6 +33,7 @@ from intaglio.train.checkpoint import read_state, read_step, write_state
 from intaglio.train.run_folder import _holder, check_run_dir, read_losses
 from intaglio.workflow import _saved_windows as saved_windows
 from tests.support import ggml
+from tests.support.cases import Case
 from tests.support.tiny import MULTIMODAL
 
 EACH, SEED = 1000, 16
@@ -307,3 +310,19 @@ def test_other_state_than_expected_is_never_accepted(tmp_path: Path) -> None:
     write_state(path, STATE)
     optional = {"b": SPECS["b"], "c": SPECS["b"]}
     assert set(dict(read_state(path, {k: v for k, v in SPECS.items() if k != "b"}, optional))) == set(STATE)
+
+
+@pytest.mark.parametrize("target", ["mlx", "vllm", "hf"])
+def test_mutated_configs_of_artifacts(
+    target: str, gemma4: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`verify` of an artifact whose config.json says odd things: a difference, or a typed error."""
+    EXPORTERS[target](gemma4.packed, tmp_path / "x")
+    monkeypatch.setattr("intaglio.packed.verify_affine._compare", lambda *args: None)  # of weights, which takes longer
+    monkeypatch.setattr("intaglio.packed.verify._decoded", lambda *args: iter(()))
+    path, random = tmp_path / "x" / "config.json", Random(f"{SEED} {target}")
+    data = path.read_bytes()
+    for _ in range(400):
+        path.write_bytes((mutated_json if random.random() < 0.7 else mutated_bytes)(data, random))
+        with contextlib.suppress(IntaglioError):
+            verify(gemma4.packed, tmp_path / "x").summary()

@@ -10,6 +10,7 @@ import pytest
 
 from intaglio.progress import Lines, Progress
 from intaglio.train.loop import StepInfo
+from intaglio.train.run_folder import claim
 
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 
@@ -83,10 +84,10 @@ def test_the_run_folder_has_the_lines_once_it_is_the_runs(tmp_path: Path) -> Non
     with progress.logged(tmp_path):
         progress.stage("Loading")
         assert not list(tmp_path.iterdir())  # what is not ours is left alone
-        (tmp_path / "run.json").write_text("{}")
+        claim(tmp_path, {})
         progress.stage("Training")
     assert not progress.listeners
     with pytest.raises(ZeroDivisionError), progress.logged(tmp_path):
         raise ZeroDivisionError("once")
     texts = plain((tmp_path / "run.log").read_text().splitlines())
-    assert texts[0] == "Loading" and texts[2:] == ["Training", "done", "ended: ZeroDivisionError: once"]
+    assert texts[0].startswith("process ") and texts[1] == "Loading" and texts[3:] == ["Training", "done"]

@@ -24,8 +24,8 @@ PARTIAL = re.compile(
 WEEK = 7 * 86400  # seconds; nothing takes so long to be written
 LONGEST_NAME = 150  # characters of an output's name in that of its temporary; file systems take 255 bytes
 HEAD_BYTES = 1 << 20
-# What the beginning of a file of ours has: a GGUF's key, a bundle's author, a page's heading.
-SIGNS = (b"intaglio.plan", b"LITERTLM", b'class="kicker">intaglio')
+# How a file of ours begins, and what follows soon: a GGUF's key, a bundle's author, a page's heading.
+SIGNS = ((b"GGUF", b"intaglio.plan"), (b"LITERTLM", b"intaglio"), (b"<!", b'class="kicker">intaglio'))
 
 
 def temporary_path(path: Path) -> Path:
@@ -116,7 +116,8 @@ def why_kept(path: Path) -> str:
         return f"holds {min(others)}, which intaglio did not write" if others else ""
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
-    return "" if not head or any(sign in head for sign in SIGNS) else "is a file that intaglio did not write"
+    ours = not head or any(head.startswith(start) and sign in head for start, sign in SIGNS)
+    return "" if ours else "is a file that intaglio did not write"
 
 
 def check_output(out: str | Path, inputs: Iterable[str | Path | None]) -> None:

@@ -158,10 +158,13 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def claim(run_dir: Path, identity: dict[str, str]) -> None:
-    """Make the folder this run's."""
+    """Make the folder this run's, and begin or go on with its log: all that may refuse the run is behind it."""
     if not (run_dir / RUN_FILE).is_file():
         with new_path(run_dir / RUN_FILE) as temporary:
             temporary.write_text(json.dumps(identity), "utf-8")
+    with suppress(OutputError):
+        now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        append_line(run_dir / LOG_FILE, f"{now} process {os.getpid()}: {' '.join(sys.argv)}\n")
 
 
 def keep_lines(log: Path, count: int) -> None:
