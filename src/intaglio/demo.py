@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from intaglio.drafter.run import Texts
 from intaglio.drafter.run import run as run_drafter
 from intaglio.errors import OutputError, RecipeError
 from intaglio.measure.report import Report
+from intaglio.packed.outputs import remove
+from intaglio.plan.files import read_json
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.proof import Evaluation
 from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.loop import Options
-from intaglio.train.run_folder import RUN_FILE
+from intaglio.train.run_folder import LOCK_FILE, RUN_FILE, hold
 from intaglio.workflow import run
 
 # Short runs for a small machine: GPTQ brings the codes near, small batches make more steps of the rest, and there is
@@ -40,6 +42,11 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 # Of either stage of the drafter: in floats, and on its grids.
 DRAFTER_SCHEDULE = {"tokens": 81_920, "batch_size": 4, "sequence_length": 256, "lr": 5e-4}
+# Names of what a run leaves; a folder with anything else is not removed.
+IN_A_RUN = (
+    r"(run|report|losses|heldout|model|stock)\.\w+|checkpoints|packed|stock|fitted|hf|mobile|stock-mobile|drafter|\..*"
+    r"|tensorboard|events.*"
+)
 PROMPTS = (
     "It was a bright morning, and the whole family",
     "The captain looked out over the sea and",
@@ -52,9 +59,7 @@ def run_demo(out: Path, *, recipe: str = "q4_0", replace: bool = False, progress
     if recipe not in SCHEDULES:
         raise RecipeError(f"the demo has no schedule for recipe {recipe!r}: expected {' or '.join(SCHEDULES)}")
     if out.exists():
-        if not (replace and (out / RUN_FILE).is_file()):
-            raise OutputError(f"{out}: already exists: remove it, name another with --out, or give --replace")
-        shutil.rmtree(out)
+        _remove_run(out, replace)
     report = run(
         MODEL_DIR,
         Recipe.load(recipe).with_schedule(**SCHEDULES[recipe]),
@@ -66,6 +71,19 @@ def run_demo(out: Path, *, recipe: str = "q4_0", replace: bool = False, progress
     )
     assert report is not None, "one process has the report"
     return report
+
+
+def _remove_run(out: Path, replace: bool) -> None:
+    """Remove an earlier demo. OutputError for anything else, and for a run that somebody works in."""
+    if not (replace and (out / RUN_FILE).is_file()):
+        raise OutputError(f"{out}: already exists: remove it, name another with --out, or give --replace")
+    others = sorted(path.name for path in out.iterdir() if not re.fullmatch(IN_A_RUN, path.name))
+    if others or not {"plan", "corpus"} <= set(read_json(out / RUN_FILE)):
+        raise OutputError(f"{out}: holds {others[0] if others else RUN_FILE}, which is no demo's: remove it yourself")
+    with hold(out):
+        for path in out.iterdir():
+            if path.name != LOCK_FILE:
+                remove(path)
 
 
 def run_demo_drafter(out: Path, *, recipe: str = "q4_0", progress: Progress | None = None) -> DrafterReport:

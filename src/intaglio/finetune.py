@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -24,14 +23,15 @@ from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel, join_packed
-from intaglio.packed.store import new_path
+from intaglio.packed.outputs import check_output
+from intaglio.packed.store import new_path, scratch_folder
 from intaglio.packed.verify import verify
 from intaglio.plan.family import check_runs_alone
 from intaglio.progress import Progress
 from intaglio.proof import Evaluation
 from intaglio.train.loop import Options, run_identity, train
 from intaglio.train.pack import pack_model
-from intaglio.train.run_folder import check_run_dir
+from intaglio.train.run_folder import check_run_dir, hold
 from intaglio.train.start import plan_to_go_on
 from intaglio.workflow import held_out, training_text
 
@@ -67,12 +67,29 @@ def finetune(
     hold what was trained.
     """
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
+    check_output(out, [packed_dir, data, teacher_dir, evaluation.text])
+    with hold(out), progress.logged(out):
+        return _finetune(packed_dir, out, data, teacher_dir, overrides, evaluation, options, resume, progress)
+
+
+def _finetune(
+    packed_dir: str | Path,
+    out: Path,
+    data: str | Path | None,
+    teacher_dir: str | Path | None,
+    overrides: tuple[str, ...] | list[str],
+    evaluation: Evaluation,
+    options: Options | None,
+    resume: bool,
+    progress: Progress,
+) -> Finetuned:
     progress.stage("Loading the packed model")
     start = PackedModel.open(packed_dir)
+    start.check()  # now, and not when towers are copied after all training
     check_runs_alone(start.plan.model, packed_dir)
     plan = plan_to_go_on(start, overrides)
     _check_loss(plan.recipe.schedule.loss, teacher_dir, data)
-    check_run_dir(out, run_identity(plan, start), resume)
+    check_run_dir(out, run_identity(plan, start, options), resume)
     format_of(plan).check(plan, start.path)
     tokenizer, model = load_tokenizer(start.path), load_packed(start)
     teacher = None if teacher_dir is None else load_model(teacher_dir)
@@ -91,15 +108,15 @@ def finetune(
     )
     progress.stage("Packing and exporting")
     record = {**start.provenance, "method": "fine-tuned on the grid", "data": str(data), "from": start.sha256()}
-    with TemporaryDirectory(dir=out, prefix=".text.") as folder:
-        pack_model(latents, Path(folder) / "packed", assets=start.path, provenance=record)
-        join_packed(PackedModel.open(Path(folder) / "packed"), start, out / "packed", replace=resume)
+    with scratch_folder(out / "text") as folder:
+        pack_model(latents, folder / "packed", assets=start.path, provenance=record)
+        join_packed(PackedModel.open(folder / "packed"), start, out / "packed", replace=resume)
     del latents
     packed = PackedModel.open(out / "packed")
     files = _export(packed, out, replace=resume)
     progress.stage("Measuring")
     results = _measure(start, packed, None if teacher is None else teacher.to("cpu"), windows_NT, progress)
-    with new_path(out / RESULT, replace=True) as temporary:
+    with new_path(out / RESULT, replace=True, internal=True) as temporary:
         temporary.write_text(json.dumps({k: v.to_dict() for k, v in results.items()}, indent=2) + "\n", "utf-8")
     return Finetuned(results["before"], results["after"], files)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -13,6 +12,7 @@ from intaglio.errors import InputError
 from intaglio.numerics.device import Device, device_for
 from intaglio.packed.checkpoint import load_model, load_tokenizer, model_name
 from intaglio.packed.model import PackedModel
+from intaglio.packed.store import scratch_folder
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.progress import Progress
 from intaglio.train.corpus import load_corpus
@@ -60,8 +60,7 @@ def quantize_model(
         return {}
     with ExitStack() as stack:
         if data is not None:  # the text model by itself, which what is carried then joins
-            out.parent.mkdir(parents=True, exist_ok=True)
-            alone = Path(stack.enter_context(TemporaryDirectory(dir=out.parent, prefix=f".{out.name}."))) / "text"
+            alone = stack.enter_context(scratch_folder(out)) / "text"
             _fit_on_text(model_dir, make_plan(model_dir, plan.recipe), alone, data, device, replace, progress)
             trained = PackedModel.open(alone)
         total, done = len(plan.everything), itertools.count(1)

@@ -1,22 +1,170 @@
-"""How a run tells what it is doing."""
+"""What a run says of its progress: bars on a terminal, lines in a log, and the same lines in its folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from intaglio.train.loop import StepInfo
+from intaglio.train.run_folder import LOG_FILE
+
+if TYPE_CHECKING:
+    from intaglio.train.loop import StepInfo
+
+SECONDS = 30.0  # between two lines, at most
 
 
-@dataclass(frozen=True, kw_only=True)
+class Listener(Protocol):
+    """Whoever shows progress; see `Progress` for the events."""
+
+    def stage(self, name: str) -> None: ...
+    def step(self, info: StepInfo) -> None: ...
+    def part(self, done: int, total: int, figures: str) -> None: ...
+    def note(self, line: str) -> None: ...
+
+
 class Progress:
-    """Called as the work goes on; the command line draws bars with it.
+    """Takes the events of a run and hands them to whoever shows them; without listeners it is silent."""
 
-    stage: name of the stage that begins. step: after each optimizer step. part: done and total of
-    the stage's own unit, with a line of figures. note: a line that stays, such as where the files are.
+    def __init__(self, *listeners: Listener):
+        self.listeners = list(listeners)
+
+    def stage(self, name: str) -> None:
+        """The stage of this name begins, and the one before is done."""
+        for listener in self.listeners:
+            listener.stage(name)
+
+    def step(self, info: StepInfo) -> None:
+        """An optimizer step is done."""
+        for listener in self.listeners:
+            listener.step(info)
+
+    def part(self, done: int, total: int, figures: str = "") -> None:
+        """So much of the stage is done, in its own unit, with a line of figures."""
+        for listener in self.listeners:
+            listener.part(done, total, figures)
+
+    def note(self, line: str) -> None:
+        """Something that stays to be read, such as where the files are, or what the user should know at once."""
+        for listener in self.listeners:
+            listener.note(line)
+
+    @contextmanager
+    def logged(self, run_dir: Path) -> Iterator[None]:
+        """Write lines into the log of a run folder too, with how the run ended.
+
+        They wait until the run has claimed the folder, which begins its log: a run that is refused leaves no trace.
+        """
+        waiting: list[str] = []
+        before = _sizes_of_logs(run_dir)
+
+        def write(line: str) -> None:
+            waiting.append(line)
+            if _sizes_of_logs(run_dir) != before:
+                with suppress(OSError), open(run_dir / LOG_FILE, "a", encoding="utf-8", errors="replace") as file:
+                    file.write("".join(f"{line}\n" for line in waiting))
+                waiting.clear()
+
+        lines = Lines(write)
+        self.listeners.append(lines)
+        try:
+            yield
+            lines.say("done")
+        except BaseException as error:
+            lines.say(f"ended: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self.listeners.remove(lines)
+            lines.close()
+
+
+class Lines:
+    """A line at each stage, and every 30 seconds one that says how far the stage is, also when nothing happens in it.
+
+    write: takes a line without its end. Lines that cannot be written are dropped: a log never ends a run.
     """
 
-    stage: Callable[[str], None] = lambda name: None
-    step: Callable[[StepInfo], None] = lambda info: None
-    part: Callable[[int, int, str], None] = lambda done, total, figures: None
-    note: Callable[[str], None] = lambda text: None
+    def __init__(self, write: Callable[[str], None], seconds: float = SECONDS):
+        self.write, self.seconds = write, seconds
+        self.name, self.latest = "", ""
+        self.first: StepInfo | None = None
+        self.began = self.said_at = time.monotonic()
+        self.closed = threading.Event()
+        self.lock = threading.Lock()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def stage(self, name: str) -> None:
+        """Say what ends and what begins."""
+        if self.name:
+            self.say(f"{self.name}: done in {_duration(time.monotonic() - self.began)}")
+        self.name, self.latest, self.first, self.began = name, "", None, time.monotonic()
+        self.say(name)
+
+    def step(self, info: StepInfo) -> None:
+        """Remember step, loss, tokens a second and the time left; say them at the first step, the last, and in time."""
+        begins, self.first = self.first is None, self.first or info
+        seconds, steps = info.seconds - self.first.seconds, info.step - self.first.step
+        text = f"step {info.step:,} of {info.total_steps:,}, loss {info.loss:.4f}"
+        if steps and seconds > 0:
+            left = (info.total_steps - info.step) * seconds / steps
+            text += f", {(info.tokens - self.first.tokens) / seconds:,.0f} tokens/s, {_duration(left)} left"
+        self._remember(text, now=begins or info.step == info.total_steps)
+
+    def part(self, done: int, total: int, figures: str) -> None:
+        """Remember how far the stage is; say it in time."""
+        self._remember(", ".join(filter(None, (f"{done:,} of {total:,}", figures))))
+
+    def note(self, line: str) -> None:
+        """Say it."""
+        self.say(line)
+
+    def _remember(self, text: str, now: bool = False) -> None:
+        self.latest = text
+        if now or time.monotonic() - self.said_at >= self.seconds:
+            self._say_latest()
+
+    def _say_latest(self) -> None:
+        text = self.latest or f"at it for {_duration(time.monotonic() - self.began)}"
+        self.say(f"{self.name or 'Working'}: {text}, {_memory()}")
+
+    def say(self, text: str) -> None:
+        """Write a line with the time."""
+        with self.lock:
+            self.said_at = time.monotonic()
+            with suppress(OSError, ValueError):  # a full disk, a reader that is gone, a closed file
+                self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+
+    def _beat(self) -> None:
+        """Say where the work is when no event has for a while."""
+        while not self.closed.wait(max(0.01, self.said_at + self.seconds - time.monotonic())):
+            if time.monotonic() - self.said_at >= self.seconds:
+                self._say_latest()
+
+    def close(self) -> None:
+        """Say no more."""
+        self.closed.set()
+
+
+def _sizes_of_logs(run_dir: Path) -> dict[Path, int]:
+    """Of a run folder, and of the runs in it where it has several."""
+    return {path: path.stat().st_size for path in (*run_dir.glob(LOG_FILE), *run_dir.glob(f"*/{LOG_FILE}"))}
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else str(timedelta(seconds=round(seconds)))
+
+
+def _memory() -> str:
+    """Memory of this process at its peak, and what is allocated on a GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB of memory"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        text += f", {torch.cuda.memory_allocated() / 1e9:.1f} GB on the GPU"
+    return text

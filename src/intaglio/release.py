@@ -9,7 +9,6 @@ A runtime is a row of RUNTIMES. Every artifact is read back before the release a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,11 @@ from intaglio.export import EXPORTERS
 from intaglio.export.bundles import library_name, model_title
 from intaglio.numerics.grid import BlockGrid
 from intaglio.packed.model import PackedModel, file_sha256
+from intaglio.packed.outputs import MARKER
 from intaglio.packed.store import new_path
 from intaglio.packed.verify import Verification, verify
 from intaglio.plan.affine import schemes
+from intaglio.plan.files import read_json, read_text
 from intaglio.plan.plan import Plan
 from intaglio.progress import Progress
 
@@ -153,7 +154,7 @@ def make_release(
         raise InputError(f"{packed.path}: a drafter does not run by itself: export it to gguf, hf or vllm, one by one")
     options = options or {}
     release = Release({}, {})
-    with new_path(Path(out), replace=replace, is_such=is_release) as temporary:
+    with new_path(Path(out), replace=replace) as temporary:
         temporary.mkdir()
         for name in names:
             if every and not RUNTIMES[name].wanted(packed.plan):
@@ -204,7 +205,8 @@ def _command(packed: PackedModel, name: str, path: str) -> str:
 
 def _hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a release, by its path there."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    own = (folder / MANIFEST, folder / MARKER)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in own)
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
@@ -240,14 +242,11 @@ def _measured(packed: PackedModel) -> str:
     run = packed.path.resolve().parent
     if not (run / "report.json").is_file() or not (run / "report.md").is_file():
         return ""
-    try:
-        recipe = json.loads((run / "report.json").read_text("utf-8")).get("recipe_toml")
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{run / 'report.json'}: not a report: {error}") from None
+    recipe = read_json(run / "report.json").get("recipe_toml")
     if recipe != packed.plan.recipe.to_toml():
         return ""
     section = "## Against the original"
-    text = (run / "report.md").read_text("utf-8")
+    text = read_text(run / "report.md")
     return section + text.partition(section)[2].partition("\n## ")[0].rstrip() if section in text else ""
 
 

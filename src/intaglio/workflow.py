@@ -18,7 +18,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,21 +36,24 @@ from intaglio.measure.metrics import Comparison
 from intaglio.measure.original import open_original
 from intaglio.measure.report import Report, write_report
 from intaglio.numerics.device import Device, device_for
+from intaglio.packed import identity
 from intaglio.packed.checkpoint import TextModel, load_tokenizer, model_name, stored_dtype
-from intaglio.packed.identity import CHECKPOINT, expect
+from intaglio.packed.identity import CHECKPOINT, COMPRESSED, GGUF, MOBILE, QUANTIZED, expect
 from intaglio.packed.model import PackedModel
+from intaglio.packed.outputs import check_output
 from intaglio.packed.store import new_path
 from intaglio.packed.verify import Verification
 from intaglio.plan.family import ModelSpec, check_runs_alone, read_spec
+from intaglio.plan.files import reading
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.proof import Evaluation, missing_runtime, prove
 from intaglio.train.corpus import Corpus, held_out_windows, load_corpus, sample_corpus
 from intaglio.train.latents import Latents
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import Options, run_identity, train
 from intaglio.train.pack import pack_model
-from intaglio.train.run_folder import check_run_dir
+from intaglio.train.run_folder import check_run_dir, hold
 from intaglio.train.sharding import dismiss_processes, is_main, load_own_rows, start_processes, world_size
 
 SHARE_HELD_OUT = 0.02  # of the training sequences, when no held-out text is given
@@ -81,8 +84,25 @@ def run(
     rest.
     """
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
-    began, device = time.perf_counter(), device_for(start_processes() if device is None else device)
+    check_output(out, [model_dir, data, evaluation.text])
+    device = device_for(start_processes() if device is None else device)
     progress = progress if is_main() else Progress()
+    with hold(out), progress.logged(out) if is_main() else nullcontext():
+        return _run(Path(model_dir), recipe, out, data, evaluation, options, resume, progress, device)
+
+
+def _run(
+    model_dir: Path,
+    recipe: Recipe,
+    out: Path,
+    data: str | Path | None,
+    evaluation: Evaluation,
+    options: Options | None,
+    resume: bool,
+    progress: Progress,
+    device: torch.device,
+) -> Report | None:
+    began = time.perf_counter()
     progress.stage("Loading the original")
     expect(model_dir, CHECKPOINT)
     spec = read_spec(model_dir)
@@ -91,7 +111,7 @@ def run(
     make_plan(spec, format_of(plan).stock_recipe(recipe))  # a reference that cannot be made is known now
     if data is None and world_size() > 1:
         raise InputError("several processes cannot write a model's own text together: give --data")
-    check_run_dir(out, {"plan": plan.digest}, resume)
+    check_run_dir(out, run_identity(plan, None, options), resume)
     format_of(plan).check(plan, Path(model_dir))
     if missing := missing_runtime(format_of(plan)):
         progress.note(missing)
@@ -118,7 +138,7 @@ def run(
     dismiss_processes()
     if not main:
         return None
-    with new_path(out / HELD_OUT_FILE, replace=True) as temporary, open(temporary, "wb") as file:
+    with new_path(out / HELD_OUT_FILE, replace=True, internal=True) as temporary, open(temporary, "wb") as file:
         np.save(file, windows_NT)
     del latents
     gc.collect()  # a session and its model hold each other, and a GPU's memory with them
@@ -204,15 +224,18 @@ def _measure(
 
 def _saved_windows(path: Path, vocab_size: int) -> NDArray[np.int32]:
     advice = "give held-out text with --text"
-    try:
-        windows_NT = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise CorpusError(f"{path}: cannot be read: {error}: {advice}") from None
-    if windows_NT.ndim != 2 or windows_NT.dtype.kind != "i" or not windows_NT.size:
+    with reading(path, "cannot be read", advice, CorpusError):
+        if not path.is_file():
+            raise ValueError("no regular file")
+        # mapped: a header that announces more than the file has is an error, and no allocation
+        windows_NT = np.load(path, allow_pickle=False, mmap_mode="r")
+        if not isinstance(windows_NT, np.ndarray):
+            raise ValueError("an archive of arrays")
+    if windows_NT.ndim != 2 or windows_NT.dtype != np.int32 or not windows_NT.size:
         raise CorpusError(f"{path}: {windows_NT.dtype} of shape {windows_NT.shape}: expected int32 [N, T]: {advice}")
     if windows_NT.min() < 0 or windows_NT.max() >= vocab_size:
         raise CorpusError(f"{path}: has tokens that the vocabulary of {vocab_size} has not: {advice}")
-    return windows_NT
+    return np.array(windows_NT)
 
 
 def training_text(
@@ -274,8 +297,10 @@ def compare(
     """
     progress, artifact, device = progress or Progress(), Path(artifact), device_for(device)
     progress.stage("Loading")
-    kind = expect(artifact, PACKED_KIND, GGUF, CHECKPOINT, MOBILE, COMPRESSED, QUANTIZED).kind
-    packed = PackedModel.open(artifact) if kind == PACKED_KIND else None
+    kind = expect(artifact, identity.PACKED, GGUF, CHECKPOINT, MOBILE, COMPRESSED, QUANTIZED).kind
+    packed = PackedModel.open(artifact) if kind == identity.PACKED else None
+    if packed is not None:
+        packed.check()
     expect(original, CHECKPOINT)
     spec = read_spec(original)
     check_runs_alone(spec, original)

@@ -155,7 +155,7 @@ def test_a_run_leaves_everything_it_promises(finished: tuple[Path, str], gemma4:
     run, printed = finished
     names = {path.split("/")[0] for path in contents(run)}
     assert names == REPORTS | {
-        *("run.json", "losses.jsonl", "heldout.npy", "packed", "stock", "fitted"),
+        *("run.json", "run.log", "losses.jsonl", "heldout.npy", "packed", "stock", "fitted"),
         *("model.gguf", "stock.gguf", "hf"),
     }
     assert "report.html" in printed and "QAT" in printed

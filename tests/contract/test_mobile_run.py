@@ -30,7 +30,7 @@ def test_it_leaves_what_it_promises(run: Path) -> None:
     names = {path.split("/")[0] for path in contents(run)}
     reports = {"report.html", "report.md", "report.json"}
     folders = {"packed", "stock", "fitted", "start", "mobile", "stock-mobile"}
-    assert names == reports | folders | {"run.json", "losses.jsonl", "heldout.npy"}
+    assert names == reports | folders | {"run.json", "run.log", "losses.jsonl", "heldout.npy"}
     packed = PackedModel.open(run / "packed")
     assert verify(packed, run / "mobile").exact
     assert all(value > 0 for value in packed.read_static().values())

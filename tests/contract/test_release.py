@@ -14,6 +14,7 @@ import pytest
 from intaglio.errors import InputError
 from intaglio.export import EXPORTERS
 from intaglio.packed.model import PackedModel
+from intaglio.packed.outputs import MARKER
 from intaglio.release import MANIFEST, RUNTIMES, make_release, parse_targets
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
@@ -52,7 +53,7 @@ def test_the_manifest_is_what_sha256sum_reads(release: Path) -> None:
     done = subprocess.run(["sha256sum", "--check", "--strict", "--quiet", MANIFEST], cwd=release, check=False)
     assert done.returncode == 0
     listed = {line.split("  ")[1] for line in (release / MANIFEST).read_text().splitlines()}
-    assert listed == set(contents(release)) - {MANIFEST}
+    assert listed == set(contents(release)) - {MANIFEST, MARKER}
 
 
 @pytest.mark.parametrize(

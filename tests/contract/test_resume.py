@@ -118,11 +118,12 @@ def test_nothing_temporary_is_left_behind(story: Story) -> None:
     ("more", "changes", "message"),
     [
         ([], {}, "holds another run: choose another folder, or continue it with --resume"),
-        (["--resume"], {"lr": 5e-4}, "cannot resume: the run there has another plan"),
-        (["--resume", "--recipe=q4_0-free"], {}, "cannot resume: the run there has another plan"),
-        (["--resume", "--data={other}"], {}, "cannot resume: the run there has another corpus"),
+        (["--resume"], {"lr": 5e-4}, "cannot resume: schedule.lr is 0.0005, and the run there began with 0.0001"),
+        (["--resume", "--recipe=q4_0-free"], {}, "cannot resume: name is q4_0-free, and the run there began with q4_0"),
+        (["--resume", "--precision=bf16"], {}, "cannot resume: precision is bf16, and the run there began with no"),
+        (["--resume", "--data={other}"], {}, "cannot resume: corpus is "),
     ],
-    ids=["without --resume", "another schedule", "another recipe", "other data"],
+    ids=["without --resume", "another schedule", "another recipe", "another precision", "other data"],
 )
 def test_a_folder_of_another_run_is_refused(
     more: list[str], changes: dict[str, object], message: str, story: Story, tmp_path: Path

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     },
     "release": {"errors", "numerics", "plan", "packed", "export", "progress"},
     "finetune": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof", "workflow"},
-    "demo": {"errors", "plan", "train", "measure", "tiny", "progress", "proof", "workflow", "drafter"},
+    "demo": {"errors", "plan", "packed", "train", "measure", "tiny", "progress", "proof", "workflow", "drafter"},
     "drafter": {
         *("errors", "plan", "packed", "train", "export", "measure", "formats", "progress", "proof", "workflow"),
     },

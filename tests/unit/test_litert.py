@@ -18,7 +18,7 @@ from intaglio.litert.worker import check_versions
 from intaglio.numerics.fit import fit_absmax, fit_mse
 from intaglio.numerics.grid import Q4_0_POSITIVE
 from intaglio.packed.model import PackedModel, write_packed
-from intaglio.packed.tflite import Table
+from intaglio.packed.tflite import Budget, Table
 from intaglio.packed.verify import verify
 from tests.support.cli import intaglio
 from tests.support.tiny import GEMMA3, GEMMA4, make_checkpoint, pack
@@ -161,7 +161,7 @@ def test_a_flatbuffer_is_read_as_flatbuffers_are_written() -> None:
     data = np.frombuffer(
         vtable + table + bytes(4) + np.array([2], "<u4").tobytes() + np.array([1.5, -2], "<f4").tobytes(), np.uint8
     )
-    read = Table(data, 12)
+    read = Table(data, 12, Budget(data))
     assert read.number(0, "<i") == 7
     assert read.number(1, "<i") == 0
     assert read.vector(2, "<f4").tolist() == [1.5, -2.0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import intaglio.tiny as tiny
 from intaglio.errors import ConfigError, InputError, RecipeError, WeightError
@@ -17,10 +17,10 @@ from intaglio.measure.simulate import decoded_model
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.checkpoint import load_model, stream_tensors
 from intaglio.packed.model import FILE_NAME, PackedModel, write_packed
-from intaglio.packed.store import open_safetensors
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.quantize import fit_tensor, quantize
+from tests.support.repack import resave as rewrite
 
 DOWN = "model.layers.2.mlp.down_proj"
 KEYS = "model.layers.1.self_attn.k_cache_scale"
@@ -32,10 +32,7 @@ def copy(mobile_packed: PackedModel, tmp_path: Path) -> Path:
 
 
 def resave(folder: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> PackedModel:
-    path = folder / FILE_NAME
-    with open_safetensors(path) as file:
-        old = file.metadata()
-    save_file(load_file(path) | tensors, path, old | metadata)
+    rewrite(folder, tensors, **metadata)
     return PackedModel.open(folder)
 
 

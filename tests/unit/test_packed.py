@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,10 +18,14 @@ from torch import Tensor
 from intaglio.errors import ConfigError, InputError, IntaglioError, OutputError, WeightError
 from intaglio.numerics.grid import Quantized
 from intaglio.packed import model as packed_module
+from intaglio.packed.hashes import Hashes
 from intaglio.packed.model import FILE_NAME, PackedModel, write_packed
-from intaglio.packed.store import SafetensorsWriter, new_path, open_safetensors
+from intaglio.packed.outputs import MARKER, mark
+from intaglio.packed.store import SafetensorsWriter, bytes_of, new_path
 from intaglio.plan.plan import make_plan
 from intaglio.train.quantize import fit_tensor, quantize
+from tests.support.cli import intaglio
+from tests.support.repack import resave
 from tests.support.tiny import GEMMA4_DENSE, make_checkpoint, pack
 
 
@@ -37,14 +43,6 @@ def packed(checkpoint: Path) -> PackedModel:
 def copy(packed: PackedModel, tmp_path: Path) -> Path:
     """A folder that a test may damage."""
     return Path(shutil.copytree(packed.path, tmp_path / "copy"))
-
-
-def resave(folder: Path, *, tensors: dict[str, Tensor] | None = None, **metadata: str) -> None:
-    """Write packed.safetensors again, with other tensors or other metadata."""
-    path = folder / FILE_NAME
-    with open_safetensors(path) as file:
-        old = file.metadata()
-    save_file(load_file(path) | (tensors or {}), path, old | metadata)
 
 
 def test_what_was_added_is_read_bit_for_bit(checkpoint: Path, packed: PackedModel) -> None:
@@ -79,9 +77,12 @@ def test_the_same_model_packs_to_the_same_bytes(checkpoint: Path, packed: Packed
 def test_existing_output_is_kept_unless_replaced(checkpoint: Path, packed: PackedModel, copy: Path) -> None:
     with pytest.raises(OutputError, match="already exists"):
         quantize(checkpoint, packed.plan, copy)
-    (copy / "stale.txt").touch()
+    (copy / "letter.txt").touch()
+    with pytest.raises(OutputError, match=r"holds letter\.txt, which intaglio did not write"):
+        quantize(checkpoint, packed.plan, copy, replace=True)
+    (copy / "letter.txt").unlink()
+    (copy / FILE_NAME).write_bytes(b"")
     quantize(checkpoint, packed.plan, copy, replace=True)
-    assert not (copy / "stale.txt").exists()
     assert PackedModel.open(copy).sha256() == packed.sha256()
 
 
@@ -210,9 +211,10 @@ def test_new_path_replaces_like_with_like_only(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "precious.safetensors").touch()
+    mark(folder)
     with pytest.raises(OutputError, match="is a folder"), new_path(folder, replace=True) as temporary:
         temporary.write_text("a file")
-    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "precious.safetensors"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [MARKER, "folder", "precious.safetensors"]
 
 
 def test_new_path_below_a_file_cannot_be_written(tmp_path: Path) -> None:
@@ -237,8 +239,7 @@ def test_safetensors_written_by_hand_is_safetensors(tmp_path: Path) -> None:
     assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
 
 
-def test_every_error_of_a_damaged_model_is_ours(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flip each of some bytes of the header: open either works or raises an IntaglioError."""
+def test_every_flipped_byte_of_the_header_is_noticed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = copy / FILE_NAME
     data = bytearray(path.read_bytes())
     header = int.from_bytes(data[:8], "little")
@@ -248,10 +249,75 @@ def test_every_error_of_a_damaged_model_is_ours(copy: Path, monkeypatch: pytest.
         damaged = bytearray(data)
         damaged[at] ^= 0x55
         path.write_bytes(damaged)
-        try:
+        with pytest.raises(IntaglioError):
             PackedModel.open(copy)
-        except IntaglioError:
-            continue
+
+
+# Hashes
+
+
+def flipped(path: Path, at: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_every_flipped_bit_is_noticed(copy: Path) -> None:
+    """One bit at 300 places anywhere in the file, of codes, scales, floats and header."""
+    path, random = copy / FILE_NAME, np.random.default_rng(5)
+    whole = path.read_bytes()
+    for at in random.integers(0, len(whole), 300).tolist():
+        flipped(path, at, int(random.integers(8)))
+        with pytest.raises(IntaglioError):
+            Hashes(path).check_all()
+        path.write_bytes(whole)
+    Hashes(path).check_all()
+
+
+@pytest.mark.parametrize("end", [1, 40_000, 700_000], ids=["a float", "codes", "more codes"])
+def test_a_flipped_bit_is_named_by_the_first_who_reads_it(
+    end: int, copy: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = copy / FILE_NAME
+    flipped(path, path.stat().st_size - end)
+    opened = PackedModel.open(copy)  # a cheap look at the header
+    with pytest.raises(ConfigError, match=r"packed\.safetensors: tensor model\..* is not what was written.*restore"):
+        list(opened)
+    with pytest.raises(ConfigError, match="is not what was written"):
+        opened.check()
+    for command in (
+        ["export", copy, "hf", "-o", tmp_path / "out"],
+        ["export", copy, "--to", "mlx", "-o", tmp_path / "out"],
+        ["verify", copy, checkpoint],
+        ["quantize", checkpoint, "--trained", copy, "-o", tmp_path / "out"],
+        ["train", copy, "-o", tmp_path / "out", "--data", __file__, "--set=schedule.loss=cross_entropy"],
+        ["eval", copy, f"--original={checkpoint}", f"--text={__file__}"],
+    ):
+        outcome = intaglio(*command)
+        assert outcome.code == 2 and "is not what was written" in outcome.error, command
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
+
+
+def test_rows_are_checked_too(copy: Path) -> None:
+    flipped(copy / FILE_NAME, (copy / FILE_NAME).stat().st_size - 1)
+    opened = PackedModel.open(copy)
+    last = max(opened.hashes.places, key=lambda name: opened.hashes.places[name][1])
+    name = last.removesuffix(".codes").removesuffix(".scale").removesuffix(".super_scale")
+    with pytest.raises(ConfigError, match="is not what was written"):
+        opened.read(name, slice(0, 1))
+
+
+def test_a_model_of_before_the_hashes_is_taken_with_a_warning(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    resave(copy, format="intaglio-packed-1")
+    opened = PackedModel.open(copy)
+    assert "was packed before tensors had hashes" in caplog.text
+    assert opened.hashes is None and len(list(opened)) == len(opened.plan.tensors)
+
+
+def test_hashes_say_sha256_of_the_bytes(copy: Path) -> None:
+    tensors = load_file(copy / FILE_NAME)
+    for name, digest in Hashes(copy / FILE_NAME).digests.items():
+        assert hashlib.sha256(bytes_of(tensors[name])).hexdigest() == digest
 
 
 def test_new_path_replaces_no_folder_of_something_else(tmp_path: Path) -> None:

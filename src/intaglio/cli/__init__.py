@@ -2,41 +2,68 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from typing import NoReturn
+from contextlib import suppress
 
 import typer
 
-from intaglio.cli import draft, look, make, ship
+from intaglio.cli import draft, look, make, ship, streams
 from intaglio.cli.options import app
 from intaglio.errors import IntaglioError
+from intaglio.train.signals import Stopped, stopping
 
 __all__ = ["app", "draft", "look", "main", "make", "ship"]
+RESUMED = "a training run continues from its last checkpoint with --resume"
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one message and an exit code, never a traceback."""
+    """Run the command line; a user's mistake is one message and an exit code, never a traceback.
+
+    A signal ends it with 128 and the signal's number, and so does a pipe whose reader is gone (`| head`).
+    """
+    streams.prepare()
+    with stopping():
+        try:
+            code, message = _run()
+        except Stopped as stopped:
+            code = 128 + stopped.number
+            message = f"stopped by {stopped}; what was half written is removed; {RESUMED}"
+        if message:
+            with suppress(OSError):  # the terminal may be what has ended
+                _print_error(message)
+    sys.exit(code)
+
+
+def _run() -> tuple[int, str]:
+    """Exit code and message of the command; the message is empty where it is fine or was printed."""
     try:
-        code = app(prog_name="intaglio", standalone_mode=False)  # typer.Exit comes back as its code, and Ctrl-C as 130
+        # typer.Exit comes back as its code, and Ctrl-C as 130
+        code = int(app(prog_name="intaglio", standalone_mode=False) or 0)
+        sys.stdout.flush()
     except IntaglioError as error:
-        _fail(str(error), error.exit_code)
+        return error.exit_code, str(error)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except OSError as error:
-        _fail(f"{error.filename or 'a file'}: cannot be read or written: {error.strerror or error}", 2)
+    except (OSError, SystemExit) as error:
+        # click and rich exit where a pipe is broken, and nothing else here does
+        if isinstance(error, SystemExit) or streams.reader_is_gone():
+            streams.give_up()
+            return 128 + signal.SIGPIPE, ""
+        if error.filename is None:
+            streams.give_up()
+        return 2, f"{error.filename or 'the output'}: cannot be read or written: {error.strerror or error}"
     except Exception as error:
         if not hasattr(error, "show"):  # wrong options: typer has had click's exceptions and its own
             raise
-        error.show()
-        code = error.exit_code  # type: ignore[attr-defined]
-    if code == 130:
-        _fail("stopped; a training run continues from its last checkpoint with --resume", 130)
-    sys.exit(code)
+        with suppress(OSError):
+            error.show()
+        return int(error.exit_code), ""  # type: ignore[attr-defined]
+    return code, f"stopped; {RESUMED}" if code == 130 else ""
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    from rich.console import Console
+def _print_error(message: str) -> None:
     from rich.text import Text as RichText
 
-    Console(stderr=True).print(RichText("error: ", style="bold red") + RichText(message), soft_wrap=True)
-    sys.exit(code)
+    printer = streams.Printer(stderr=True)
+    printer.print(RichText("error: ", style="bold red") + RichText(message), soft_wrap=True)

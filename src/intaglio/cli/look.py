@@ -58,6 +58,10 @@ def plan(
     from intaglio.plan.recipe import Recipe
     from intaglio.plan.units import parse_bytes, parse_tokens
 
+    if html is not None:
+        from intaglio.packed.outputs import check_output
+
+        check_output(html, [model, recipe, drafter])
     if everything == (model is not None):
         raise typer.BadParameter("expected a model, or --all for the family")
     metadata = parse_bytes(metadata_bytes, "--metadata-bytes")

@@ -75,9 +75,11 @@ def quantize(
     from intaglio.fitting import quantize_model
     from intaglio.packed.checkpoint import checkpoint_spec, notes
     from intaglio.packed.model import PackedModel
+    from intaglio.packed.outputs import check_output
     from intaglio.plan.plan import make_plan
     from intaglio.plan.recipe import Recipe
 
+    check_output(out, [model, data, images, audio, trained, recipe])
     if data is not None and trained is not None:
         raise typer.BadParameter("--trained has its static scales: expected it or --data, not both")
     text = None if trained is None else PackedModel.open(trained)
@@ -216,9 +218,11 @@ def convert(
 ) -> None:
     """Take the trained codes out of a checkpoint, ours or anyone's, into a packed model; then `export` it."""
     from intaglio.cli.terminal import Bars, print_conversion
+    from intaglio.packed.outputs import check_output
     from intaglio.plan.recipe import Recipe
     from intaglio.sources.convert import convert as run_convert
 
+    check_output(out, [source, config, recipe])
     with Bars() as bars:
         result = run_convert(
             source,

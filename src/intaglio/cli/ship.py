@@ -47,6 +47,7 @@ def export(
     """Write a packed model in a runtime's format and read it back. Nothing is re-quantized."""
     from intaglio.export import EXPORTERS
     from intaglio.packed.model import PackedModel
+    from intaglio.packed.outputs import check_output
 
     if (target is None) == (to is None):
         raise typer.BadParameter(f"expected a target, one of {', '.join(EXPORTERS)}, or --to, and not both")
@@ -58,6 +59,7 @@ def export(
         if target != OWN_OPTIONS[name] and not (to is not None and name == "transformers_js"):
             option = {"context_tokens": "context"}.get(name, name).replace("_", "-")
             raise typer.BadParameter(f"--{option} is for the target {OWN_OPTIONS[name]}")
+    check_output(out, [packed, draft, transformers_js])
     model = PackedModel.open(packed)
     model = model.text_only() if text_only else model
     if to is not None:

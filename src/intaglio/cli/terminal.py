@@ -2,50 +2,73 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text as RichText
 
+from intaglio.cli.streams import Printer
 from intaglio.measure.metrics import Comparison
 from intaglio.measure.render import percent, size, with_ci
 from intaglio.measure.report import Report
 from intaglio.numerics.identify import NAMES
-from intaglio.progress import Progress as Callbacks
+from intaglio.progress import Lines, Progress
 from intaglio.sources.convert import Conversion
 from intaglio.sources.inspect import Inspection, Verdict
 from intaglio.train.loop import StepInfo
 
-console = Console()
+console = Printer()
 
 
 class Bars:
-    """One bar a stage, with its figures and the time left; `progress` feeds it."""
+    """Shows progress while a command works: bars on a terminal, and without one a line now and then.
+
+    progress: takes the events. part: takes those of a command without stages.
+    """
 
     def __init__(self) -> None:
-        self.bars = Progress(
+        printer = Printer(stderr=True)
+        self.bars = TerminalBars(printer) if printer.is_terminal else None
+        self.lines = None if self.bars else Lines(lambda line: print(line, file=sys.stderr, flush=True))
+        self.progress = Progress(self.bars or self.lines)  # type: ignore[arg-type]
+        self.part = self.progress.part
+
+    def __enter__(self) -> Bars:
+        if self.bars is not None:
+            self.bars.bars.start()
+        else:
+            os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, which fill a log
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if self.lines is not None:
+            self.lines.close()
+        if self.bars is not None:
+            if kind is None:
+                self.bars.finish()
+            self.bars.bars.stop()
+
+
+class TerminalBars:
+    """One bar a stage, with its figures and the time left."""
+
+    def __init__(self, printer: Console) -> None:
+        self.bars = RichProgress(
             TextColumn("{task.description:<24}"),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=printer,
         )
         self.task: TaskID | None = None
         self.first: StepInfo | None = None
-        self.progress = Callbacks(stage=self.stage, step=self.step, part=self.part, note=self.note)
-
-    def __enter__(self) -> Bars:
-        self.bars.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if exception[0] is None:
-            self.finish()
-        self.bars.stop()
 
     def stage(self, name: str) -> None:
         self.finish()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from intaglio.cli.streams import Printer
 from intaglio.export.footprint import KV_BITS, Footprint, Part, bits_per_weight
 from intaglio.measure.render import count, size
 from intaglio.plan.components import TOWERS
@@ -17,7 +17,7 @@ from intaglio.plan.published import LEFT_OUT
 from intaglio.plan.units import tokens_text
 from intaglio.planning import FamilyRow, Survey
 
-console = Console(highlight=False)
+console = Printer(highlight=False)
 BAR_WIDTH = 20
 WIDE = 100  # columns of a terminal that has room for grids and bits too
 TRAINING_LABELS = {

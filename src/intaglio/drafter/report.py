@@ -86,9 +86,9 @@ def measure_pair(
 def write_report(report: DrafterReport, out: Path, *, replace: bool = False) -> None:
     """Write drafter.json and drafter.html into `out`."""
     text = json.dumps(report.to_dict(), indent=2) + "\n"
-    with new_path(out / JSON_FILE, replace=replace) as temporary:
+    with new_path(out / JSON_FILE, replace=replace, internal=True) as temporary:
         temporary.write_text(text, "utf-8")
-    with new_path(out / HTML_FILE, replace=replace) as temporary:
+    with new_path(out / HTML_FILE, replace=replace, internal=True) as temporary:
         temporary.write_text(render_drafter(_values(report, text)), "utf-8")
 
 

@@ -30,6 +30,7 @@ from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer, mo
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel
+from intaglio.packed.outputs import check_output
 from intaglio.packed.store import new_path
 from intaglio.packed.verify import verify
 from intaglio.plan.plan import Plan, make_plan
@@ -39,6 +40,7 @@ from intaglio.proof import Evaluation
 from intaglio.train.corpus import Corpus
 from intaglio.train.loop import Options
 from intaglio.train.pack import pack_model
+from intaglio.train.run_folder import OF_THE_PROCESS, hold
 from intaglio.workflow import held_out, training_text
 
 FLOAT_RECIPE = "drafter"
@@ -86,7 +88,25 @@ def run(
     does not hold what was trained.
     """
     progress, texts, out = progress or Progress(), texts or Texts(), Path(out)
-    if out.exists() and not resume and (not out.is_dir() or any(out.iterdir())):
+    check_output(out, [target_dir, drafter_dir, original_dir, data, texts.text])
+    with hold(out), progress.logged(out):
+        return _run(target_dir, recipe, out, data, drafter_dir, shape, original_dir, texts, options, resume, progress)
+
+
+def _run(
+    target_dir: str | Path,
+    recipe: Recipe,
+    out: Path,
+    data: str | Path | None,
+    drafter_dir: str | Path | None,
+    shape: Shape | None,
+    original_dir: str | Path | None,
+    texts: Texts,
+    options: Options | None,
+    resume: bool,
+    progress: Progress,
+) -> DrafterReport:
+    if not resume and (not out.is_dir() or any(path.name not in OF_THE_PROCESS for path in out.iterdir())):
         raise OutputError(f"{out}: is not empty: choose another folder, or continue the run in it with --resume")
     progress.stage("Loading the target")
     target, identity = open_target(target_dir)
@@ -122,6 +142,7 @@ def open_target(path: str | Path) -> tuple[TextModel, str]:
     if not (path / PACKED_FILE).is_file():
         return load_model(path), str(path.resolve())
     packed = PackedModel.open(path)
+    packed.check()
     return decoded_model(load_packed(packed), packed.text_only()).eval(), packed.sha256()
 
 

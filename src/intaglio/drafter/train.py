@@ -28,7 +28,7 @@ from intaglio.train.corpus import Corpus
 from intaglio.train.distill import chunked_kl
 from intaglio.train.kernels import compile_layers
 from intaglio.train.latents import Latents, prepare
-from intaglio.train.loop import Options, Session, StepInfo, dtype_of
+from intaglio.train.loop import Options, Session, StepInfo, dtype_of, run_identity
 from intaglio.train.run_folder import check_run_dir, claim
 from intaglio.train.sharding import start_processes
 from intaglio.train.student import cast_weights
@@ -88,7 +88,7 @@ def train_drafter(
         )
     if not bool(inside(torch.from_numpy(corpus.positions).long(), count).any()):
         raise CorpusError(f"{corpus.source}: no document is long enough for {count} draft steps: add longer text")
-    identity = {"plan": plan.digest, "corpus": corpus.digest, "target": target_digest}
+    identity = run_identity(plan, None, options) | {"corpus": corpus.digest, "target": target_digest}
     check_run_dir(run_dir, identity, resume)
     device = start_processes()
     compiled = device.type == "cuda" if options.compiled is None else options.compiled

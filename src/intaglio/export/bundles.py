@@ -21,7 +21,7 @@ from intaglio.export.gguf import export_gguf
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
 from intaglio.packed.verify import read_gguf
-from intaglio.packed.verify_bundles import MODELFILE, holds_ggufs
+from intaglio.packed.verify_bundles import MODELFILE
 
 # What ends a turn, and the names of Ollama's code that writes prompts and reads answers, where it has any.
 STOP = {"gemma4": "<turn|>", "gemma3": "<end_of_turn>"}
@@ -48,7 +48,7 @@ def export_ollama(
     _check_runs_alone(packed)
     if draft is not None:
         _check_draft(packed, draft)
-    with new_path(Path(path), replace=replace, is_such=lambda folder: (folder / MODELFILE).is_file()) as temporary:
+    with new_path(Path(path), replace=replace) as temporary:
         temporary.mkdir()
         _place(packed, temporary / "model.gguf", gguf, on_progress)
         if draft is not None:
@@ -91,7 +91,7 @@ def export_lmstudio(
     """
     _check_runs_alone(packed)
     name = library_name(packed)
-    with new_path(Path(path), replace=replace, is_such=holds_ggufs) as temporary:
+    with new_path(Path(path), replace=replace) as temporary:
         folder = temporary / PUBLISHER / f"{name}-GGUF"
         folder.mkdir(parents=True)
         _place(packed, folder / f"{name}.gguf", gguf, on_progress)

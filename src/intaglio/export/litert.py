@@ -13,7 +13,6 @@ import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import intaglio
 from intaglio.errors import ConfigError, InputError, RecipeError, RuntimeFailureError
@@ -21,7 +20,7 @@ from intaglio.export.folder import silent
 from intaglio.litert import ERROR_MARK
 from intaglio.numerics.grid import Q4_0_POSITIVE, BlockGrid
 from intaglio.packed.model import PackedModel
-from intaglio.packed.store import new_path
+from intaglio.packed.store import new_path, scratch_folder
 from intaglio.plan.family import transformers_config
 from intaglio.plan.plan import Plan, PlannedTensor
 
@@ -67,8 +66,8 @@ def export_litert(
     interpreter = find_python(python)
     with ExitStack() as stack:
         temporary = stack.enter_context(new_path(Path(path), replace=replace))
-        folder = stack.enter_context(TemporaryDirectory(dir=temporary.parent, prefix=f".{Path(path).name}."))
-        bundle = Path(folder).absolute() / "model.litertlm"
+        folder = stack.enter_context(scratch_folder(Path(path)))
+        bundle = folder.absolute() / "model.litertlm"
         arguments = ["--context-tokens", str(context_tokens), "--prefill-tokens", str(prefill_tokens)]
         _run_worker(interpreter, [str(packed.path.absolute()), str(bundle), *arguments], bundle.parent)
         os.replace(bundle, temporary)

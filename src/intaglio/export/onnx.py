@@ -24,7 +24,7 @@ from intaglio.export.onnx_decoder import decoder_graph
 from intaglio.packed.model import PackedModel, copy_assets
 from intaglio.packed.store import new_path
 from intaglio.plan.family import transformers_config
-from intaglio.plan.onnx import DECODER, EMBEDDINGS, FOLDER, Matrix, file_name, is_onnx, matrices
+from intaglio.plan.onnx import DECODER, EMBEDDINGS, FOLDER, Matrix, file_name, matrices
 
 
 def export_onnx(packed: PackedModel, path: str | Path, *, replace: bool = False) -> None:
@@ -33,7 +33,7 @@ def export_onnx(packed: PackedModel, path: str | Path, *, replace: bool = False)
     Raises ConfigError for a model that these files cannot hold, RecipeError for a grid that no kernel
     has, InputError for packages that are missing, OutputError if the folder cannot be written.
     """
-    with new_path(Path(path), replace=replace, is_such=is_onnx) as temporary:
+    with new_path(Path(path), replace=replace) as temporary:
         write_onnx(packed, temporary)
 
 

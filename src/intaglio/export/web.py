@@ -18,7 +18,7 @@ from intaglio.export.bundles import model_title
 from intaglio.export.onnx import write_onnx
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
-from intaglio.plan.onnx import FOLDER, WEB_MODEL, is_onnx
+from intaglio.plan.onnx import FOLDER, WEB_MODEL
 
 LIBRARY, RUNTIME = "@huggingface/transformers", "onnxruntime-web"
 LIBRARY_VERSION = "4.3.1"
@@ -41,7 +41,7 @@ def export_web(
     Raises InputError where that is missing or of another version, and what `export_onnx` raises.
     """
     modules = node_modules(transformers_js)
-    with new_path(Path(path), replace=replace, is_such=is_onnx) as temporary:
+    with new_path(Path(path), replace=replace) as temporary:
         write_onnx(packed, temporary / WEB_MODEL)
         size = sum(file.stat().st_size for file in (temporary / WEB_MODEL / FOLDER).iterdir())
         for name in PAGE:

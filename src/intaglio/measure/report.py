@@ -259,7 +259,7 @@ def write_report(report: Report, out_dir: Path, *, replace: bool = False) -> dic
     if taken and not replace:  # checked for all of them before any is written
         raise OutputError(f"{taken}: already exists: choose another output or remove it")
     for suffix, path in paths.items():
-        with new_path(path, replace=replace) as temporary:
+        with new_path(path, replace=replace, internal=True) as temporary:
             temporary.write_text(texts[suffix], "utf-8")
     return paths
 

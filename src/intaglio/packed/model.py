@@ -10,7 +10,8 @@ This is what training hands over and every exporter takes. A folder with
 
 The recipe, the model's config and the provenance stand in the safetensors metadata, so the
 plan can be made again and compared by digest. Codes of four or two bits lie two or four in a byte,
-the first in the lowest bits, as code - code_min. Tensors are read and written one at a time.
+the first in the lowest bits, as code - code_min. Tensors are read and written one at a time. The metadata hold
+the SHA-256 of every tensor and of the header; a tensor is compared with its own when it is first read.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,9 @@ from intaglio.errors import ConfigError, InputError, WeightError
 from intaglio.numerics.grid import BlockGrid, Quantized, check_steps
 from intaglio.numerics.rounding import is_normal_positive
 from intaglio.packed.codes import FIELDS, pack_codes, unpack_codes
+from intaglio.packed.hashes import Hashes
 from intaglio.packed.identity import CONFIG, MISSING, OTHER, PACKED, PACKED_FILE, look
+from intaglio.packed.outputs import check_output
 from intaglio.packed.store import (
     SAFETENSORS_DTYPES,
     SafetensorsReader,
@@ -44,11 +48,14 @@ from intaglio.packed.store import (
 )
 from intaglio.plan.carried import describe_whole
 from intaglio.plan.family import TOWER_ROLES
+from intaglio.plan.files import MALFORMED, one_line
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
 
 FILE_NAME = PACKED_FILE
-FORMAT = "intaglio-packed-1"
+FORMAT = "intaglio-packed-2"
+WITHOUT_HASHES = "intaglio-packed-1"
+log = logging.getLogger(__name__)
 # What belongs to a model beside its weights; copied where present.
 ASSETS = (
     "tokenizer.json",
@@ -182,16 +189,16 @@ def read_plan(file_path: Path) -> tuple[Plan, dict[str, Any]]:
     """Plan and provenance of a file with the metadata of `metadata_of`. ConfigError if they are damaged."""
     with open_safetensors(file_path) as file:
         metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        raise ConfigError(f"{file_path}: format {metadata.get('format')!r}: expected {FORMAT!r}")
+    if metadata.get("format") not in (FORMAT, WITHOUT_HASHES):
+        raise ConfigError(f"{file_path}: format {str(metadata.get('format'))[:40]!r}: expected {FORMAT!r}")
     try:
         config, provenance = json.loads(metadata["config"]), json.loads(metadata["provenance"])
         unused = json.loads(metadata.get("unused", "[]"))
         recipe = Recipe.from_toml(metadata["recipe"], source=f"{file_path} recipe")
         if not isinstance(config, dict) or not isinstance(provenance, dict) or not isinstance(unused, list):
             raise ValueError("config and provenance are expected to be JSON objects, unused a list")
-    except (KeyError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file_path}: damaged metadata: {error}") from error
+    except MALFORMED as error:
+        raise ConfigError(f"{file_path}: damaged metadata: {one_line(error)}") from error
     plan = make_plan(describe_whole(config, map(str, unused)), recipe)
     if metadata.get("plan") != plan.layout_digest:
         raise ConfigError(
@@ -207,12 +214,13 @@ def write_packed(
 ) -> Iterator[PackedWriter]:
     """Create a PackedModel folder; it appears under `path` only when every tensor was added."""
     metadata = metadata_of(plan, provenance)
+    check_output(path, [assets])
     with new_path(path, replace=replace) as temporary:
         temporary.mkdir()
         copy_assets(assets, temporary)
         config = json.dumps(plan.model.whole or plan.model.config, indent=2) + "\n"
         (temporary / "config.json").write_text(config, "utf-8")
-        with SafetensorsWriter(temporary / FILE_NAME, _parts(plan), metadata) as writer:
+        with SafetensorsWriter(temporary / FILE_NAME, _parts(plan), metadata, hashed=True) as writer:
             yield PackedWriter(plan, writer)
 
 
@@ -220,16 +228,21 @@ def write_packed(
 class PackedModel:
     """A packed model on disk. `read` gives one tensor; nothing is kept in memory.
 
-    path: the folder. plan: as resolved when it was packed. provenance: how it was made.
+    path: the folder. plan: as resolved when it was packed. provenance: how it was made. hashes: of its tensors;
+    None for a model packed before there were hashes.
     """
 
     path: Path
     plan: Plan
     provenance: dict[str, Any]
+    hashes: Hashes | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> PackedModel:
-        """Raises ConfigError for anything that is not a complete packed model of this version."""
+        """Raises ConfigError for anything that is not a complete packed model of this version.
+
+        Only the header is read; `check` reads all tensors. A model without hashes is taken, and a warning logged.
+        """
         path = Path(path)
         file_path = path / FILE_NAME
         found = look(path)
@@ -238,12 +251,30 @@ class PackedModel:
         if found.kind != PACKED:
             raise found.error()
         plan, provenance = read_plan(file_path)
+        with open_safetensors(file_path) as file:
+            hashed = (file.metadata() or {}).get("format") == FORMAT
+        hashes = Hashes(file_path) if hashed else None
         expected = {part: (SAFETENSORS_DTYPES[dtype], shape) for part, (dtype, shape) in _parts(plan).items()}
         stored = headers(file_path)
         if stored != expected:
             odd = sorted(set(stored.items()) ^ set(expected.items()))[0][0]
             raise ConfigError(f"{file_path}: tensor {odd} is missing, unexpected or not as planned")
-        return cls(path, plan, provenance)
+        if hashes is not None and hashes.digests.keys() != expected.keys():
+            raise ConfigError(f"{file_path}: has hashes of other tensors than it holds: pack the model again")
+        if hashes is None:
+            log.warning("%s: was packed before tensors had hashes, so damage to it is not noticed", file_path)
+        return cls(path, plan, provenance, hashes)
+
+    def check(self) -> None:
+        """Compare every tensor with its hash, at the speed of the disk. ConfigError names one that differs."""
+        if self.hashes is not None:
+            self.hashes.check_all()
+
+    def _part(self, file: SafetensorsReader, name: str, rows: slice | None = None) -> Tensor:
+        """A stored tensor, or rows of it, once its bytes are known to be those that were written."""
+        if self.hashes is not None:
+            self.hashes.check(name)
+        return file.read(name, rows)
 
     @property
     def lossy_blocks(self) -> int:
@@ -296,13 +327,13 @@ class PackedModel:
     ) -> Quantized | Tensor:
         name, grid = tensor.name, tensor.grid
         if not isinstance(grid, BlockGrid):
-            return file.read(name, rows).to(device)
-        codes = unpack_codes(file.read(f"{name}.codes", rows).to(device), grid)
+            return self._part(file, name, rows).to(device)
+        codes = unpack_codes(self._part(file, f"{name}.codes", rows).to(device), grid)
         lowest, highest = codes.aminmax() if codes.numel() else (grid.code_min, grid.code_max)
         if not grid.code_min <= int(lowest) <= int(highest) <= grid.code_max:
             raise InputError(f"{self.path}: {name}: codes outside {grid.code_min}..{grid.code_max}")
-        super_scale = file.read(f"{name}.super_scale", rows).to(device) if grid.super_block else None
-        quantized = Quantized(grid, codes, file.read(f"{name}.scale", rows).to(device), super_scale)
+        super_scale = self._part(file, f"{name}.super_scale", rows).to(device) if grid.super_block else None
+        quantized = Quantized(grid, codes, self._part(file, f"{name}.scale", rows).to(device), super_scale)
         try:
             check_steps(quantized, rows.start if rows else 0)
         except WeightError as error:
@@ -315,7 +346,7 @@ class PackedModel:
         Raises InputError for one that no runtime could use, and for one that differs from its owner's.
         """
         with self._reader() as file:
-            values = {name: float(file.read(name)) for name in static_names(self.plan)}
+            values = {name: float(self._part(file, name)) for name in static_names(self.plan)}
         try:
             for name, value in values.items():
                 check_static(name, value)

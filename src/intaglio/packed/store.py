@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import json
 import math
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from intaglio.errors import ConfigError, OutputError
+from intaglio.packed.outputs import PARTIAL, clear_leftovers, mark, remove, temporary_path, why_kept
 
 CHUNK_ELEMENTS = 1 << 24  # of a large tensor that is read, and worked on, a few rows at a time
 REMAP_BYTES = 1 << 28
@@ -39,30 +40,31 @@ SAFETENSORS_DTYPES = {
 }
 
 
-def holds_weights(folder: Path) -> bool:
-    """Whether a folder has safetensors."""
-    return any(folder.glob("*.safetensors"))
-
-
 @contextmanager
-def new_path(path: Path, *, replace: bool = False, is_such: Callable[[Path], bool] = holds_weights) -> Iterator[Path]:
+def new_path(path: Path, *, replace: bool = False, internal: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it otherwise.
 
-    Works for a file and for a folder (which the caller makes). Raises OutputError if `path` exists
-    and may not be replaced, and for a full disk or a folder that cannot be written. A folder is
-    replaced only if `is_such` finds in it what such a folder holds: a wrong path shall not cost anyone a home.
+    Works for a file and for a folder (which the caller makes, and which gets a marker). Raises OutputError if
+    `path` exists and may not be replaced, and for a full disk or a folder that cannot be written. With `replace`,
+    what is not known to be intaglio's is kept all the same: a wrong path shall not cost anyone a home.
+    internal: a part of a run folder, or of an output that is being written, which are ours altogether.
     """
     if path.exists() and not replace:
         raise OutputError(f"{path}: already exists: choose another output or remove it")
-    if path.is_dir() and any(path.iterdir()) and not is_such(path):
-        raise OutputError(f"{path}: holds no model, so it is not replaced: choose another output or remove it")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    kept = why_kept(path) if path.exists() and not internal else ""
+    if kept:
+        raise OutputError(f"{path}: {kept}, so it is not replaced: choose another output or remove it")
+    clear_leftovers(path.parent)
+    temporary = temporary_path(path)
+    inside = internal or any(PARTIAL.fullmatch(parent.name) for parent in path.absolute().parents)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if path.exists() and path.is_dir() != temporary.is_dir():
             kind = "folder" if path.is_dir() else "file"
             raise OutputError(f"{path}: is a {kind}, and the output is not: choose another path")
+        if temporary.is_dir() and not inside:
+            mark(temporary)
         if replace and path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -71,11 +73,18 @@ def new_path(path: Path, *, replace: bool = False, is_such: Callable[[Path], boo
             raise
         raise write_error(path, error) from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with suppress(OSError):  # an error in the block matters more than one here
-                temporary.unlink()
+        remove(temporary)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path` for what is not kept; it is removed at the end."""
+    folder = temporary_path(path)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    finally:
+        remove(folder)
 
 
 def _of_another_file(error: OSError, path: Path, temporary: Path) -> bool:
@@ -95,6 +104,10 @@ def write_error(path: Path, error: OSError) -> OutputError:
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of each tensor of a file, in its order
 
 
+DIGESTS, SEAL = "sha256", "seal"  # metadata: SHA-256 of each tensor's bytes as JSON, and of the header without it
+NO_DIGEST = "0" * 64
+
+
 def safetensors_header(specs: Specs, metadata: dict[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """What a file begins with, and where each tensor's data is, counted from there."""
     header: dict[str, object] = {"__metadata__": metadata}
@@ -110,14 +123,22 @@ def safetensors_header(specs: Specs, metadata: dict[str, str]) -> tuple[bytes, d
     return len(text).to_bytes(8, "little") + text, offsets
 
 
+def sealed(digest: str) -> bytes:
+    """The piece of a header that holds its own hash. Quotes in other values are escaped, so it is there once."""
+    return f'"{SEAL}":"{digest}"'.encode()
+
+
 class SafetensorsWriter:
     """A safetensors file of known names, dtypes and shapes, filled in any order.
 
     Only the tensor at hand is in memory. `close` raises if a tensor was not written.
+    hashed: whether the metadata get the SHA-256 of every tensor and of the header, for `check_hashes`.
     """
 
-    def __init__(self, path: Path, specs: Specs, metadata: dict[str, str]):
-        header, self.offsets = safetensors_header(specs, metadata)
+    def __init__(self, path: Path, specs: Specs, metadata: dict[str, str], *, hashed: bool = False):
+        self.specs, self.metadata = specs, metadata
+        self.hashes = {name: hashlib.sha256() for name in specs} if hashed else None
+        header, self.offsets = safetensors_header(specs, metadata | self._digests())
         self.pending = set(specs)
         self.next_row: dict[str, int] = {}
         self.data_start = len(header)
@@ -136,6 +157,8 @@ class SafetensorsWriter:
             raise ValueError(f"{name}: {data.nbytes} bytes, announced {end - start}")
         self.file.seek(self.data_start + start)
         self.file.write(data)
+        if self.hashes is not None:
+            self.hashes[name] = hashlib.sha256(data)
         self.pending.discard(name)
 
     def _write_rows(self, name: str, tensor: Tensor, rows: slice) -> None:
@@ -146,11 +169,24 @@ class SafetensorsWriter:
             raise ValueError(f"{name}: rows {rows.start} to {rows.stop}, expected those from {self.next_row.get(name)}")
         self.file.seek(self.data_start + start)
         self.file.write(data)
+        if self.hashes is not None:
+            self.hashes[name].update(data)
         self.next_row[name] = rows.stop
         if start + data.nbytes == end:
             self.pending.discard(name)
 
+    def _digests(self) -> dict[str, str]:
+        """The metadata's entries with the hashes so far; those of the whole header are still zeros."""
+        if self.hashes is None:
+            return {}
+        return {DIGESTS: json.dumps({name: found.hexdigest() for name, found in self.hashes.items()}), SEAL: NO_DIGEST}
+
     def close(self) -> None:
+        """Write the hashes into the header. ValueError for tensors that are missing."""
+        if self.hashes is not None and not self.pending:
+            header, _ = safetensors_header(self.specs, self.metadata | self._digests())
+            self.file.seek(0)
+            self.file.write(header.replace(sealed(NO_DIGEST), sealed(hashlib.sha256(header).hexdigest())))
         self.file.close()
         if self.pending:
             raise ValueError(f"tensors never written: {sorted(self.pending)[:3]}")

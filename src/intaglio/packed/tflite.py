@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from intaglio.errors import ConfigError
+from intaglio.plan.files import reading
 
 MAGIC = b"LITERTLM"
 HEADER_START = 32  # of the bundle's flatbuffer
@@ -40,12 +40,34 @@ BLOCK_SCALES, BLOCK_SIZE = 0, 2
 Bytes = NDArray[np.uint8]
 
 
+MOST_TABLES = 1 << 18  # of a file; a model of 42 layers with five signatures has about 50,000
+
+
+class Budget:
+    """How many tables and list entries may still be read of a file.
+
+    Pointers of a hostile flatbuffer repeat, so that a small file announces billions of them. An honest one has
+    each entry read a few times, once for each signature, and an entry takes at least a byte.
+    """
+
+    def __init__(self, data: Bytes):
+        self.tables, self.entries = MOST_TABLES, (1 << 20) + 2 * len(data)
+
+    def spend(self, *, tables: int = 0, entries: int = 0) -> None:
+        """ValueError when more is read than an honest file of this size holds."""
+        self.tables -= tables
+        self.entries -= entries
+        if min(self.tables, self.entries) < 0:
+            raise ValueError("its lists repeat: they have more entries than such a file holds")
+
+
 @dataclass(frozen=True)
 class Table:
-    """One table of a flatbuffer: bytes, and where it begins."""
+    """One table of a flatbuffer: bytes, where it begins, and what may still be read of the file."""
 
     data: Bytes
     start: int
+    budget: Budget
 
     def place(self, number: int) -> int | None:
         """Where a field's value is; None if it has its default."""
@@ -68,10 +90,13 @@ class Table:
 
     def table(self, field: int) -> Table | None:
         place = self.place(field)
-        return None if place is None else Table(self.data, self.follow(place))
+        return None if place is None else Table(self.data, self.follow(place), self.budget)
 
     def vector(self, field: int, dtype: str) -> NDArray[Any]:
-        """A list of numbers, without a copy; empty if the field has its default."""
+        """A list of numbers, without a copy; empty if the field has its default.
+
+        Whoever goes through the entries tells the budget.
+        """
         place = self.place(field)
         if place is None:
             return np.zeros(0, dtype)
@@ -82,7 +107,15 @@ class Table:
         return self.data[start + 4 : end].view(dtype)
 
     def text(self, field: int) -> str:
-        return self.vector(field, "u1").tobytes().decode("utf-8")
+        found = self.vector(field, "u1")
+        self.budget.spend(entries=len(found))
+        return found.tobytes().decode("utf-8")
+
+    def numbers(self, field: int) -> list[int]:
+        """A list of int32."""
+        found = self.vector(field, "<i4")
+        self.budget.spend(entries=len(found))
+        return [int(number) for number in found]
 
     def tables(self, field: int) -> list[Table]:
         """A list of tables; empty if the field has its default."""
@@ -90,11 +123,14 @@ class Table:
         if place is None:
             return []
         first = self.follow(place) + 4
-        return [Table(self.data, self.follow(first + 4 * i)) for i in range(self.integer(first - 4, "<I"))]
+        count = self.integer(first - 4, "<I")
+        self.budget.spend(tables=count)
+        return [Table(self.data, self.follow(first + 4 * i), self.budget) for i in range(count)]
 
 
 def _root(data: Bytes) -> Table:
-    return Table(data, Table(data, 0).follow(0))
+    budget = Budget(data)
+    return Table(data, Table(data, 0, budget).follow(0), budget)
 
 
 @dataclass(frozen=True)
@@ -146,7 +182,9 @@ def read_bundle(path: Path) -> dict[str, list[Signature]]:
 
     ConfigError for a file that is truncated or malformed.
     """
-    try:
+    with reading(path, "not a valid bundle", "export it again"):
+        if not path.is_file():
+            raise ValueError("no regular file")
         data: Bytes = np.memmap(path, np.uint8, "r").view(np.ndarray)
         header = _root(data[HEADER_START:])
         sections = header.table(SECTION_METADATA)
@@ -160,8 +198,6 @@ def read_bundle(path: Path) -> dict[str, list[Signature]]:
         if not found:
             raise ValueError("it has no models")
         return found
-    except (struct.error, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a valid bundle ({error}): export it again") from error
 
 
 def _model_type(section: Table) -> str:
@@ -183,7 +219,7 @@ def _signatures(data: Bytes) -> Iterator[Signature]:
             key=signature.text(SIGNATURE_KEY),
             tensors=[_tensor(table, tables, data, buffers) for table in tables],
             operators=[
-                (codes[op.number(OPCODE, "<I")], op.vector(INPUTS, "<i4").tolist(), op.vector(OUTPUTS, "<i4").tolist())
+                (codes[op.number(OPCODE, "<I")], op.numbers(INPUTS), op.numbers(OUTPUTS))
                 for op in subgraph.tables(OPERATORS)
             ],
             inputs={m.text(MAP_NAME): m.number(MAP_TENSOR, "<I") for m in signature.tables(SIGNATURE_INPUTS)},
@@ -197,15 +233,17 @@ def _tensor(table: Table, tables: list[Table], data: Bytes, buffers: list[Table]
     scale, zero = np.zeros(0, np.float32), True
     if quantization is not None:
         scale = quantization.vector(SCALE, "<f4")
-        zero = not quantization.vector(ZERO_POINT, "<i8").any() and quantization.number(DIMENSION, "<i") == 0
+        zeros = quantization.vector(ZERO_POINT, "<i8")
+        table.budget.spend(entries=len(zeros))
+        zero = not zeros.any() and quantization.number(DIMENSION, "<i") == 0
         blocks = quantization.table(DETAILS)
         if blocks is not None:
             stored = tables[blocks.number(BLOCK_SCALES, "<i")]
             scale = _data(buffers[stored.number(BUFFER, "<I")], data).view("<f2")
-            scale = scale.reshape(stored.vector(SHAPE, "<i4").tolist())
+            scale = scale.reshape(stored.numbers(SHAPE))
     return TfliteTensor(
         name=table.text(NAME),
-        shape=tuple(table.vector(SHAPE, "<i4").tolist()),
+        shape=tuple(table.numbers(SHAPE)),
         type=kind,
         data=_data(buffers[table.number(BUFFER, "<I")], data),
         scale=scale,

@@ -34,6 +34,7 @@ from intaglio.packed.verify_mobile import compare_mobile
 from intaglio.packed.verify_onnx import compare_onnx
 from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES, load_config
+from intaglio.plan.files import reading
 from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors, in_gguf
 from intaglio.plan.onnx import is_onnx
 from intaglio.plan.plan import PlannedTensor
@@ -101,7 +102,8 @@ def verify(packed: PackedModel, artifact: str | Path, *, device: torch.device | 
     """
     artifact = Path(artifact)
     tally = Tally(device)
-    next(reader for reader in READERS if reader.recognises(artifact)).compare(packed, artifact, tally)
+    with reading(artifact, "cannot be read", "export it again"):
+        next(reader for reader in READERS if reader.recognises(artifact)).compare(packed, artifact, tally)
     return Verification(
         artifact=artifact,
         tensors=tally.counts["tensors"],

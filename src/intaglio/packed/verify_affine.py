@@ -5,7 +5,6 @@ Shared with the exporters are only the lists of tensors in `plan/affine.py`. Eve
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from intaglio.errors import ConfigError
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import SafetensorsReader
@@ -28,6 +28,7 @@ from intaglio.plan.affine import (
     stored_name,
 )
 from intaglio.plan.family import load_config
+from intaglio.plan.patterns import pattern
 
 
 def is_compressed(path: Path) -> bool:
@@ -85,8 +86,9 @@ def _scheme_of(module: str, linear: bool, quantization: dict[str, Any]) -> Schem
     """What compressed-tensors' readers give a module: the first target that matches it, unless it is ignored."""
 
     def matches(target: str) -> bool:
-        by_class = linear and target == "Linear"
-        return by_class or target == module or bool(target[:3] == "re:" and re.match(target[3:], module))
+        if target[:3] == "re:":
+            return pattern(target[3:]).match(module, error=ConfigError) is not None
+        return target == module or (linear and target == "Linear")
 
     if any(map(matches, quantization.get("ignore") or [])):
         return None

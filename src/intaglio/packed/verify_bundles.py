@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 from intaglio.errors import ConfigError
+from intaglio.packed.outputs import MARKER
 
 MODELFILE = "Modelfile"
 # Ollama's instructions, as far as an export writes them; PARAMETER may stand more than once.
 INSTRUCTION = re.compile(r"(FROM|DRAFT|RENDERER|PARSER) (\S+)|PARAMETER (\w+) (\S+)")
-BESIDE = ("README.md",)  # what may stand in a folder of GGUF files without being one
+BESIDE = ("README.md", MARKER)  # what may stand in a folder of GGUF files without being one
 
 
 def is_ollama(path: Path) -> bool:

@@ -19,7 +19,7 @@ from intaglio.errors import ConfigError, InputError
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.model import PackedModel
 from intaglio.packed.tally import Tally
-from intaglio.plan.family import one_line
+from intaglio.plan.files import one_line, reading
 from intaglio.plan.onnx import (
     DECODER,
     EMBEDDINGS,
@@ -89,8 +89,10 @@ class Graph:
         return {attribute.name: self.attribute_value(attribute) for attribute in node.attribute}
 
     def origin(self, name: str) -> str:
-        """The constant behind a value, through casts and transpositions."""
-        while name in self.makers and self.makers[name].op_type in PASSING:
+        """The constant behind a value, through casts and transpositions; any value of a ring that reads itself."""
+        passed: set[str] = set()
+        while name in self.makers and self.makers[name].op_type in PASSING and name not in passed:
+            passed.add(name)
             name = self.makers[name].input[0]
         return name
 
@@ -101,7 +103,9 @@ class Graph:
             return None
         self.seen.add(name)
         shape = tuple(tensor.dims)
-        try:
+        with reading(self.path, f"the data of {name} cannot be read", "export it again"):
+            if any(size < 0 for size in shape):
+                raise ValueError(f"shape {shape}")
             dtype = np.dtype(self.dtype_of(tensor.data_type))
             if tensor.data_location != 1:  # not external
                 return np.frombuffer(tensor.raw_data, dtype).reshape(shape)
@@ -109,11 +113,9 @@ class Graph:
             location, offset = where["location"], int(where.get("offset", 0))
             if Path(location).name != location:
                 raise ConfigError(f"{self.path}: {name} lies in {location!r}: expected a file of the same folder")
+            if not (self.path.parent / location).is_file():  # opening a pipe would wait for ever
+                raise ValueError(f"{location} is no file")
             return np.memmap(self.path.parent / location, dtype, mode="r", offset=offset, shape=shape)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{self.path}: the data of {name} cannot be read ({one_line(error)}): export it again"
-            ) from (error)
 
 
 def _compare_matrix(packed: PackedModel, matrix: Matrix, graph: Graph, tally: Tally) -> None:
@@ -216,7 +218,10 @@ OFF = np.zeros((), np.float32)
 
 
 def _linear_scale(graph: Graph, module: str, kind: str) -> np.ndarray | None:
-    """What rounds a linear's input or output; OFF where nothing does, None where it is done by halves."""
+    """The scale that rounds a linear's input or output.
+
+    OFF where nothing rounds it, None if the pair of QuantizeLinear and DequantizeLinear is incomplete.
+    """
     node = graph.named.get(module)
     if node is None:
         return None
@@ -238,7 +243,7 @@ def _linear_scale(graph: Graph, module: str, kind: str) -> np.ndarray | None:
 
 
 def _cache_scale(graph: Graph, name: str) -> np.ndarray | None:
-    """What rounds new keys or values before they join the past, if the cache is of int8; else as `_linear_scale`."""
+    """The scale that rounds new keys or values before they join an int8 cache; else as `_linear_scale`."""
     join = graph.named.get(name)
     if join is None or join.op_type != "Concat" or len(join.input) != 2:
         return None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from intaglio.errors import ConfigError
+from intaglio.plan.files import one_line, read_json
 from intaglio.plan.mended import mend_kv_sharing
 
 # Names are those of the text model's state dict; each has one role. `expert` tensors have three dimensions, the
@@ -69,6 +70,10 @@ FAMILIES: dict[str, Family] = {
         Family(model_type="gemma3_text", gguf_architecture="gemma3", norm_offset=1.0),
     )
 }
+
+# Bounds of what is allocated by a config alone. The largest Gemma has 62 layers and a vocabulary of 2^18.
+COUNTED = ("layers", "experts", "heads", "_size", "head_dim", "_dims", "hidden_size_per_layer_input")
+MOST_LAYERS, MOST_ELEMENTS, MOST_ENTRIES, DEEPEST = 512, 1 << 24, 1 << 16, 16
 
 # Multimodal models, by the model_type of the whole: towers or embedders beside a nested text model are carried.
 WHOLES = ("gemma4", "gemma4_unified")
@@ -166,11 +171,8 @@ def load_config(model_dir: str | Path) -> dict[str, Any]:
         path = path / "config.json"
     if not path.is_file():
         raise ConfigError(f"{path}: no such file: expected a model folder with config.json")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = read_json(path)
+    if "model_type" not in config:
         raise ConfigError(f"{path}: no model_type: expected the config.json of a transformers model")
     return config
 
@@ -211,6 +213,7 @@ def describe(config: dict[str, Any]) -> ModelSpec:
     The model is built by transformers on the meta device, so its names and shapes are the
     library's own. Raises ConfigError for a model_type that no family covers.
     """
+    check_sizes(config)
     _check_nested(config)
     config = text_config(config)
     model_type = config.get("model_type")
@@ -254,6 +257,24 @@ def _check_nested(config: dict[str, Any]) -> None:
             )
 
 
+def check_sizes(config: dict[str, Any], depth: int = 0) -> None:
+    """Raise ConfigError for a config, or one nested in it, with a size that no such model has.
+
+    transformers makes an object for each layer and expert, so a false number would take all memory.
+    """
+    if depth > DEEPEST:
+        raise ConfigError(f"a config nested more than {DEEPEST} times: expected that of a transformers model")
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_sizes(value, depth + 1)
+        elif isinstance(value, list) and len(value) > MOST_ENTRIES:
+            raise ConfigError(f"{key}: a list of {len(value):,} entries: expected at most {MOST_ENTRIES:,}")
+        elif isinstance(value, int) and key.endswith(COUNTED):
+            most = MOST_LAYERS if key.endswith("layers") else MOST_ELEMENTS
+            if not 0 <= value <= most:
+                raise ConfigError(f"{key} = {str(value)[:40]}: expected a number between 0 and {most:,}")
+
+
 def build_meta_model(config: dict[str, Any]) -> torch.nn.Module:
     """The transformers model of a config, with no memory behind its weights."""
     from transformers import AutoModelForCausalLM
@@ -275,11 +296,6 @@ def transformers_config(config: dict[str, Any]) -> Any:
         return AutoConfig.for_model(**config)
     except Exception as error:
         raise ConfigError(f"transformers cannot read this config: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """Type and message of someone else's error, as part of a message of ours."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
 
 
 def role_of(tensor_name: str) -> str:

@@ -7,15 +7,15 @@ Google's files have.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from intaglio.errors import RecipeError
+from intaglio.errors import ConfigError, RecipeError
 from intaglio.numerics.grid import BlockGrid
 from intaglio.plan.carried import whole_name
+from intaglio.plan.patterns import pattern
 from intaglio.plan.plan import HEAD, Plan, PlannedTensor
 from intaglio.plan.static import kv_scales
 
@@ -133,13 +133,14 @@ def resolve_bits(module: str, quantization: dict[str, Any]) -> int | None:
     The reader joins the patterns into one alternation: at the first place in the name where any of
     them matches, the first of them that does wins.
     """
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    if not should_convert_module(module, quantization.get("modules_to_not_convert") or []):
-        return None
+    # transformers' should_convert_module: a pattern from the start up to a module's boundary, or a suffix
+    for entry in quantization.get("modules_to_not_convert") or []:
+        if module.endswith(entry) or pattern(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))").match(module, error=ConfigError):
+            return None
     default = quantization.get("num_bits", 4)
     patterns: dict[str, dict[str, Any]] = quantization.get("module_quant_configs") or {}
-    found = re.search("|".join(f"(?P<g{i}>{p})" for i, p in enumerate(patterns)), module) if patterns else None
+    joined = "|".join(f"(?P<g{i}>{p})" for i, p in enumerate(patterns))
+    found = pattern(joined).search(module, error=ConfigError) if patterns else None
     if found is None:
         return default
     group = next(i for i in range(len(patterns)) if found[f"g{i}"] is not None)

@@ -23,11 +23,14 @@ from intaglio.numerics.grid import INT2, INT4, INT8, BlockGrid, Grid, grid_named
 from intaglio.plan.checks import check_keys, one_of, typed
 from intaglio.plan.drafting import Drafting, parse_drafting
 from intaglio.plan.family import FAMILIES, ROLES, TOWER_ROLES
+from intaglio.plan.files import read_text
+from intaglio.plan.patterns import pattern
 from intaglio.plan.schedule import Schedule, parse_schedule
 from intaglio.plan.static import Activations, KvCache, parse_activations, parse_kv_cache
 
 FITS = ("mse", "absmax", "stock")
 EARLY, LATE = "early", "late"
+LONGEST_RECIPE = 1 << 22  # bytes
 CHANNEL_GRIDS: tuple[Grid, ...] = (INT2, INT4, INT8)
 
 
@@ -56,8 +59,14 @@ class WeightRule:
     optional: bool = False
 
     def fits(self, tensor_name: str, role: str, first_late_layer: int = 0) -> bool:
-        named = (not self.roles or role in self.roles) and re.search(self.match, tensor_name) is not None
+        named = (not self.roles or role in self.roles) and (not self.match or self._matches(tensor_name))
         return named and self._has_layer(tensor_name, first_late_layer)
+
+    def _matches(self, tensor_name: str) -> bool:
+        try:
+            return pattern(self.match).search(tensor_name) is not None
+        except ValueError as error:
+            raise RecipeError(f"[weights.{self.name}]: match {self.match[:80]!r} cannot be used: {error}") from None
 
     def _has_layer(self, tensor_name: str, first_late_layer: int) -> bool:
         if not self.layers:
@@ -150,10 +159,7 @@ def _read(name_or_path: str | Path) -> str:
         raise RecipeError(
             f"no recipe {str(name_or_path)!r}: expected a TOML file or one of {', '.join(preset_names())}"
         )
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    return read_text(path, limit=LONGEST_RECIPE, error=RecipeError)
 
 
 def _apply_override(table: dict[str, Any], override: str, source: str) -> None:
@@ -226,9 +232,9 @@ def _parse_rule(name: str, body: Any, source: str) -> WeightRule:
     check_keys(body, {"grid", "roles", "match", "layers", "slices", "trainable", "optional"}, where)
     match = body.get("match", "")
     try:
-        re.compile(match)
-    except (re.error, TypeError) as error:
-        raise RecipeError(f"{where}: match {match!r} is not a regular expression: {error}") from None
+        pattern(match)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{where}: match {repr(match)[:80]} is not a regular expression: {error}") from None
     known_roles = sorted({role for _, role in ROLES} | set(TOWER_ROLES))
     roles = _parse_names(body.get("roles", []), "roles", known_roles, where)
     if not roles and not match:

@@ -39,6 +39,7 @@ from intaglio.train.sharding import (
     start_processes,
     world_size,
 )
+from intaglio.train.signals import Pending, deferred
 from intaglio.train.static import put_scales, switch_static
 from intaglio.train.student import build_student, calibrate_student, gptq_start, on_device
 
@@ -111,7 +112,7 @@ def train(
     device = start_processes()
     if plan.recipe.schedule.lora_rank and start is None:
         raise InputError("schedule.lora_rank is for training that goes on from a packed model: quantize it first")
-    identity = run_identity(plan, start) | {"corpus": corpus.digest}
+    identity = run_identity(plan, start, options) | {"corpus": corpus.digest}
     check_run_dir(run_dir, identity, resume)
     check_together(plan.recipe.schedule.batch_size, identity)
     compiled = device.type == "cuda" if options.compiled is None else options.compiled
@@ -170,15 +171,20 @@ def _first_values(
     calibrate_student(latents, corpus, device, on_calibration)
 
 
-def run_identity(plan: Plan, start: PackedModel | None) -> dict[str, str]:
+def run_identity(plan: Plan, start: PackedModel | None, options: Options | None) -> dict[str, str]:
     """What must be the same for a run to be resumed, beside the corpus."""
-    return {"plan": plan.digest} | ({} if start is None else {"start": start.sha256()})
+    identity = {"plan": plan.digest, "recipe": plan.recipe.to_toml(), "precision": precision_of(options or Options())}
+    return identity | ({} if start is None else {"start": start.sha256()})
+
+
+def precision_of(options: Options) -> str:
+    """The precision that the options ask for, "bf16" or "no"."""
+    return options.precision or ("bf16" if torch.cuda.is_available() else "no")
 
 
 def dtype_of(options: Options) -> torch.dtype:
     """In which the student's weights are held, and products computed."""
-    precision = options.precision or ("bf16" if torch.cuda.is_available() else "no")
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return torch.bfloat16 if precision_of(options) == "bf16" else torch.float32
 
 
 class Session:
@@ -213,6 +219,13 @@ class Session:
         if is_main():
             keep_lines(log, first)
         began = time.perf_counter()
+        with deferred() as pending:
+            self._steps(first, began, log, pending, on_step)
+
+    def _steps(
+        self, first: int, began: float, log: Path, pending: Pending, on_step: Callable[[StepInfo], None]
+    ) -> None:
+        """Steps from `first` to the end; a signal that asks the process to end saves a checkpoint first."""
         for step in range(first, self.phases.total):
             if step == self.phases.tail:
                 self.enter_tail()
@@ -222,8 +235,10 @@ class Session:
                 append_line(log, json.dumps({"step": info.step, "tokens": info.tokens, "loss": loss}) + "\n")
                 on_step(info)
             every = self.options.checkpoint_every
-            if every and info.step % every == 0 and info.step < self.phases.total:
+            due = every and info.step % every == 0 and info.step < self.phases.total
+            if due or pending.number:
                 checkpoint.save(self.run_dir, info.step, self.latents, self.optimizer)
+            pending.stop()
 
     def step(self, step: int) -> float:
         """One optimizer step; returns the mean loss over its micro-batches."""

@@ -1,0 +1,76 @@
+"""Small files of a run or of other people, read with limits on their size and one typed error for all damage.
+
+Parsers raise many types for a malformed file: json and UTF-8 decoding raise ValueError, deep nesting
+RecursionError, large numbers OverflowError, and numpy's header reader errors of the tokenizer. `reading`
+turns all of them into one error that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+import struct
+import tokenize
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from intaglio.errors import ConfigError, InputError, IntaglioError
+
+MALFORMED = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError, EOFError),
+    *(SyntaxError, struct.error, tokenize.TokenError),
+)
+LIMIT_BYTES = 1 << 26  # of a JSON or text file; tokenizer.json of Gemma, the largest, has 2^25
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of someone else's error, as part of a message of ours."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+
+
+@contextmanager
+def reading(
+    path: Path, what: str = "cannot be read", advice: str = "", error: type[InputError] = ConfigError
+) -> Iterator[None]:
+    """Raise `error` for whatever a malformed file makes a parser raise; errors of ours pass.
+
+    what: says what the file is not, for example "not a shard index". advice: what to do, after a colon.
+    """
+    try:
+        yield
+    except IntaglioError:
+        raise
+    except (*MALFORMED, OSError) as cause:
+        tail = f": {advice}" if advice else ""
+        raise error(f"{path}: {what}: {one_line(cause)}{tail}") from cause
+
+
+def read_text(path: Path, *, limit: int = LIMIT_BYTES, error: type[InputError] = ConfigError) -> str:
+    """A UTF-8 text. Raises `error` for a file that is missing, no regular file, too large or not UTF-8."""
+    with reading(path, "cannot be read as UTF-8 text", error=error):
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would never end
+            raise error(f"{path}: not a regular file")
+        if found.st_size > limit:
+            raise error(f"{path}: has {found.st_size:,} bytes: expected at most {limit:,}")
+        return path.read_bytes().decode("utf-8")
+
+
+def read_json(path: Path, *, limit: int = LIMIT_BYTES, error: type[InputError] = ConfigError) -> dict[str, Any]:
+    """A JSON object. Raises `error` as `read_text` does, and for anything else than an object."""
+    text = read_text(path, limit=limit, error=error)
+    with reading(path, "not valid JSON", error=error):
+        found = json.loads(text)
+    if not isinstance(found, dict):
+        raise error(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def whole_number(table: dict[str, Any], key: str, *, least: int = 0, most: int = 1 << 53) -> int:
+    """The value of a key, an integer between two bounds. ValueError otherwise; True and 1.0 are no integers here."""
+    value = table.get(key)
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{key} = {str(value)[:40]}: expected an integer between {least} and {most}")
+    return value
