@@ -29,6 +29,7 @@ from intaglio.packed.verify import verify
 from intaglio.plan.family import check_runs_alone
 from intaglio.progress import Progress
 from intaglio.proof import Evaluation
+from intaglio.train.data.sources import Data
 from intaglio.train.loop import Options, run_identity, train
 from intaglio.train.pack import pack_model
 from intaglio.train.run_folder import check_run_dir
@@ -51,7 +52,7 @@ def finetune(
     packed_dir: str | Path,
     out: str | Path,
     *,
-    data: str | Path | None,
+    data: Data | None,
     teacher_dir: str | Path | None = None,
     overrides: tuple[str, ...] | list[str] = (),
     evaluation: Evaluation | None = None,
@@ -139,7 +140,7 @@ def _measure(
     )
 
 
-def _check_loss(loss: str, teacher_dir: str | Path | None, data: str | Path | None) -> None:
+def _check_loss(loss: str, teacher_dir: str | Path | None, data: Data | None) -> None:
     if loss == "kl" and teacher_dir is None:
         raise InputError(
             "schedule.loss = 'kl' needs a teacher, and a packed model has no original: give one with --teacher DIR, or "

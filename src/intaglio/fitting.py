@@ -13,6 +13,7 @@ from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.progress import Progress
 from intaglio.train.corpus import load_corpus
+from intaglio.train.data.sources import Data
 from intaglio.train.media import audio_samples, image_samples
 from intaglio.train.ptq import quantize_on_text
 from intaglio.train.quantize import quantize
@@ -24,7 +25,7 @@ def quantize_model(
     plan: Plan,
     out: str | Path,
     *,
-    data: str | Path | None = None,
+    data: Data | None = None,
     images: str | Path | None = None,
     audio: str | Path | None = None,
     trained: PackedModel | None = None,
@@ -73,9 +74,7 @@ def quantize_model(
     return towers.errors if towers is not None else {}
 
 
-def _fit_on_text(
-    model_dir: str | Path, plan: Plan, out: Path, data: str | Path, replace: bool, progress: Progress
-) -> None:
+def _fit_on_text(model_dir: str | Path, plan: Plan, out: Path, data: Data, replace: bool, progress: Progress) -> None:
     schedule = plan.recipe.schedule
     if not plan.static_scales and not schedule.gptq_tokens:
         raise InputError(

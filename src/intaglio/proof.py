@@ -42,6 +42,7 @@ from intaglio.packed.verify_affine import is_mlx
 from intaglio.plan.family import load_config
 from intaglio.plan.plan import Plan
 from intaglio.progress import Progress
+from intaglio.train.data.sources import Data
 from intaglio.train.run_folder import read_losses
 from intaglio.train.static import switch_static
 
@@ -53,7 +54,7 @@ FLOAT_ACTIVATIONS = "float activations"  # the variant without quantized activat
 class Evaluation:
     """What is measured after training. tokens, window: of held-out text; prompts: for samples."""
 
-    text: Path | None = None
+    text: Data | None = None
     tokens: int = 16384
     window: int = 256
     prompts: tuple[str, ...] = ()

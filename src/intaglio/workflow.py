@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.proof import PACKED, Bench, Evaluation, artifact_candidate, prove
 from intaglio.train.corpus import Corpus, held_out_windows, load_corpus, sample_corpus
+from intaglio.train.data.sources import Data
 from intaglio.train.loop import Options, train
 from intaglio.train.pack import pack_model
 from intaglio.train.ptq import quantize_on_text
@@ -55,7 +55,7 @@ def run(
     recipe: Recipe,
     out: str | Path,
     *,
-    data: str | Path | None,
+    data: Data | None,
     evaluation: Evaluation | None = None,
     options: Options | None = None,
     resume: bool = False,
@@ -143,15 +143,27 @@ def _saved_windows(path: Path, vocab_size: int) -> NDArray[np.int32]:
     return windows_NT
 
 
-def training_text(
-    plan: Plan, data: str | Path | None, tokenizer: Any, teacher: TextModel, progress: Progress
-) -> Corpus:
-    """What a run trains on: a user's text, or without any the teacher's own."""
+def training_text(plan: Plan, data: Data | None, tokenizer: Any, teacher: TextModel, progress: Progress) -> Corpus:
+    """What a run trains on: a user's text, or without any the teacher's own. `progress` hears what was read."""
     schedule = plan.recipe.schedule
     length = schedule.sequence_length
     if data is not None:
-        vocab_size = plan.model.layer_config.vocab_size
-        return load_corpus(data, tokenizer, sequence_length=length, vocab_size=vocab_size, max_tokens=schedule.tokens)
+        corpus = load_corpus(
+            data,
+            tokenizer,
+            sequence_length=length,
+            vocab_size=plan.model.layer_config.vocab_size,
+            max_tokens=schedule.tokens,
+            assistant_only=schedule.assistant_only,
+        )
+        for line in corpus.reading.lines() if corpus.reading is not None else []:
+            progress.note(line)
+        return corpus
+    if schedule.assistant_only:
+        raise InputError(
+            "schedule.assistant_only needs chats, and the model's own samples are none: give chats with --data, or "
+            "leave it out with --set schedule.assistant_only=false"
+        )
     return sample_corpus(
         teacher,
         tokenizer,
@@ -173,8 +185,7 @@ def held_out(corpus: Corpus, evaluation: Evaluation, plan: Plan, tokenizer: Any)
             "add text, or give held-out text of its own"
         )
     windows = corpus.tokens[-count:][: max(1, evaluation.tokens // corpus.tokens.shape[1])]
-    rest = replace(corpus, tokens=corpus.tokens[:-count], positions=corpus.positions[:-count])
-    return rest, windows
+    return corpus.rows(slice(-count)), windows
 
 
 def read_windows(evaluation: Evaluation, vocab_size: int, tokenizer: Any) -> NDArray[np.int32]:
@@ -257,7 +268,7 @@ def _packed_candidate(
     return Candidate(source=source, runtime=transformers_runtime(), simulated=True)
 
 
-def _provenance(model_dir: str | Path, data: str | Path | None) -> dict[str, Any]:
+def _provenance(model_dir: str | Path, data: Data | None) -> dict[str, Any]:
     return {
         "name": model_name(model_dir),
         "method": "quantization-aware training",

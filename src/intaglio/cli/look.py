@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from intaglio.cli.options import (
+    Columns,
     EvalTokens,
     Json,
     Overrides,
@@ -108,6 +109,7 @@ def evaluate(
     artifact: Annotated[Path, typer.Argument(help="Packed model, .gguf or transformers folder.", show_default=False)],
     original: Annotated[Path, typer.Option(help="The float checkpoint to compare with.", show_default=False)],
     text: Annotated[Path, typer.Option("--text", help="Held-out text.", show_default=False)],
+    columns: Columns = (),  # type: ignore[assignment]
     eval_tokens: EvalTokens = 65536,
     int8_cache: Annotated[
         bool, typer.Option("--int8-cache", help="Read a packed mobile model token by token, from a cache of int8.")
@@ -119,7 +121,7 @@ def evaluate(
     from intaglio.workflow import compare
 
     with Bars() as bars:
-        evaluation = evaluation_of(text, eval_tokens, [])
+        evaluation = evaluation_of(text, eval_tokens, [], columns)
         result = compare(artifact, original, evaluation, bars.progress, int8_cache=int8_cache)
     if as_json:
         print_json(result.to_dict())
@@ -132,6 +134,7 @@ def report(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
     original: Annotated[Path, typer.Option(help="The float checkpoint.", show_default=False)],
     text: Text = None,
+    columns: Columns = (),  # type: ignore[assignment]
     eval_tokens: EvalTokens = 65536,
     prompt: Annotated[list[str], typer.Option(help="Show continuations of this.")] = (),  # type: ignore[assignment]
 ) -> None:
@@ -140,7 +143,6 @@ def report(
     from intaglio.workflow import report as run_report
 
     with Bars() as bars:
-        made = run_report(
-            original, run_dir, evaluation=evaluation_of(text, eval_tokens, prompt), progress=bars.progress
-        )
+        evaluation = evaluation_of(text, eval_tokens, prompt, columns)
+        made = run_report(original, run_dir, evaluation=evaluation, progress=bars.progress)
     print_report(made, run_dir)

@@ -35,7 +35,7 @@ class Bars:
         )
         self.task: TaskID | None = None
         self.first: StepInfo | None = None
-        self.progress = Callbacks(stage=self.stage, step=self.step, part=self.part)
+        self.progress = Callbacks(stage=self.stage, step=self.step, part=self.part, note=self.note)
 
     def __enter__(self) -> Bars:
         self.bars.start()
@@ -62,6 +62,10 @@ class Bars:
         done_tokens, seconds = info.tokens - self.first.tokens, info.seconds - self.first.seconds
         rate = f"{done_tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""
         self.part(info.step, info.total_steps, f"loss {info.loss:.4f}  {rate}")
+
+    def note(self, line: str) -> None:
+        """Print a line above the bars."""
+        self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def part(self, done: int, total: int, figures: str) -> None:
         """Show how much of the present stage is done."""
