@@ -22,6 +22,7 @@ from intaglio.cli.options import source_of
 from intaglio.errors import CorpusError, InputError
 from intaglio.train.corpus import held_out_windows
 from intaglio.train.data import files
+from intaglio.train.data.preview import preview
 from intaglio.train.data.sources import Source
 from tests.support.corpora import BOS, EOS, TOKENIZER, VOCAB, byte_tokenizer, ids, load, write_jsonl
 
@@ -405,3 +406,21 @@ def test_columns_on_the_command_line() -> None:
     for wrong in ("text", "text=", "=body"):
         with pytest.raises(typer.BadParameter, match=f"--column {wrong}: expected ROLE=NAME"):
             source_of("a.jsonl", [wrong])
+
+
+# A look at it
+
+
+def test_a_preview_shows_what_counts(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"messages": turns}, {"prompt": "a<bos>", "completion": "b"}, {"text": "c"}]
+    )
+    found = preview(path, TOKENIZER, max_tokens=1000, assistant_only=True, samples=2)
+    assert found.samples == ("<bos>[user]hi[assistant][[yes]]", "<bos>a")
+    assert found.reading.documents == 3 and json.dumps(found.to_dict())
+    assert "1 bos tokens lie inside documents" in found.warnings[0] and "is the chat template" in found.warnings[1]
+    plain = preview(path, TOKENIZER, max_tokens=8, assistant_only=False)
+    assert plain.samples == ("<bos>[user]h",) and not plain.reading.complete
+    long = write_jsonl(tmp_path / "long.jsonl", [{"text": "a" * 500}])
+    assert preview(long, TOKENIZER, max_tokens=1000, assistant_only=False).samples[0].endswith("a ... 302 tokens more")

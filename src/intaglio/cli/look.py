@@ -19,6 +19,7 @@ from intaglio.cli.options import (
     app,
     evaluation_of,
     print_json,
+    source_of,
 )
 
 if TYPE_CHECKING:
@@ -102,6 +103,32 @@ def inspect(
         print_json(found.to_dict())
     else:
         print_inspection(found, every=every)
+
+
+@app.command("data")
+def show_data(
+    data: Annotated[str, typer.Argument(help="A file, a folder, or a dataset's name.", show_default=False)],
+    model: Annotated[Path, typer.Option(help="Model whose tokenizer and chat template are used.", show_default=False)],
+    columns: Columns = (),  # type: ignore[assignment]
+    assistant_only: Annotated[bool, typer.Option("--assistant-only", help="As schedule.assistant_only.")] = False,
+    tokens: Annotated[int, typer.Option(min=2, help="Read so many tokens at most.")] = 10_000_000,
+    as_json: Json = False,
+) -> None:
+    """Show what a model would be trained on: what is read and what is not, and documents as the model sees them."""
+    from intaglio.packed.checkpoint import load_tokenizer
+    from intaglio.train.data.preview import preview
+
+    source = source_of(data, columns)
+    assert source is not None
+    found = preview(source, load_tokenizer(model), max_tokens=tokens, assistant_only=assistant_only)
+    if as_json:
+        return print_json(found.to_dict())
+    for line in found.reading.lines():
+        typer.echo(line)
+    for number, sample in enumerate(found.samples, 1):
+        typer.echo(f"\n--- document {number} ---\n{sample}")
+    for warning in found.warnings:
+        typer.echo(f"\nwarning: {warning}")
 
 
 @app.command("eval")
