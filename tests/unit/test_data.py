@@ -314,7 +314,18 @@ def test_saved_splits(tmp_path: Path) -> None:
     assert documents(tmp_path / "saved") == ["of train"] and documents(f"{tmp_path}/saved@test") == ["of test"]
     assert load(tmp_path / "saved", 2).reading.left_out == {"test split": ["test"]}  # type: ignore[union-attr]
     (tmp_path / "saved/train/state.json").write_text("{}")
-    with pytest.raises(CorpusError, match="train: cannot be read"):
+    with pytest.raises(CorpusError, match=r"state\.json: cannot be read"):
+        load(tmp_path / "saved", 2)
+
+
+def test_offsets_of_a_saved_dataset_are_checked(tmp_path: Path) -> None:
+    """Arrow reads wherever an offset points, which would end the process."""
+    datasets.Dataset.from_list([{"text": "abcdef"}] * 3).save_to_disk(tmp_path / "saved")
+    shard = next((tmp_path / "saved").glob("*.arrow"))
+    content, offset = shard.read_bytes(), (18).to_bytes(4, "little")
+    assert content.count(offset) >= 1
+    shard.write_bytes(content.replace(offset, (1 << 30).to_bytes(4, "little")))
+    with pytest.raises(CorpusError, match=r"\.arrow: cannot be read"):
         load(tmp_path / "saved", 2)
 
 

@@ -1,4 +1,4 @@
-"""Lines and records out of files and datasets, streamed and bounded.
+"""Lines and records out of files, streamed and bounded.
 
 A line that holds a record has `RECORD_BYTES` at most, a packed file grows `MAX_GROWTH` times at most, and nothing is
 read that is no file.
@@ -13,7 +13,6 @@ import gzip
 import io
 import json
 import lzma
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,7 +27,6 @@ BLOCK_BYTES = 1 << 18  # longer lines of plain text are cut: for a tokenizer a l
 # gzip cannot pack text to less than 1/1032, and text that is worth training on shrinks to a twentieth at most.
 MAX_GROWTH = 200
 GROWTH_FLOOR = 1 << 24
-DATASET_NAME = re.compile(r"([^:@]+)(?::([^:@]+))?(?:@([^@]+))?")
 
 Records = Iterator[tuple[str, Any]]
 
@@ -110,91 +108,14 @@ def csv_records(path: Path, delimiter: str, choose: Callable[[list[str]], list[s
         raise CorpusError(f"{path}:{rows.line_num}: not valid CSV: {error}: is a quote left open?") from None
 
 
-def parquet_records(path: Path, choose: Callable[[list[str]], list[str]]) -> Records:
-    """Rows of a parquet file with the columns that `choose` takes of its own."""
-    import pyarrow
-    import pyarrow.parquet
-
-    check_regular(path)
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = choose(file.schema_arrow.names)
-            size = _grown(path, file.metadata, columns)
-            rows = RECORD_BYTES * file.metadata.num_rows // max(size, 1)
-            for batch in file.iter_batches(batch_size=max(1, min(rows, 64)), columns=columns):
-                for record in batch.to_pylist():
-                    yield f"{path}: row {row}", without_nulls(record)
-                    row += 1
-    except (OSError, UnicodeDecodeError, MemoryError, pyarrow.ArrowException) as error:
-        raise unreadable(path, error) from None
-
-
-def _grown(path: Path, metadata: Any, columns: list[str]) -> int:
-    """Bytes of these columns, unpacked. CorpusError if no text can be packed so small."""
-    size = 0
-    for group in range(metadata.num_row_groups):
-        for at in range(metadata.num_columns):
-            column = metadata.row_group(group).column(at)
-            if column.path_in_schema.partition(".")[0] in columns:
-                size += column.total_uncompressed_size
-    if size > GROWTH_FLOOR and size > MAX_GROWTH * path.stat().st_size:
-        raise _grows(path)
-    return size
-
-
-def saved_records(path: Path, choose: Callable[[list[str]], list[str]]) -> Records:
-    """Rows of a folder that a dataset's `save_to_disk` wrote."""
-    import datasets
-
-    try:
-        dataset: Any = datasets.load_from_disk(str(path))
-        dataset = dataset.with_format(None).select_columns(choose(dataset.column_names))
-        for row, record in enumerate(dataset):
-            yield f"{path}: row {row}", without_nulls(record)
-    except CorpusError:
-        raise
-    except Exception as error:  # its own files are JSON and Arrow, and each layer has exceptions of its own
-        raise unreadable(path, error) from None
-
-
-def named_records(source: str) -> Records:
-    """Rows of a dataset by its name, name:config, name@split or name:config@split."""
-    import datasets
-
-    match = DATASET_NAME.fullmatch(source)
-    if match is None:
-        raise CorpusError(f"{source!r}: no such file, and no dataset: expected name, name:config or name:config@split")
-    name, config, split = match.groups()
-    try:
-        for number, record in enumerate(datasets.load_dataset(name, config, split=split or "train", streaming=True)):
-            yield f"{source}: record {number}", without_nulls(record)
-    except CorpusError:
-        raise
-    except Exception as error:  # every layer below, down to the socket, has exceptions of its own
-        advice = "check the name, config, split and network, or give a local file"
-        raise CorpusError(
-            f"{source}: no such file, and no dataset that loads: {_first_line(error)}: {advice}"
-        ) from None
-
-
-def without_nulls(value: Any, depth: int = 0) -> Any:
-    """A row of Arrow without the nulls that it has in place of what a nested object lacks."""
-    if isinstance(value, dict):
-        return {k: without_nulls(v, depth + 1) for k, v in value.items() if v is not None or depth == 0}
-    if isinstance(value, list | tuple):
-        return [without_nulls(item, depth + 1) for item in value]
-    return value
-
-
 def unreadable(path: Path, error: BaseException) -> CorpusError:
     """The message for a file that is cut off or damaged."""
     return CorpusError(
-        f"{path}: cannot be read: {_first_line(error)}: if the file is cut off or damaged, fetch it again"
+        f"{path}: cannot be read: {first_line(error)}: if the file is cut off or damaged, fetch it again"
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -206,7 +127,7 @@ def _loads(text: str, where: str, expected: str) -> Any:
 
 
 def _not_json(where: str, error: Exception, expected: str) -> CorpusError:
-    return CorpusError(f"{where}: not valid JSON: {_first_line(error)}: expected {expected}")
+    return CorpusError(f"{where}: not valid JSON: {first_line(error)}: expected {expected}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -250,7 +171,7 @@ def _not_utf8(path: Path, number: int, error: UnicodeDecodeError) -> CorpusError
     return CorpusError(f"{path}:{number}: not valid UTF-8: {byte}: {advice}")
 
 
-def _grows(path: Path) -> CorpusError:
+def grows(path: Path) -> CorpusError:
     growth = f"grows to more than {MAX_GROWTH} times its size, as no text does"
     return CorpusError(f"{path}: {growth}: if it is text, unpack the file and give what comes out")
 
@@ -274,7 +195,7 @@ class _File:
             raise unreadable(self.path, error) from None
         self.done += len(found)
         if self.done > GROWTH_FLOOR and self.file is not self.raw and self.done > MAX_GROWTH * self.raw.tell():
-            raise _grows(self.path)
+            raise grows(self.path)
         return found
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from intaglio.errors import CorpusError
 from intaglio.packed.template import Renderer
-from intaglio.train.data import files
+from intaglio.train.data import files, tables
 from intaglio.train.data.reading import Reading
 from intaglio.train.data.records import Document, Reader, Spans
 from intaglio.train.data.sources import (
@@ -68,7 +68,7 @@ def _documents(source: Source, reader: Reader, reading: Reading, purpose: str) -
         if saved is not None:
             for folder in saved:
                 reading.files.append(folder.name)
-                rows = files.saved_records(folder, lambda names, at=folder: reader.columns(names, str(at)))  # type: ignore[misc]
+                rows = tables.saved_records(folder, lambda names, at=folder: reader.columns(names, str(at)))  # type: ignore[misc]
                 yield from _of_records(rows, reader, reading)
             return
         for file in find_files(path, split, purpose, reading):
@@ -81,7 +81,7 @@ def _documents(source: Source, reader: Reader, reading: Reading, purpose: str) -
         raise CorpusError(f"{source}: no such file or folder")
     else:
         reading.files.append(str(source))
-        yield from _of_records(files.named_records(str(source)), reader, reading)
+        yield from _of_records(tables.named_records(str(source)), reader, reading)
 
 
 def _saved_folders(path: Path, split: str | None, purpose: str, reading: Reading) -> list[Path] | None:
@@ -108,7 +108,7 @@ def _of_file(path: Path, reader: Reader, reading: Reading) -> Iterator[Iterator[
         return reader.columns(names, str(path))
 
     if kind == ".parquet":
-        records = files.parquet_records(path, columns)
+        records = tables.parquet_records(path, columns)
     elif kind == ".json":
         records = files.json_records(path)
     elif kind in (".csv", ".tsv"):

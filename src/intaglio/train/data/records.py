@@ -65,7 +65,7 @@ class Reader:
         """The columns to read of those that there are. CorpusError if none has text."""
         known = [name for name in names if self.role_of.get(name, name) in KEYS]
         if not usable({self.role_of.get(name, name) for name in known}):
-            raise CorpusError(f"{where}: got the columns {', '.join(names)}: {advice(names)}")
+            raise CorpusError(f"{where}: got the columns {_listed(names)}: {advice(names)}")
         self.reading.unused.update(name for name in names if name not in known)
         return known
 
@@ -75,8 +75,7 @@ class Reader:
             raise CorpusError(f"{where}: got {type(record).__name__}: expected an object with {EXPECTED}")
         record = {self.role_of.get(key, key): value for key, value in record.items()}
         if not usable(record):
-            names = ", ".join(str(name) for name in record)[:300] or "none"
-            raise CorpusError(f"{where}: got the keys {names}: {advice(list(record))}")
+            raise CorpusError(f"{where}: got the keys {_listed(record)}: {advice(list(record))}")
         there = {key for key, value in record.items() if value is not None and value != "" and value != []}
         chat = next((key for key in CHATS if key in there), None)
         used: tuple[str, ...] = ("text",)
@@ -148,7 +147,7 @@ def usable(names: Iterable[str]) -> bool:
 
 def advice(names: list[Any]) -> str:
     """How to use a source whose columns have other names."""
-    lower = {str(name).lower(): str(name) for name in names}
+    lower = {str(name).lower(): str(name) for name in names}  # only names in the lists below are shown
 
     def first(likely: tuple[str, ...]) -> str | None:
         return next((lower[name] for name in likely if name in lower), None)
@@ -165,6 +164,11 @@ def advice(names: list[Any]) -> str:
         options.append(f"--column text={text}")
     name_it = " or ".join(options) or f"--column ROLE=NAME, with a ROLE of {', '.join(ROLES)}"
     return f"expected {EXPECTED}: name what to read, with {name_it}"
+
+
+def _listed(names: Iterable[Any]) -> str:
+    """Names of columns on one line; a damaged file may have anything there."""
+    return " ".join(", ".join(str(name) for name in names).split())[:300] or "none"
 
 
 def checked(text: Any, name: str, where: str) -> str:
