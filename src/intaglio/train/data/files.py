@@ -116,6 +116,7 @@ def unreadable(path: Path, error: BaseException) -> CorpusError:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -172,6 +173,7 @@ def _not_utf8(path: Path, number: int, error: UnicodeDecodeError) -> CorpusError
 
 
 def grows(path: Path) -> CorpusError:
+    """The message for a file that unpacks to far more than text would."""
     growth = f"grows to more than {MAX_GROWTH} times its size, as no text does"
     return CorpusError(f"{path}: {growth}: if it is text, unpack the file and give what comes out")
 
