@@ -29,6 +29,7 @@ from intaglio.packed.verify import verify
 from intaglio.plan.family import check_runs_alone
 from intaglio.progress import Progress
 from intaglio.proof import Evaluation
+from intaglio.train.data.sources import Data, path_of
 from intaglio.train.loop import Options, run_identity, train
 from intaglio.train.pack import pack_model
 from intaglio.train.run_folder import check_run_dir, hold
@@ -51,7 +52,7 @@ def finetune(
     packed_dir: str | Path,
     out: str | Path,
     *,
-    data: str | Path | None,
+    data: Data | None,
     teacher_dir: str | Path | None = None,
     overrides: tuple[str, ...] | list[str] = (),
     evaluation: Evaluation | None = None,
@@ -67,7 +68,7 @@ def finetune(
     hold what was trained.
     """
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
-    check_output(out, [packed_dir, data, teacher_dir, evaluation.text])
+    check_output(out, [packed_dir, path_of(data), teacher_dir, path_of(evaluation.text)])
     with hold(out), progress.logged(out):
         return _finetune(packed_dir, out, data, teacher_dir, overrides, evaluation, options, resume, progress)
 
@@ -75,7 +76,7 @@ def finetune(
 def _finetune(
     packed_dir: str | Path,
     out: Path,
-    data: str | Path | None,
+    data: Data | None,
     teacher_dir: str | Path | None,
     overrides: tuple[str, ...] | list[str],
     evaluation: Evaluation,
@@ -156,7 +157,7 @@ def _measure(
     )
 
 
-def _check_loss(loss: str, teacher_dir: str | Path | None, data: str | Path | None) -> None:
+def _check_loss(loss: str, teacher_dir: str | Path | None, data: Data | None) -> None:
     if loss == "kl" and teacher_dir is None:
         raise InputError(
             "schedule.loss = 'kl' needs a teacher, and a packed model has no original: give one with --teacher DIR, or "

@@ -16,6 +16,7 @@ from intaglio.packed.store import scratch_folder
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.progress import Progress
 from intaglio.train.corpus import load_corpus
+from intaglio.train.data.sources import Data
 from intaglio.train.media import audio_samples, image_samples
 from intaglio.train.ptq import quantize_on_text
 from intaglio.train.quantize import quantize
@@ -27,7 +28,7 @@ def quantize_model(
     plan: Plan,
     out: str | Path,
     *,
-    data: str | Path | None = None,
+    data: Data | None = None,
     images: str | Path | None = None,
     audio: str | Path | None = None,
     trained: PackedModel | None = None,
@@ -82,7 +83,7 @@ def _fit_on_text(
     model_dir: str | Path,
     plan: Plan,
     out: Path,
-    data: str | Path,
+    data: Data,
     device: torch.device,
     replace: bool,
     progress: Progress,

@@ -40,6 +40,7 @@ from intaglio.packed.checkpoint import TextModel, model_name
 from intaglio.packed.model import PackedModel, file_sha256
 from intaglio.packed.verify import Verification
 from intaglio.progress import Progress
+from intaglio.train.data.sources import Data
 from intaglio.train.run_folder import read_losses
 from intaglio.train.static import switch_static
 
@@ -55,7 +56,7 @@ class Evaluation:
     or "all", which adds the recipe's fit and the start that GPTQ gave. InputError for another word.
     """
 
-    text: Path | None = None
+    text: Data | None = None
     tokens: int = 16384
     window: int = 256
     prompts: tuple[str, ...] = ()

@@ -19,7 +19,6 @@ import gc
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,7 @@ from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.proof import Evaluation, missing_runtime, prove
 from intaglio.train.corpus import Corpus, held_out_windows, load_corpus, sample_corpus
+from intaglio.train.data.sources import Data, path_of
 from intaglio.train.latents import Latents
 from intaglio.train.loop import Options, run_identity, train
 from intaglio.train.pack import pack_model
@@ -65,7 +65,7 @@ def run(
     recipe: Recipe,
     out: str | Path,
     *,
-    data: str | Path | None,
+    data: Data | None,
     evaluation: Evaluation | None = None,
     options: Options | None = None,
     resume: bool = False,
@@ -84,7 +84,7 @@ def run(
     rest.
     """
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
-    check_output(out, [model_dir, data, evaluation.text])
+    check_output(out, [model_dir, path_of(data), path_of(evaluation.text)])
     device = device_for(start_processes() if device is None else device)
     progress = progress if is_main() else Progress()
     with hold(out), progress.logged(out) if is_main() else nullcontext():
@@ -95,7 +95,7 @@ def _run(
     model_dir: Path,
     recipe: Recipe,
     out: Path,
-    data: str | Path | None,
+    data: Data | None,
     evaluation: Evaluation,
     options: Options | None,
     resume: bool,
@@ -238,15 +238,27 @@ def _saved_windows(path: Path, vocab_size: int) -> NDArray[np.int32]:
     return np.array(windows_NT)
 
 
-def training_text(
-    plan: Plan, data: str | Path | None, tokenizer: Any, teacher: TextModel, progress: Progress
-) -> Corpus:
-    """What a run trains on: a user's text, or without any the teacher's own."""
+def training_text(plan: Plan, data: Data | None, tokenizer: Any, teacher: TextModel, progress: Progress) -> Corpus:
+    """What a run trains on: a user's text, or without any the teacher's own. `progress` hears what was read."""
     schedule = plan.recipe.schedule
     length = schedule.sequence_length
     if data is not None:
-        vocab_size = plan.model.layer_config.vocab_size
-        return load_corpus(data, tokenizer, sequence_length=length, vocab_size=vocab_size, max_tokens=schedule.tokens)
+        corpus = load_corpus(
+            data,
+            tokenizer,
+            sequence_length=length,
+            vocab_size=plan.model.layer_config.vocab_size,
+            max_tokens=schedule.tokens,
+            assistant_only=schedule.assistant_only,
+        )
+        for line in corpus.reading.lines() if corpus.reading is not None else []:
+            progress.note(line)
+        return corpus
+    if schedule.assistant_only:
+        raise InputError(
+            "schedule.assistant_only needs chats, and the model's own samples are none: give chats with --data, or "
+            "leave it out with --set schedule.assistant_only=false"
+        )
     return sample_corpus(
         teacher,
         tokenizer,
@@ -268,8 +280,7 @@ def held_out(corpus: Corpus, evaluation: Evaluation, plan: Plan, tokenizer: Any)
             "add text, or give held-out text of its own"
         )
     windows = corpus.tokens[-count:][: max(1, evaluation.tokens // corpus.tokens.shape[1])]
-    rest = replace(corpus, tokens=corpus.tokens[:-count], positions=corpus.positions[:-count])
-    return rest, windows
+    return corpus.rows(slice(-count)), windows
 
 
 def read_windows(evaluation: Evaluation, vocab_size: int, tokenizer: Any) -> NDArray[np.int32]:
@@ -326,7 +337,7 @@ def compare(
         )
 
 
-def _provenance(model_dir: str | Path, data: str | Path | None) -> dict[str, Any]:
+def _provenance(model_dir: str | Path, data: Data | None) -> dict[str, Any]:
     return {
         "name": model_name(model_dir),
         "method": "quantization-aware training",

@@ -16,48 +16,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig, PreTrainedTokenizerFast
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from intaglio.errors import ConfigError, CorpusError
-from intaglio.train import corpus as packing
-from intaglio.train import text as module
-from intaglio.train.corpus import Corpus, batch_indices, held_out_windows, load_corpus, sample_corpus
-
-PAD, EOS, BOS, LINE_ENDS = 0, 1, 2, 3
-SPECIAL = ["<pad>", "<eos>", "<bos>"]
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-VOCAB = len(SPECIAL) + 1 + len(BYTES)
-TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-LINE_END = "\u010a"  # how byte-level tokenizers spell "\n"
+from intaglio.train.corpus import Corpus, batch_indices, held_out_windows, sample_corpus
+from intaglio.train.data import pieces as module
+from intaglio.train.data import tokens as tokenizing
+from intaglio.train.data.pieces import Piece
+from intaglio.train.data.reading import Reading
+from intaglio.train.data.sources import as_source
+from tests.support.corpora import BOS, EOS, PAD, TEMPLATE, TOKENIZER, VOCAB, byte_tokenizer, ids, load, write_jsonl
 
 
-def byte_tokenizer(template: str | None = TEMPLATE, **special: str | None) -> PreTrainedTokenizerFast:
-    """A token a byte, except that two line ends are one token."""
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, LINE_END * 2, *BYTES])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(LINE_END, LINE_END)]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"} | special
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names)
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-TOKENIZER = byte_tokenizer()
-
-
-def ids(text: str) -> list[int]:
-    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
-
-
-def load(source: str | Path, length: int = 4, tokenizer: PreTrainedTokenizerFast = TOKENIZER, **kwargs: int) -> Corpus:
-    return load_corpus(source, tokenizer, **{"sequence_length": length, "vocab_size": VOCAB} | kwargs)
-
-
-def write_jsonl(path: Path, records: list[object]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
-    return path
+def read_pieces(path: Path) -> list[Piece]:
+    return list(module.read_pieces(as_source(path), TOKENIZER, Reading(str(path))))
 
 
 def naive_positions(tokens: np.ndarray) -> list[list[int]]:
@@ -135,14 +107,16 @@ def test_packed_documents_do_not_see_each_other(tmp_path: Path, teacher: Gemma4F
 def test_pieces_change_no_token(text: str, piece_characters: int, batch_pieces: int) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(module, "PIECE_CHARACTERS", piece_characters)
-        patch.setattr(packing, "BATCH_PIECES", batch_pieces)
+        patch.setattr(module, "LONGEST_PIECES", 100)
+        patch.setattr(tokenizing, "BATCH_PIECES", batch_pieces)
         for path in (Path(folder) / "a.txt", Path(folder) / "a.jsonl"):
             path.write_text(text if path.suffix == ".txt" else json.dumps({"text": text}))
             expected = [BOS, *ids(text), EOS] if text.strip() else []
-            if expected:
-                assert load(path, len(expected)).tokens.tolist() == [expected]
-            pieces = list(module.read_pieces(path, TOKENIZER))
-            assert "".join(piece.text for piece in pieces) == (text if expected else "")
+            if not expected:
+                continue
+            assert load(path, len(expected)).tokens.tolist() == [expected]
+            pieces = read_pieces(path)
+            assert "".join(piece.text for piece in pieces) == text
             assert [piece.starts for piece in pieces] == [i == 0 for i in range(len(pieces))]
             assert all(len(piece.text) < piece_characters + 60 for piece in pieces)
 
@@ -151,7 +125,7 @@ def test_a_long_text_is_cut_into_pieces(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "PIECE_CHARACTERS", 4)
     path = tmp_path / "a.txt"
     path.write_text("abc\n\nde\nf\ngh\f\n\fij")
-    assert [tuple(piece) for piece in module.read_pieces(path, TOKENIZER)] == [
+    assert [tuple(piece)[:3] for piece in read_pieces(path)] == [
         ("abc\n\n", True, False),
         ("de\nf\n", False, False),
         ("gh", False, True),
@@ -221,7 +195,7 @@ def test_messages_go_through_the_chat_template(tmp_path: Path, template: str, ki
 
 
 def test_reading_stops_at_max_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "BATCH_PIECES", 2)
+    monkeypatch.setattr(tokenizing, "BATCH_PIECES", 2)
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "abcdefgh"}] * 4)
     with path.open("a") as file:
         file.write("{broken\n")
@@ -250,7 +224,7 @@ TEXT = b'{"text": "some text"}\n'
     [
         bad("a.txt", b"", "empty: expected text"),
         bad("a.txt", b" \n\f\n ", "empty: expected text"),
-        bad("a.jsonl", b'{"text": ""}\n', "empty: expected text"),
+        bad("a.jsonl", b'{"text": ""}\n{"text": " "}', r"no text in any of 2 rows, the first is .*a\.jsonl:1"),
         bad("a.txt", b"abc", "got 5 tokens: expected 8 or more"),
         bad("a.txt", b"good\nb\xe4d\n", r"a\.txt:2: not valid UTF-8: byte 0xe4 at offset 1"),
         bad("a.jsonl", TEXT + b'{"text": "b\xe4d"}', r"a\.jsonl:2: not valid UTF-8"),
@@ -259,16 +233,19 @@ TEXT = b'{"text": "some text"}\n'
         bad("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not valid JSON"),
         bad("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", r"a\.jsonl:1: not valid JSON"),
         bad("a.jsonl", b'"text"', r"a\.jsonl:1: got str: expected an object"),
-        bad("a.jsonl", b'{"prompt": "a", "id": 1}', "got the keys prompt, id: expected text or messages"),
+        bad("a.jsonl", b'{"prompt": "a", "id": 1}', "got the keys prompt, id: expected text, messages,"),
         bad("a.jsonl", b"{}", "got the keys none"),
         bad("a.jsonl", TEXT + b'{"text": 3}', r"a\.jsonl:2: text is of type int: expected a string"),
-        bad("a.jsonl", b'{"text": null}', "text is of type NoneType"),
+        bad("a.jsonl", b'{"text": null}', "no text in any of 1 rows"),
         bad("a.jsonl", b'{"text": "\\ud800"}', "half of a surrogate pair"),
         bad("a.jsonl", b'{"messages": "hi"}', "messages is 'hi': expected a list"),
-        bad("a.jsonl", b'{"messages": []}', r"messages is '\[\]': expected a list"),
-        bad("a.jsonl", b'{"messages": ["hi"]}', "got message hi: expected strings role and content"),
-        bad("a.jsonl", b'{"messages": [{"role": "user"}]}', "expected strings role and content"),
-        bad("a.jsonl", b'{"messages": [{"role": "user", "content": ["hi"]}]}', "expected strings role and content"),
+        bad("a.jsonl", b'{"messages": []}', "no text in any of 1 rows"),
+        bad("a.jsonl", b'{"messages": {}}', r"messages is \{\}: expected a list"),
+        bad("a.jsonl", b'{"messages": ["hi"]}', "got message 'hi': expected an object with role and"),
+        bad("a.jsonl", b'{"messages": [{"role": "user"}]}', "no text in any of 1 rows"),
+        bad("a.jsonl", b'{"messages": [{"content": "a"}]}', "expected strings role and content"),
+        bad("a.jsonl", b'{"messages": [{"role": "user", "content": 3}]}', "expected strings role and content"),
+        bad("a.jsonl", b'{"messages": [{"role": "user", "content": ["hi"]}]}', "got part 'hi': expected .'type'"),
         bad("a.jsonl.gz", gzip.compress(TEXT * 999)[:-20], r"a\.jsonl\.gz: cannot be read: .*ended"),
         bad("a.txt.gz", b"not gzip", r"a\.txt\.gz: cannot be read: Not a gzipped file"),
         bad("a.txt.gz", gzip.compress(b"text" * 99)[:10] + RANDOM, r"a\.txt\.gz: cannot be read"),
@@ -276,9 +253,10 @@ TEXT = b'{"text": "some text"}\n'
         bad("a.jsonl.xz", b"not xz", r"a\.jsonl\.xz: cannot be read"),
         bad("a.parquet", PARQUET.getvalue().to_pybytes()[:-40], r"a\.parquet: cannot be read"),
         bad("a.parquet", b"", r"a\.parquet: cannot be read"),
-        bad("a.parquet", NO_COLUMN.getvalue().to_pybytes(), "got the columns prompt: expected text or messages"),
+        bad("a.parquet", NO_COLUMN.getvalue().to_pybytes(), "got the columns prompt: expected text, messages,"),
         bad("a.parquet", NUMBERS.getvalue().to_pybytes(), "row 0: text is of type int"),
-        bad("a.csv", b"text\n", r"a\.csv: unknown kind of file: .*\.parquet"),
+        bad("a.pdf", b"text\n", r"a\.pdf: unknown kind of file: .*\.parquet"),
+        bad("a.csv", b"text\n", "empty: expected text"),
     ],
 )  # fmt: skip
 def test_bad_text_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -305,7 +283,7 @@ def test_a_missing_file_is_named(source: str | Path) -> None:
 
 
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("a")
+    (tmp_path / "a.pdf").write_text("a")
     with pytest.raises(CorpusError, match=r"no text in this folder: expected files that end in \.txt"):
         load(tmp_path)
 

@@ -105,7 +105,7 @@ def test_the_last_override_wins() -> None:
     [
         ("schedule.lr", r"--set 'schedule\.lr': expected key=value"),
         ("name.first=x", r"--set 'name\.first=x': 'name' of q4_0 is a value"),
-        ("schedule.speed=3", "unknown key 'speed': expected one of batch_size"),
+        ("schedule.speed=3", "unknown key 'speed': expected one of assistant_only"),
         ("scedule.lr=3", "unknown key 'scedule': expected one of activations, channel_scales, drafter, families, fit"),
         ("weights.linear.grid=q5_0", r"\[weights\.linear\].*'q5_0': expected one of bf16, f16, f32, i64, int2"),
         ("=3", "unknown key ''"),
@@ -185,7 +185,7 @@ def test_malformed_recipes_are_named(kind: str) -> None:
 
 
 SCHEDULES = {
-    "speed = 3": "unknown key 'speed': expected one of batch_size",
+    "speed = 3": "unknown key 'speed': expected one of assistant_only",
     'lr = "fast"': "lr = 'fast': expected float",
     "lr = true": "lr = True: expected float",
     "lr = nan": "lr = nan: expected",

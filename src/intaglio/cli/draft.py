@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from intaglio.cli.options import Json, Overrides, Text, app, print_json
+from intaglio.cli.options import Columns, Json, Overrides, Text, app, print_json, source_of
 
 if TYPE_CHECKING:
     from intaglio.drafter.model import Shape
@@ -30,6 +30,7 @@ def train_drafter(
     ] = "drafter-q4_0",
     overrides: Overrides = (),  # type: ignore[assignment]
     data: Annotated[str | None, typer.Option(help="Text, as for train. None: the target writes it.")] = None,
+    columns: Columns = (),  # type: ignore[assignment]
     width: Annotated[int | None, typer.Option(min=32, help="Of a new drafter; by default Google's.")] = None,
     mlp: Annotated[int | None, typer.Option(min=32, help="Width of its MLPs.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Heads of its queries.")] = None,
@@ -58,11 +59,13 @@ def train_drafter(
             target,
             Recipe.load(recipe, overrides),
             out,
-            data=data,
+            data=source_of(data, columns),
             drafter_dir=drafter,
             shape=shape,
             original_dir=original,
-            texts=Texts(text=text, prompts=prompts, prompt_tokens=prompt_tokens, tokens=written_tokens),
+            texts=Texts(
+                text=source_of(text, columns), prompts=prompts, prompt_tokens=prompt_tokens, tokens=written_tokens
+            ),
             options=Options(precision=precision, checkpoint_every=checkpoint_every),
             resume=resume,
             progress=bars.progress,

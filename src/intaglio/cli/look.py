@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from intaglio.cli.options import (
+    Columns,
     EvalTokens,
     Json,
     Overrides,
@@ -20,6 +21,7 @@ from intaglio.cli.options import (
     evaluation_of,
     print_json,
     print_notes,
+    source_of,
 )
 from intaglio.errors import RuntimeFailureError
 
@@ -111,11 +113,38 @@ def inspect(
         print_inspection(found, every=every)
 
 
+@app.command("data")
+def show_data(
+    data: Annotated[str, typer.Argument(help="A file, a folder, or a dataset's name.", show_default=False)],
+    model: Annotated[Path, typer.Option(help="Model whose tokenizer and chat template are used.", show_default=False)],
+    columns: Columns = (),  # type: ignore[assignment]
+    assistant_only: Annotated[bool, typer.Option("--assistant-only", help="As schedule.assistant_only.")] = False,
+    tokens: Annotated[int, typer.Option(min=2, help="Read so many tokens at most.")] = 10_000_000,
+    as_json: Json = False,
+) -> None:
+    """Show what a model would be trained on: what is read and what is not, and documents as the model sees them."""
+    from intaglio.packed.checkpoint import load_tokenizer
+    from intaglio.train.data.preview import preview
+
+    source = source_of(data, columns)
+    assert source is not None
+    found = preview(source, load_tokenizer(model), max_tokens=tokens, assistant_only=assistant_only)
+    if as_json:
+        return print_json(found.to_dict())
+    for line in found.reading.lines():
+        typer.echo(line)
+    for number, sample in enumerate(found.samples, 1):
+        typer.echo(f"\n--- document {number} ---\n{sample}")
+    for warning in found.warnings:
+        typer.echo(f"\nwarning: {warning}")
+
+
 @app.command("eval")
 def evaluate(
     artifact: Annotated[Path, typer.Argument(help="Packed model, .gguf or transformers folder.", show_default=False)],
     original: Annotated[Path, typer.Option(help="The float checkpoint to compare with.", show_default=False)],
     text: Annotated[Path, typer.Option("--text", help="Held-out text.", show_default=False)],
+    columns: Columns = (),  # type: ignore[assignment]
     eval_tokens: EvalTokens = 65536,
     int8_cache: Annotated[
         bool, typer.Option("--int8-cache", help="Read a packed mobile model token by token, from a cache of int8.")
@@ -127,7 +156,7 @@ def evaluate(
     from intaglio.workflow import compare
 
     with Bars() as bars:
-        evaluation = evaluation_of(text, eval_tokens, [])
+        evaluation = evaluation_of(text, eval_tokens, [], columns)
         result = compare(artifact, original, evaluation, bars.progress, int8_cache=int8_cache)
     if as_json:
         print_json(result.to_dict())
@@ -140,6 +169,7 @@ def report(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
     original: Annotated[Path, typer.Option(help="The float checkpoint.", show_default=False)],
     text: Text = None,
+    columns: Columns = (),  # type: ignore[assignment]
     eval_tokens: EvalTokens = 65536,
     prompt: Annotated[list[str], typer.Option(help="Show continuations of this.")] = (),  # type: ignore[assignment]
     references: References = None,
@@ -149,7 +179,7 @@ def report(
     from intaglio.workflow import report as run_report
 
     with Bars() as bars:
-        evaluation = evaluation_of(text, eval_tokens, prompt, references)
+        evaluation = evaluation_of(text, eval_tokens, prompt, columns, references)
         made = run_report(original, run_dir, evaluation=evaluation, progress=bars.progress)
     print_report(made, run_dir)
     if any(row.failure for row in made.comparisons):

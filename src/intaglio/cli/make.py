@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from intaglio.cli.options import (
+    Columns,
     EvalTokens,
     Json,
     ModelDir,
@@ -22,6 +23,7 @@ from intaglio.cli.options import (
     print_json,
     print_notes,
     print_towers_off,
+    source_of,
 )
 
 
@@ -57,6 +59,7 @@ def quantize(
         str | None,
         typer.Option(help="Text to calibrate static scales on (None: they are off), and for schedule.gptq_tokens."),
     ] = None,
+    columns: Columns = (),  # type: ignore[assignment]
     images: Annotated[
         Path | None, typer.Option(help="Folder of images, for the scales of the vision tower.", show_default=False)
     ] = None,
@@ -92,7 +95,7 @@ def quantize(
             model,
             made,
             out,
-            data=data,
+            data=source_of(data, columns),
             images=images,
             audio=audio,
             trained=text,
@@ -113,8 +116,9 @@ def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.", show_default=False)],
     data: Annotated[
         str | None,
-        typer.Option(help="Text: .txt, .jsonl, .parquet, a folder of them, or a dataset's name. None: its own."),
+        typer.Option(help="Text or chats: a file, a folder (its train split), or a dataset's name. None: its own."),
     ] = None,
+    columns: Columns = (),  # type: ignore[assignment]
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="A preset (q4_0 by default), or the path of a TOML file.")
     ] = None,
@@ -144,8 +148,9 @@ def train(
         tensorboard=tensorboard,
         gradient_checkpointing=gradient_checkpointing,
     )
-    evaluation = evaluation_of(text, eval_tokens, prompt, references)
-    common: dict[str, Any] = {"data": data, "evaluation": evaluation, "options": options, "resume": resume}
+    evaluation = evaluation_of(text, eval_tokens, prompt, columns, references)
+    source = source_of(data, columns)
+    common: dict[str, Any] = {"data": source, "evaluation": evaluation, "options": options, "resume": resume}
     if (model / FILE_NAME).is_file():
         if recipe is not None:
             raise typer.BadParameter(

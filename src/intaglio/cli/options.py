@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from intaglio.packed.model import PackedModel
     from intaglio.proof import Evaluation
+    from intaglio.train.data.sources import Data
 
 app = typer.Typer(
     help="Quantization-aware training for Gemma 4: what was trained is, bit for bit, what ships.",
@@ -27,17 +28,38 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Replace an existing output.")]
 TextOnly = Annotated[bool, typer.Option("--text-only", help="Leave out vision and audio towers.")]
 Text = Annotated[Path | None, typer.Option("--text", help="Held-out text (.txt, .jsonl, .parquet).")]
+Columns = Annotated[
+    list[str],
+    typer.Option(
+        "--column", help="What a column of --data or --text is: text=NAME, messages=NAME, prompt=, completion=, tools=."
+    ),
+]
 EvalTokens = Annotated[int, typer.Option("--eval-tokens", help="Held-out tokens to measure on.")]
 References = Annotated[
     str | None, typer.Option(help="Untrained models to measure beside it: none, stock, or all (default).")
 ]
 
 
-def evaluation_of(text: Path | None, tokens: int, prompts: list[str], references: str | None = None) -> Evaluation:
+def evaluation_of(
+    text: str | Path | None, tokens: int, prompts: list[str], columns: list[str], references: str | None = None
+) -> Evaluation:
     """What to measure on, as the options say it."""
     from intaglio.proof import Evaluation
 
-    return Evaluation(text=text, tokens=tokens, prompts=tuple(prompts), references=references or "all")
+    held_out = source_of(text, columns)
+    return Evaluation(text=held_out, tokens=tokens, prompts=tuple(prompts), references=references or "all")
+
+
+def source_of(text: str | Path | None, columns: list[str]) -> Data | None:
+    """Text with the names of its columns, as the options say it."""
+    from intaglio.train.data.sources import Source
+
+    if not columns or text is None:
+        return text
+    pairs = [column.partition("=") for column in columns]
+    if wrong := next((column for column, pair in zip(columns, pairs, strict=True) if not (pair[0] and pair[2])), None):
+        raise typer.BadParameter(f"--column {wrong}: expected ROLE=NAME, for example text=body")
+    return Source(text, {role: name for role, _, name in pairs})
 
 
 def print_json(value: Any) -> None:

@@ -38,6 +38,7 @@ from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.proof import Evaluation
 from intaglio.train.corpus import Corpus
+from intaglio.train.data.sources import Data, path_of
 from intaglio.train.loop import Options
 from intaglio.train.pack import pack_model
 from intaglio.train.run_folder import OF_THE_PROCESS, hold
@@ -52,7 +53,7 @@ class Texts:
     """What acceptance is measured on: `prompts` prompts of held-out text, `prompt_tokens` long, and what the target
     writes after each, `tokens` more."""
 
-    text: Path | None = None
+    text: Data | None = None
     prompts: int = 32
     prompt_tokens: int = 32
     tokens: int = 96
@@ -70,7 +71,7 @@ def run(
     recipe: Recipe,
     out: str | Path,
     *,
-    data: str | Path | None,
+    data: Data | None,
     drafter_dir: str | Path | None = None,
     shape: Shape | None = None,
     original_dir: str | Path | None = None,
@@ -88,7 +89,7 @@ def run(
     does not hold what was trained.
     """
     progress, texts, out = progress or Progress(), texts or Texts(), Path(out)
-    check_output(out, [target_dir, drafter_dir, original_dir, data, texts.text])
+    check_output(out, [target_dir, drafter_dir, original_dir, path_of(data), path_of(texts.text)])
     with hold(out), progress.logged(out):
         return _run(target_dir, recipe, out, data, drafter_dir, shape, original_dir, texts, options, resume, progress)
 
@@ -97,7 +98,7 @@ def _run(
     target_dir: str | Path,
     recipe: Recipe,
     out: Path,
-    data: str | Path | None,
+    data: Data | None,
     drafter_dir: str | Path | None,
     shape: Shape | None,
     original_dir: str | Path | None,
@@ -147,9 +148,13 @@ def open_target(path: str | Path) -> tuple[TextModel, str]:
 
 
 def _texts(
-    target: TextModel, plan: Plan, tokenizer: Any, data: str | Path | None, texts: Texts, progress: Progress
+    target: TextModel, plan: Plan, tokenizer: Any, data: Data | None, texts: Texts, progress: Progress
 ) -> tuple[Corpus, Tensor]:
     """What to train on, and prompts int64 [N, P] that it does not hold."""
+    if plan.recipe.schedule.assistant_only:
+        raise InputError(
+            "schedule.assistant_only: a drafter guesses every token of its target: --set schedule.assistant_only=false"
+        )
     corpus = training_text(plan, data, tokenizer, target, progress)
     windows = Evaluation(text=texts.text, tokens=texts.prompts * texts.prompt_tokens, window=texts.prompt_tokens)
     corpus, windows_NT = held_out(corpus, windows, plan, tokenizer)

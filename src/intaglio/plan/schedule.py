@@ -19,6 +19,7 @@ class Schedule:
     loss: "kl" to a teacher's next-token distribution, or "cross_entropy" with the text's next tokens, which
         needs no teacher.
     learn_scales: whether scales of weights move; else they stay as they began, and only codes follow.
+    assistant_only: whether only what assistants say in chats counts in the loss, and completions of prompts.
     lora_rank: 0 to train the weights; else of adapters that are merged into them before they are quantized.
     tokens: training tokens in all. batch_size: sequences per optimizer step.
     sequence_length: tokens of a sequence. micro_batch: sequences per forward; 0 for the whole batch.
@@ -35,6 +36,7 @@ class Schedule:
 
     loss: str = "kl"
     learn_scales: bool = True
+    assistant_only: bool = False
     lora_rank: int = 0
     tokens: int = 10_000_000
     batch_size: int = 32

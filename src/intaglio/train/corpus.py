@@ -7,16 +7,15 @@ Special tokens that a text spells out become those tokens, so that text in which
 applied already is read as it was meant.
 
 Shape suffixes: N sequences, T tokens of a sequence, M tokens of a stream, B sequences of a batch.
-`stream_2M` is int32: row 0 the tokens, row 1 a one where a document starts, else zero.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,15 +23,14 @@ import torch
 from numpy.typing import NDArray
 
 from intaglio.errors import ConfigError, CorpusError
-from intaglio.train.text import Piece, read_pieces
+from intaglio.train.data.pieces import read_pieces
+from intaglio.train.data.reading import Reading
+from intaglio.train.data.sources import Data, as_source
+from intaglio.train.data.tokens import IntArray, Stream, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-BATCH_PIECES = 32
-
-IntArray = NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,52 +41,93 @@ class Corpus:
     positions: int32 [N, T]; 0 at the start of a sequence and of a document. Given as position_ids
         without an attention mask, they make transformers keep the documents apart.
     source: where the text came from.
+    loss_mask: bool [N, T], true where the token at this place is a label that counts in the loss. The logits of
+        place t are those of the label at t + 1. None: every token counts.
+    reading: what was read, and what was not.
     """
 
     tokens: IntArray
     positions: IntArray
     source: str
+    loss_mask: NDArray[np.bool_] | None = None
+    reading: Reading | None = None
 
     @property
     def digest(self) -> str:
-        """sha256 of the shape, tokens and positions, in hexadecimal."""
+        """sha256 of the shape, tokens, positions and loss mask, in hexadecimal."""
         digest = hashlib.sha256(str(self.tokens.shape).encode())
         for array in (self.tokens, self.positions):
             digest.update(array.astype("<i4").tobytes())
+        if self.loss_mask is not None:
+            digest.update(b"loss mask" + np.packbits(self.loss_mask).tobytes())
         return digest.hexdigest()
+
+    def rows(self, chosen: slice | NDArray[np.int64]) -> Corpus:
+        """The corpus of these sequences."""
+        mask = None if self.loss_mask is None else self.loss_mask[chosen]
+        return replace(self, tokens=self.tokens[chosen], positions=self.positions[chosen], loss_mask=mask)
 
 
 def load_corpus(
-    source: str | Path, tokenizer: Tokenizer, *, sequence_length: int, vocab_size: int, max_tokens: int | None = None
+    source: Data,
+    tokenizer: Tokenizer,
+    *,
+    sequence_length: int,
+    vocab_size: int,
+    max_tokens: int | None = None,
+    assistant_only: bool = False,
 ) -> Corpus:
     """Tokenize `source` and pack it into sequences of `sequence_length` tokens.
 
-    source: a file (`SUFFIXES`; a form feed parts the documents of a .txt), a folder of such files, or a
-        dataset that `datasets` can stream, as name, name:config, name@split or name:config@split.
+    source: a file (`data.sources.KINDS`; a form feed parts the documents of a .txt), a folder of such files, of which
+        its train split is read if it has splits, or a dataset that `datasets` can stream, as name, name:config,
+        name@split or name:config@split; as a `Source` with names of columns.
     max_tokens: reading stops there. An incomplete last sequence is dropped.
+    assistant_only: fill `loss_mask`, so that only what an assistant says in chats counts, with the token that ends its
+        turn, and the completions of prompts.
 
-    Each document has bos in front. Plain text has eos behind; a chat template ends its own. A document
-    that is cut goes on in the next sequence. Raises CorpusError for text that cannot be read or is too
-    short, ConfigError for a token that is not below `vocab_size`.
+    Each document has one bos in front. Plain text has one eos behind; a chat template ends its own. A document
+    that is cut goes on in the next sequence. Raises CorpusError for text that cannot be read, is too short or has no
+    token that counts, ConfigError for a token that is not below `vocab_size`.
     """
     _check_sizes(sequence_length, max_tokens)
-    parts = _tokenize(read_pieces(source, tokenizer), tokenizer, str(source), vocab_size, eos=tokenizer.eos_token_id)
-    return _pack(_gather(parts, str(source), sequence_length, max_tokens), sequence_length, str(source))
+    if assistant_only and not tokenizer.is_fast:
+        raise ConfigError(
+            "assistant_only needs to know where tokens lie in the text: save the tokenizer as tokenizer.json"
+        )
+    reading = Reading(str(source))
+    pieces = read_pieces(as_source(source), tokenizer, reading, spans=assistant_only)
+    parts = tokenize(pieces, tokenizer, reading, vocab_size, eos=tokenizer.eos_token_id, masked=assistant_only)
+    with closing(parts):
+        stream = _gather(parts, reading, sequence_length, max_tokens)
+    corpus = _pack(stream, sequence_length, str(source))
+    reading.tokens = reading.counted = corpus.tokens.size
+    if assistant_only:
+        assert corpus.loss_mask is not None
+        reading.counted = int(corpus.loss_mask.sum())
+        if not reading.counted:
+            raise CorpusError(
+                f"{source}: no token counts in the loss: assistant_only learns what assistants say in chats and the "
+                "completions of prompts, and there is none: leave it out with --set schedule.assistant_only=false"
+            )
+    return replace(corpus, loss_mask=corpus.loss_mask if assistant_only else None, reading=reading)
 
 
 def held_out_windows(
-    source: str | Path, tokenizer: Tokenizer, *, length: int, vocab_size: int, max_tokens: int | None = None
+    source: Data, tokenizer: Tokenizer, *, length: int, vocab_size: int, max_tokens: int | None = None
 ) -> IntArray:
     """Evaluation windows, int32 [N, length]: bos, then the next `length - 1` tokens of the stream.
 
     The stream is the documents, each behind a bos, and a window reads on from one into the next, as in
     llama.cpp's perplexity. (That writes a window's bos over a token of the stream; here none is lost.)
-    A bos that would follow a window's bos is left out. The windows hold `max_tokens` at most. Raises
-    as `load_corpus` does.
+    A bos that would follow a window's bos is left out. The windows hold `max_tokens` at most. Of a folder
+    with splits the validation split is read, else the test split. Raises as `load_corpus` does.
     """
     _check_sizes(length, max_tokens)
-    parts = _tokenize(read_pieces(source, tokenizer), tokenizer, str(source), vocab_size, eos=None)
-    tokens_M = _gather(parts, str(source), length, max_tokens)[0]
+    reading = Reading(str(source))
+    pieces = read_pieces(as_source(source), tokenizer, reading, purpose="evaluation")
+    with closing(tokenize(pieces, tokenizer, reading, vocab_size, eos=None)) as parts:
+        tokens_M = _gather(parts, reading, length, max_tokens).tokens_M
     bos = tokenizer.bos_token_id
     head = np.array([] if bos is None else [bos], dtype=np.int32)
     body = length - len(head)
@@ -128,7 +167,7 @@ def sample_corpus(
     start_B1 = torch.full((batch_size, 1), bos, device=teacher.device)
     generate: Any = teacher.generate
     wanted = -(-tokens // sequence_length) * sequence_length
-    parts: list[IntArray] = []
+    parts: list[Stream] = []
     done = 0
     with torch.random.fork_rng(devices=[teacher.device] if teacher.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -136,12 +175,14 @@ def sample_corpus(
             sampled_BT = generate(start_B1, attention_mask=torch.ones_like(start_B1), generation_config=settings)
             for ids in sampled_BT.tolist():
                 end = ids.index(eos, 1) + 1 if eos in ids[1:] else len(ids)  # padding follows
-                parts.append(_stream(ids[:end], starts=True))
+                starts = np.arange(end) == 0
+                parts.append(Stream(np.array(ids[:end], dtype=np.int32), starts, np.ones(end, dtype=bool)))
                 done += end
             if on_progress is not None:
                 on_progress(min(done, wanted))
     source = f"sampled from the teacher, seed {seed}"
-    return _pack(_gather(parts, source, sequence_length, wanted), sequence_length, source)
+    corpus = _pack(_gather(parts, Reading(source), sequence_length, wanted), sequence_length, source)
+    return replace(corpus, loss_mask=None)
 
 
 def batch_indices(n_sequences: int, batch_size: int, seed: int, step: int) -> NDArray[np.int64]:
@@ -165,55 +206,30 @@ def _check_sizes(length: int, max_tokens: int | None) -> None:
         )
 
 
-def _tokenize(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, source: str, vocab_size: int, *, eos: int | None
-) -> Iterator[IntArray]:
-    """Streams [2, M_i], one a piece, with bos in front of documents and `eos`, unless it is None, behind."""
-    bos = tokenizer.bos_token_id
-    pieces = iter(pieces)
-    while batch := list(islice(pieces, BATCH_PIECES)):
-        ids_of = tokenizer([piece.text for piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        for piece, ids in zip(batch, ids_of, strict=True):
-            head = [bos] if piece.starts and bos is not None and ids[:1] != [bos] else []
-            tail = [eos] if piece.ends and eos is not None else []
-            stream = _stream([*head, *ids, *tail], piece.starts)
-            largest = int(stream[0].max(initial=0))
-            if largest >= vocab_size:
-                raise ConfigError(
-                    f"{source}: the tokenizer, of {len(tokenizer)} tokens, gives token {largest}, which the model's "
-                    f"vocabulary of {vocab_size} has not: use the tokenizer that belongs to the model"
-                )
-            yield stream
-
-
-def _stream(ids: list[int], starts: bool) -> IntArray:
-    stream_2M = np.zeros((2, len(ids)), dtype=np.int32)
-    stream_2M[0] = ids
-    stream_2M[1, :1] = starts
-    return stream_2M
-
-
-def _gather(parts: Iterable[IntArray], source: str, length: int, max_tokens: int | None) -> IntArray:
-    """One stream [2, M] of parts until `max_tokens` are there. Raises CorpusError for less than `length`."""
-    taken: list[IntArray] = []
+def _gather(parts: Iterable[Stream], reading: Reading, length: int, max_tokens: int | None) -> Stream:
+    """One stream of parts until `max_tokens` are there. Raises CorpusError for less than `length`."""
+    taken: list[Stream] = []
     done = 0
     for part in parts:
         taken.append(part)
-        done += part.shape[1]
+        done += len(part.tokens_M)
         if max_tokens is not None and done >= max_tokens:
+            reading.complete = False
             break
     if done == 0:
-        raise CorpusError(f"{source}: empty: expected text")
+        raise CorpusError(f"{reading.source}: empty: expected text")
     if done < length:
-        raise CorpusError(f"{source}: got {done} tokens: expected {length} or more, the length of one sequence")
-    return np.concatenate(taken, axis=1)[:, :max_tokens]
+        raise CorpusError(f"{reading.source}: got {done} tokens: expected {length} or more, the length of one sequence")
+    return Stream(*(np.concatenate(arrays)[:max_tokens] for arrays in zip(*taken, strict=True)))
 
 
-def _pack(stream_2M: IntArray, length: int, source: str) -> Corpus:
-    whole = stream_2M.shape[1] // length * length
-    tokens_NT, starts_NT = stream_2M[:, :whole].reshape(2, -1, length)
+def _pack(stream: Stream, length: int, source: str) -> Corpus:
+    whole = len(stream.tokens_M) // length * length
+    tokens_NT, counted_NT = stream.tokens_M[:whole].reshape(-1, length), stream.counted_M[:whole].reshape(-1, length)
+    starts_NT = stream.starts_M[:whole].reshape(-1, length)
     index_T = np.arange(length, dtype=np.int32)
-    return Corpus(tokens_NT, index_T - np.maximum.accumulate(starts_NT * index_T, axis=1), source)
+    positions_NT = index_T - np.maximum.accumulate(starts_NT * index_T, axis=1)
+    return Corpus(tokens_NT, positions_NT, source, counted_NT)
 
 
 def _window_starts(tokens_M: IntArray, bos: int | None, body: int) -> Iterator[int]:

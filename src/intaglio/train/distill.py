@@ -46,6 +46,19 @@ def _chunk_gradient(
     return (p * (log_p - log_q)).sum(), grad.to(student_TV.dtype)
 
 
+def _weighted_chunk_gradient(
+    softcap: float | None, teacher_softcap: float | None, student_TV: Tensor, teacher_TV: Tensor, weight_T: Tensor
+):
+    """The same with a weight for each token, of the loss and of the gradient."""
+    capped = cap(student_TV, softcap)
+    log_q = capped.log_softmax(-1)
+    log_p = cap(teacher_TV, teacher_softcap).log_softmax(-1)
+    p = log_p.exp()
+    slope = 1.0 if softcap is None else 1 - (capped / softcap).square()
+    grad = (log_q.exp() - p) * slope * weight_T.unsqueeze(-1)
+    return ((p * (log_p - log_q)).sum(-1) * weight_T).sum(), grad.to(student_TV.dtype)
+
+
 def _chunk_gradient_of_labels(softcap: float | None, student_TV: Tensor, labels_T: Tensor, weight_T: Tensor):
     """Weighted cross-entropy of a chunk (float32 scalar) and its gradient by the student's logits."""
     capped = cap(student_TV, softcap)
@@ -96,10 +109,11 @@ def chunked_kl(
     *,
     softcap: float | None,
     teacher_softcap: float | Literal["same"] | None = "same",
+    counted_T: Tensor | None = None,
     chunk_tokens: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """Mean KL(teacher || student) over tokens, in nats, float32 scalar.
+    """Mean KL(teacher || student) over tokens, in nats, float32 scalar; of those in `counted_T`, bool, if given.
 
     hidden_TD, teacher_hidden_TD: outputs of the final norm. head_VD, teacher_head_VD: output
     embeddings, in the same dtype as the hidden states; their widths may differ. Gradients reach hidden_TD and head_VD.
@@ -107,12 +121,25 @@ def chunked_kl(
     chunk_tokens: tokens whose logits exist at once; None picks by device and vocabulary.
     """
     softcaps = (softcap, softcap if teacher_softcap == "same" else teacher_softcap)
+    chunk = chunk_tokens or _chunk_tokens(hidden_TD, head_VD)
+    if counted_T is not None:
+        weighted, weight_T = _kernel(_weighted_chunk_gradient, softcaps, compiled), _weights(counted_T)
+
+        def of_counted(student_TV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            return weighted(student_TV, teacher_hidden_TD[rows] @ teacher_head_VD.T, weight_T[rows])
+
+        return _Chunked.apply(hidden_TD, head_VD, of_counted, 1.0, chunk)
     kernel, weight = _kernel(_chunk_gradient, softcaps, compiled), 1.0 / hidden_TD.shape[0]
 
     def of_rows(student_TV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return kernel(student_TV, teacher_hidden_TD[rows] @ teacher_head_VD.T, weight)
 
-    return _Chunked.apply(hidden_TD, head_VD, of_rows, weight, chunk_tokens or _chunk_tokens(hidden_TD, head_VD))
+    return _Chunked.apply(hidden_TD, head_VD, of_rows, weight, chunk)
+
+
+def _weights(counted_T: Tensor) -> Tensor:
+    """float32 weights of tokens that sum to one; all zero where none is counted."""
+    return counted_T.float() / counted_T.sum().clamp_min(1)
 
 
 def chunked_cross_entropy(
@@ -130,7 +157,7 @@ def chunked_cross_entropy(
     The other arguments are those of `chunked_kl`.
     """
     kernel = _kernel(_chunk_gradient_of_labels, (softcap,), compiled)
-    weight_T = counted_T.float() / counted_T.sum().clamp_min(1)
+    weight_T = _weights(counted_T)
 
     def of_rows(student_TV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return kernel(student_TV, labels_T[rows], weight_T[rows])

@@ -32,10 +32,14 @@ class Distiller(nn.Module):
         positions: Tensor,
         teacher_hidden: Tensor | None = None,
         teacher_head: Tensor | None = None,
+        counted: Tensor | None = None,
     ) -> Tensor:
-        """KL to the teacher whose final hidden states [B x T, D] and head are given, else cross-entropy."""
+        """KL to the teacher whose final hidden states [B x T, D] and head are given, else cross-entropy.
+
+        counted: bool [B, T], the places whose next token counts; None for all of them.
+        """
         hidden = final_hidden(self.student, input_ids, positions).flatten(0, 1)
-        return self.loss(hidden, input_ids, positions, teacher_hidden, teacher_head)
+        return self.loss(hidden, input_ids, positions, teacher_hidden, teacher_head, counted)
 
     def loss(
         self,
@@ -44,14 +48,23 @@ class Distiller(nn.Module):
         positions: Tensor,
         teacher_hidden: Tensor | None,
         teacher_head: Tensor | None,
+        counted: Tensor | None = None,
     ) -> Tensor:
         """The same from the student's final hidden states [B x T, D]."""
         head, how = self.student.get_output_embeddings().weight, {"softcap": self.softcap, "compiled": self.compiled}
         if teacher_hidden is not None and teacher_head is not None:
-            return chunked_kl(hidden, head, teacher_hidden, teacher_head, **how)  # type: ignore[arg-type]
-        labels, counted = input_ids.roll(-1, 1), positions.roll(-1, 1) > 0  # none for the last token of a document
-        counted[:, -1] = False
+            counted_T = None if counted is None else counted.flatten()
+            return chunked_kl(hidden, head, teacher_hidden, teacher_head, counted_T=counted_T, **how)  # type: ignore[arg-type]
+        labels = input_ids.roll(-1, 1)
+        counted = labels_inside(positions) if counted is None else counted
         return chunked_cross_entropy(hidden, head, labels.flatten(), counted.flatten(), **how)  # type: ignore[arg-type]
+
+
+def labels_inside(positions: Tensor) -> Tensor:
+    """Places [B, T] whose next token is of the same document; bool."""
+    inside = positions.roll(-1, 1) > 0
+    inside[:, -1] = False
+    return inside
 
 
 # What a lesson needs beside the text, from input_ids and positions [B, T].

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from intaglio.train import checkpoint
 from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.kernels import compile_layers
 from intaglio.train.latents import Latents
-from intaglio.train.lesson import Distiller, Teach, Teacher, nothing
+from intaglio.train.lesson import Distiller, Teach, Teacher, labels_inside, nothing
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
 from intaglio.train.run_folder import LOSSES_FILE, append_line, check_run_dir, claim, keep_lines
 from intaglio.train.sharding import (
@@ -37,6 +38,7 @@ from intaglio.train.sharding import (
     rank,
     shard,
     start_processes,
+    sum_over_processes,
     world_size,
 )
 from intaglio.train.signals import Pending, deferred
@@ -250,8 +252,8 @@ class Session:
         indices = batch_indices(len(self.corpus.tokens), schedule.batch_size, schedule.seed, step)
         micro_batches = self.micro_batches(indices)
         total = torch.zeros((), device=self.device)
-        for input_ids, positions in micro_batches:
-            total += self.backward(input_ids, positions, 1 / len(micro_batches))
+        for micro_batch, weight in zip(micro_batches, self.weights(micro_batches), strict=True):
+            total += self.backward(*micro_batch, weight)
         average_over_processes([total])
         loss = total.item()
         if not math.isfinite(loss):
@@ -261,20 +263,35 @@ class Session:
         self.optimizer.step()
         return loss
 
-    def micro_batches(self, indices) -> list[tuple[Tensor, Tensor]]:
-        """This process's share of a batch, cut into micro-batches on the device."""
+    def micro_batches(self, indices) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """This process's share of a batch, cut into micro-batches on the device: tokens, positions, and what counts."""
         indices = indices[rank() :: world_size()]
         size = self.schedule.micro_batch or len(indices)
         parts = [indices[i : i + size] for i in range(0, len(indices), size)]
 
-        tokens, positions = self.corpus.tokens, self.corpus.positions
-        return [(on_device(tokens[p], self.device), on_device(positions[p], self.device)) for p in parts]
+        return [self._on_device(self.corpus.rows(part)) for part in parts]
 
-    def backward(self, input_ids: Tensor, positions: Tensor, weight: float) -> Tensor:
+    def _on_device(self, rows: Corpus) -> tuple[Tensor, Tensor, Tensor | None]:
+        tokens, positions = on_device(rows.tokens, self.device), on_device(rows.positions, self.device)
+        if rows.loss_mask is None:
+            return tokens, positions, None
+        labels = torch.from_numpy(rows.loss_mask).to(self.device).roll(-1, 1)
+        return tokens, positions, labels & labels_inside(positions)
+
+    def weights(self, micro_batches: list[tuple[Tensor, Tensor, Tensor | None]]) -> list[Any]:
+        """Share of each micro-batch in the mean over all tokens that count, on all processes together."""
+        counts = [counted.sum().float() for _, _, counted in micro_batches if counted is not None]
+        if not counts:
+            return [1 / len(micro_batches)] * len(micro_batches)
+        total = sum_over_processes(torch.stack(counts).sum()).clamp_min(1)
+        return [count * world_size() / total for count in counts]
+
+    def backward(self, input_ids: Tensor, positions: Tensor, counted: Tensor | None, weight: Any) -> Tensor:
         """Loss of one micro-batch, its gradients times `weight` added to the weights'."""
         with torch.no_grad():
             taught = self.teach(input_ids, positions)
-        loss = self.lesson(input_ids, positions, *taught) * weight
+        masked = {} if counted is None else {"counted": counted}
+        loss = self.lesson(input_ids, positions, *taught, **masked) * weight
         loss.backward()
         return loss.detach()
 

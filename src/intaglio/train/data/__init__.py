@@ -1,0 +1,1 @@
+"""Documents out of what people have: files, folders, saved and named datasets; with a record of what was read."""
