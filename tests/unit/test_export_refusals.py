@@ -20,6 +20,7 @@ from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import verify
 from intaglio.plan.family import describe
 from tests.support.cases import Case, fields
+from tests.support.samples import forget
 from tests.support.tiny import GEMMA3, GEMMA4, TOKENIZER, VOCABULARY, make_checkpoint, pack
 
 
@@ -69,10 +70,7 @@ def test_a_model_without_tokenizer_is_refused(packed_copy: PackedModel, tmp_path
 
 def test_missing_ids_are_filled_and_placeholders_left_out(packed_copy: PackedModel, tmp_path: Path) -> None:
     def change(tokenizer: dict[str, Any]) -> None:
-        vocabulary = tokenizer["model"]["vocab"]
-        last = next(text for text, index in vocabulary.items() if index == VOCABULARY - 1)
-        del vocabulary[last]
-        tokenizer["model"]["merges"] = [pair for pair in tokenizer["model"]["merges"] if "".join(pair) != last]
+        forget(tokenizer, [VOCABULARY - 1])
         tokenizer["added_tokens"].append(added_token(VOCABULARY, content="<image_soft_token>", special=True))
 
     edit_tokenizer(packed_copy, change)

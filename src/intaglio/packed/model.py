@@ -56,6 +56,7 @@ ASSETS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
     "processor_config.json",
     "preprocessor_config.json",
@@ -63,11 +64,35 @@ ASSETS = (
 )
 
 
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder of them, beside chat_template.jinja
+
+
 def copy_assets(source: Path, target: Path) -> None:
-    """Copy what belongs to a model beside its weights, as far as it is there."""
+    """Copy what belongs to a model beside its weights, as far as it is there.
+
+    A chat template that only chat_template.json has, where processors look for it, is written to chat_template.jinja
+    too, where tokenizers and runtimes do. ConfigError where that file is damaged.
+    """
     for name in ASSETS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if (source / NAMED_TEMPLATES).is_dir():
+        (target / NAMED_TEMPLATES).mkdir(exist_ok=True)
+        for template in (source / NAMED_TEMPLATES).glob("*.jinja"):
+            shutil.copyfile(template, target / NAMED_TEMPLATES / template.name)
+    if (target / "chat_template.json").is_file() and not (target / "chat_template.jinja").is_file():
+        said = [_object(target / name).get("chat_template") for name in ("tokenizer_config.json", "chat_template.json")]
+        if said[0] is None and isinstance(said[1], str):
+            (target / "chat_template.jinja").write_text(said[1], "utf-8")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object of a file, empty where there is none."""
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        return dict(found)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a JSON object: {error}") from None
 
 
 def check_static(name: str, value: float) -> None:
