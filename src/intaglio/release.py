@@ -151,9 +151,7 @@ def make_release(
                 if isinstance(error, MismatchError):
                     release.mismatched[name] = str(error)
                 known = isinstance(error, IntaglioError)
-                release.left_out[name] = (
-                    str(error) if known else f"{one_line(error)}: a mistake of intaglio's: report it"
-                )
+                release.left_out[name] = str(error) if known else f"{one_line(error)}: this is a bug, please report it"
         if not release.verified:
             raise InputError(f"no format holds this model: {'; '.join(release.left_out.values())}")
         (temporary / CARD).write_text(_card(packed, temporary, release), "utf-8")

@@ -68,17 +68,23 @@ def test_a_model_without_tokenizer_is_refused(packed_copy: PackedModel, tmp_path
     assert list(tmp_path.iterdir()) == [packed_copy.path]
 
 
-def test_missing_ids_are_filled_and_placeholders_left_out(packed_copy: PackedModel, tmp_path: Path) -> None:
-    def change(tokenizer: dict[str, Any]) -> None:
-        forget(tokenizer, [VOCABULARY - 1])
-        tokenizer["added_tokens"].append(added_token(VOCABULARY, content="<image_soft_token>", special=True))
-
-    edit_tokenizer(packed_copy, change)
+def test_missing_ids_are_filled(packed_copy: PackedModel, tmp_path: Path) -> None:
+    edit_tokenizer(packed_copy, lambda tokenizer: forget(tokenizer, [VOCABULARY - 1]))
     export_gguf(packed_copy, tmp_path / "x.gguf")
     found = fields(tmp_path / "x.gguf")
     assert len(found["tokenizer.ggml.tokens"]) == VOCABULARY
     assert found["tokenizer.ggml.tokens"][-1] == f"[PAD{VOCABULARY - 1}]"
     assert found["tokenizer.ggml.token_type"][-1] == TokenType.UNUSED
+    assert verify(packed_copy, tmp_path / "x.gguf").exact
+
+
+def test_placeholders_without_an_embedding_are_left_out(packed_copy: PackedModel, tmp_path: Path) -> None:
+    placeholder = added_token(VOCABULARY, content="<image_soft_token>", special=True)
+    edit_tokenizer(packed_copy, lambda tokenizer: tokenizer["added_tokens"].append(placeholder))
+    export_gguf(packed_copy, tmp_path / "x.gguf")
+    assert "<image_soft_token>" not in fields(tmp_path / "x.gguf")["tokenizer.ggml.tokens"]
+    found = verify(packed_copy, tmp_path / "x.gguf")
+    assert not found.missing and found.differing_codes == 0
 
 
 @pytest.mark.parametrize(

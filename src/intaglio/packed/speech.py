@@ -32,6 +32,7 @@ class Speech:
 
     tokenizer: transformers' own. templates: by name, a single one as "default". settings: of
     generation_config.json. end_ids: every token that ends an answer, by the settings, the config and the tokenizer.
+    size: of the model's vocabulary; 0 where it does not matter. No text reaches placeholders beyond it.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class Speech:
     templates: dict[str, str]
     settings: Facts
     end_ids: tuple[int, ...]
+    size: int = 0
 
     @property
     def adds_bos(self) -> bool:
@@ -47,7 +49,9 @@ class Speech:
 
     def texts(self) -> list[str]:
         """The fixed texts, and some with this tokenizer's special tokens."""
-        return [*fixed_texts(), *with_specials(list(self.tokenizer.all_special_tokens)[:24])]
+        pairs = zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True)
+        known = [text for text, index in pairs if index < (self.size or len(self.tokenizer))]
+        return [*fixed_texts(), *with_specials(known[:24])]
 
     def facts(self) -> Facts:
         """Ids of special tokens, and the tokens of each fixed text by its place."""
@@ -75,7 +79,8 @@ def read_speech(folder: Path, config: dict[str, Any]) -> Speech | None:
     ends = [*(said if isinstance(said, list) else [said]), tokenizer.eos_token_id]
     if not all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in ends):
         raise ConfigError(f"{folder}: eos_token_id = {said!r}: expected a token's number or a list of them")
-    return Speech(folder, tokenizer, _templates(tokenizer), settings, tuple(dict.fromkeys(filter(_is_id, ends))))
+    ids = tuple(dict.fromkeys(end for end in ends if end is not None))
+    return Speech(folder, tokenizer, _templates(tokenizer), settings, ids, config.get("vocab_size") or 0)
 
 
 def _check_readable(folder: Path) -> None:
@@ -89,10 +94,6 @@ def _check_readable(folder: Path) -> None:
             template.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{template}: not UTF-8 text: {error}") from None
-
-
-def _is_id(end: int | None) -> bool:
-    return end is not None
 
 
 def _templates(tokenizer: Any) -> dict[str, str]:
