@@ -44,7 +44,7 @@ import torch
 from common import environment, write_result
 
 from intaglio.packed.store import SafetensorsWriter
-from intaglio.packed.verify import read_gguf
+from intaglio.packed.verify_gguf import read_gguf
 from intaglio.plan.family import describe, load_config
 from intaglio.tiny import MODEL_DIR
 

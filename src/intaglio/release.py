@@ -9,21 +9,22 @@ A runtime is a row of RUNTIMES. Every artifact is read back before the release a
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from intaglio.errors import ConfigError, InputError, MismatchError, RecipeError, WeightError
+from intaglio.errors import ConfigError, InputError, IntaglioError, MismatchError, OutputError
 from intaglio.export import EXPORTERS
 from intaglio.export.bundles import library_name, model_title
-from intaglio.numerics.grid import BlockGrid
+from intaglio.export.notes import litert_note, mlx_note, mobile_note, not_run, too_wide, vllm_note
 from intaglio.packed.model import PackedModel, file_sha256
 from intaglio.packed.outputs import MARKER
 from intaglio.packed.store import new_path
 from intaglio.packed.verify import Verification, verify
-from intaglio.plan.affine import schemes
-from intaglio.plan.files import read_json, read_text
+from intaglio.plan.files import one_line, read_json, read_text
 from intaglio.plan.plan import Plan
 from intaglio.progress import Progress
 
@@ -55,7 +56,8 @@ class Runtime:
     title: of the runtime. command: runs the artifact from the release's folder; {path} stands for the
     artifact's, {name} for the model's. file: of the artifact in the folder; empty where it is the folder.
     option: of the exporter, without which a release for all is left without it. note: what a plan's artifact is
-    without, or has otherwise, for its README. wanted: whether a plan's release has it if all are asked for.
+    without, or has otherwise, for its README. unwanted: why a plan's release is left without it if all are asked for;
+    empty where it is not.
     """
 
     title: str
@@ -63,56 +65,24 @@ class Runtime:
     file: str = ""
     option: str = ""
     note: Callable[[Plan], str] = _nothing
-    wanted: Callable[[Plan], bool] = lambda plan: True
-
-
-def _vllm_note(plan: Plan) -> str:
-    notes = []
-    if any("embedding" in t.spec.role and isinstance(t.grid, BlockGrid) and t.grid.portable for t in plan):
-        notes.append("Embeddings are bfloat16, exactly what their codes and scales decode to.")
-    if any(scheme.static for scheme in schemes(plan).values()):
-        notes.append(
-            "vLLM 0.32 computes q, k and v, and gate and up, as one linear, and gives all of it the output scale of "
-            "the last (v, up), although the file has one for each."
-        )
-    if any(t.spec.role == "expert" and isinstance(t.grid, BlockGrid) for t in plan):
-        notes.append("Each expert is three linears; transformers does not read them, and would make random ones.")
-    if plan.recipe.kv_cache is not None:
-        notes.append("The format has no place for scales of an int8 KV cache: it stays in floats.")
-    return " ".join(notes)
-
-
-def _mlx_note(plan: Plan) -> str:
-    return "MLX has no static scales: activations and KV cache stay in floats." if plan.static_scales else ""
-
-
-def _litert_note(plan: Plan) -> str:
-    return "" if plan.static_scales else "LiteRT rounds activations to 8 bits as they come where weights are Q4_0."
-
-
-def _mobile_note(plan: Plan) -> str:
-    return "transformers quantizes activations and leaves the KV cache in floats." if plan.recipe.kv_cache else ""
-
-
-def _not_run(plan: Plan) -> str:
-    return "Written by the program's documentation and checked by parsing; the program itself was not run."
+    unwanted: Callable[[Plan], str] = _nothing
 
 
 RUNTIMES: dict[str, Runtime] = {
     "gguf": Runtime(title="llama.cpp", command="llama-cli -m {path}", file="model.gguf"),
     "ollama": Runtime(
-        title="Ollama", command="ollama create {name} -f {path}/Modelfile && ollama run {name}", note=_not_run
+        title="Ollama", command="ollama create {name} -f {path}/Modelfile && ollama run {name}", note=not_run
     ),
-    "lmstudio": Runtime(title="LM Studio", command="cp -r {path}/*/ ~/.lmstudio/models/", note=_not_run),
-    "hf": Runtime(title="transformers", command=PIPELINE, wanted=lambda plan: plan.portable),
-    "gemma-mobile": Runtime(title="transformers", command=PIPELINE, note=_mobile_note),
-    "vllm": Runtime(title="vLLM", command="vllm serve {path}", note=_vllm_note),
+    "lmstudio": Runtime(title="LM Studio", command="cp -r {path}/*/ ~/.lmstudio/models/", note=not_run),
+    "hf": Runtime(title="transformers", command=PIPELINE, unwanted=too_wide),
+    "gemma-mobile": Runtime(title="transformers", command=PIPELINE, note=mobile_note),
+    "vllm": Runtime(title="vLLM", command="vllm serve {path}", note=vllm_note),
     "litert": Runtime(
-        title="LiteRT-LM", command="litert-lm run {path} --prompt Hello", file="model.litertlm", note=_litert_note
+        title="LiteRT-LM", command="litert-lm run {path} --prompt Hello", file="model.litertlm", note=litert_note
     ),
     "onnx": Runtime(title="ONNX Runtime and Transformers.js", command=NODE),
     "web": Runtime(title="a web page", command="python {path}/serve.py", option="transformers_js"),
-    "mlx": Runtime(title="MLX", command='mlx_lm.generate --model {path} --prompt "Hello"', note=_mlx_note),
+    "mlx": Runtime(title="MLX", command='mlx_lm.generate --model {path} --prompt "Hello"', note=mlx_note),
 }
 
 
@@ -127,10 +97,14 @@ def parse_targets(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Release:
-    """What was written: of each runtime what reading back said, and why others were left out."""
+    """What was written: of each runtime what reading back said, and why others were left out.
+
+    mismatched: of those left out, the ones that did not hold what was packed.
+    """
 
     verified: dict[str, Verification]
     left_out: dict[str, str]
+    mismatched: dict[str, str] = field(default_factory=dict)
 
 
 def make_release(
@@ -145,9 +119,9 @@ def make_release(
     """Write the release `out`.
 
     to: names of RUNTIMES with commas between, or "all", which leaves out those whose format cannot say the
-    model exactly; of ones that are named, that is the exporter's RecipeError, ConfigError or WeightError.
-    options: of exporters, by the names that rows of RUNTIMES give them. Raises MismatchError if an artifact is not
-    what was packed.
+    model exactly, and any that fails: one target's failure never takes the others. Of targets that are named, that is
+    the exporter's error. options: of exporters, by the names that rows of RUNTIMES give them. Raises MismatchError if
+    an artifact that was named is not what was packed, and InputError if nothing was written.
     """
     progress, names, every = progress or Progress(), parse_targets(to), ALL in to.split(",")
     if packed.plan.model.family.drafter:
@@ -157,20 +131,27 @@ def make_release(
     with new_path(Path(out), replace=replace) as temporary:
         temporary.mkdir()
         for name in names:
-            if every and not RUNTIMES[name].wanted(packed.plan):
-                continue
             option = RUNTIMES[name].option
             given = {option: options[option]} if option in options else {}
-            if every and option and not given:
-                release.left_out[name] = f"it needs --{option.replace('_', '-')}"
+            reason = RUNTIMES[name].unwanted(packed.plan)
+            if option and not given:
+                reason = reason or f"it needs --{option.replace('_', '-')}"
+            if every and reason:
+                release.left_out[name] = reason
                 continue
             progress.stage(f"Exporting {name}")
             try:
                 release.verified[name] = _export(packed, temporary, name, given)
-            except (ConfigError, RecipeError, WeightError) as error:
+            except (KeyboardInterrupt, OutputError):  # a full disk is full for all
+                raise
+            except Exception as error:
                 if not every:
                     raise
-                release.left_out[name] = str(error)
+                shutil.rmtree(temporary / name, ignore_errors=True)
+                if isinstance(error, MismatchError):
+                    release.mismatched[name] = str(error)
+                known = isinstance(error, IntaglioError)
+                release.left_out[name] = str(error) if known else f"{one_line(error)}: this is a bug, please report it"
         if not release.verified:
             raise InputError(f"no format holds this model: {'; '.join(release.left_out.values())}")
         (temporary / CARD).write_text(_card(packed, temporary, release), "utf-8")
@@ -189,7 +170,7 @@ def _export(packed: PackedModel, out: Path, name: str, options: dict[str, Any]) 
     if not result.exact:
         raise MismatchError(f"{name}: {result.summary()}: the export is not what was packed; please report this")
     lines = [
-        f"# {model_title(packed)} for {runtime.title}",
+        f"# {_plain(model_title(packed))} for {runtime.title}",
         f"Recipe {packed.plan.recipe.name}. In this folder:",
         f"```bash\n{_command(packed, name, runtime.file or '.')}\n```",
         f"Read back: {result.summary().partition(': ')[2]}.",
@@ -211,26 +192,42 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _card(packed: PackedModel, out: Path, release: Release) -> str:
-    plan, title = packed.plan, f"{model_title(packed)}, {packed.plan.recipe.name}"
+    plan, title = packed.plan, _plain(f"{model_title(packed)}, {packed.plan.recipe.name}")
+    method = _plain(str(packed.provenance.get("method", "quantized without training")))
     rows = [
         f"| {RUNTIMES[name].title} | [`{name}/`]({name}) | {_size(out / name)} | "
         f"`{_command(packed, name, '/'.join(filter(None, (name, RUNTIMES[name].file))))}` |"
         for name in release.verified
     ]
     notes = [f"- {name}: {note}" for name in release.verified if (note := RUNTIMES[name].note(plan))]
-    notes += [f"- {name} is left out: {reason}" for name, reason in release.left_out.items()]
+    notes += [f"- {name} is left out: {_plain(reason)}" for name, reason in release.left_out.items()]
     parts = [
         f"---\ntags: [{plan.model.family.gguf_architecture}, quantized, intaglio]\n---",
         f"# {title}",
-        plan.recipe.summary,
-        f"Made by intaglio: {packed.provenance.get('method', 'quantized without training')}. Every folder holds the "
-        f"same codes and scales, those of the packed model with SHA-256 `{packed.sha256()}`. `{MANIFEST}` has the sums "
+        _grids(plan),
+        f"Made by intaglio: {method}. Every folder holds the same "
+        f"codes and scales, those of the packed model with SHA-256 `{packed.sha256()}`. `{MANIFEST}` has the sums "
         "of all files.",
         "| runtime | folder | size | command |\n|---|---|---:|---|\n" + "\n".join(rows),
         "\n".join(notes),
         _measured(packed) or "Quality was not measured: `intaglio eval` does.",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text of a stranger as Markdown shows it word for word: on one line, without markup, links or pages of HTML."""
+    line = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+    return re.sub(r"([\\`*_{}\[\]<>#|!~$&])", r"\\\1", line)
+
+
+def _grids(plan: Plan) -> str:
+    """Which grids the plan puts weights on: "Weights: mlp on q4_0; norm on f32"."""
+    names: dict[str, list[str]] = {}
+    for tensor in plan:
+        grids = names.setdefault(tensor.spec.role.replace("_", " "), [])
+        grids += [tensor.grid.name] * (tensor.grid.name not in grids)
+    return "Weights: " + "; ".join(f"{role} on {' and '.join(grids)}" for role, grids in names.items()) + "."
 
 
 def _size(folder: Path) -> str:

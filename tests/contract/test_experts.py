@@ -20,7 +20,8 @@ from intaglio.numerics.grid import Q4_0, Quantized
 from intaglio.packed.checkpoint import load_model
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import read_gguf, verify
+from intaglio.packed.verify import verify
+from intaglio.packed.verify_gguf import read_gguf
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.latents import Latents, prepare

@@ -20,7 +20,8 @@ from intaglio.numerics.grid import Quantized
 from intaglio.packed.checkpoint import checkpoint_spec, load_model, load_quantized
 from intaglio.packed.import_mobile import import_mobile
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import read_gguf, verify
+from intaglio.packed.verify import verify
+from intaglio.packed.verify_gguf import read_gguf
 from intaglio.plan.carried import whole_name
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe

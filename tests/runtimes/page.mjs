@@ -15,7 +15,10 @@ page.setDefaultTimeout(600_000);
 const elsewhere = [], errors = [];
 page.on("request", (request) => request.url().startsWith(new URL(url).origin) || elsewhere.push(request.url()));
 page.on("pageerror", (error) => errors.push(error.message));
-const until = (expression) => page.waitForFunction(expression);
+// Asked from here: the page's policy forbids what waitForFunction does in it.
+async function until(expression) {
+  while (!(await page.evaluate(expression))) await new Promise((again) => setTimeout(again, 20));
+}
 const ready = () => until("document.body.dataset.state === 'ready'");
 const answers = () => page.locator("#messages .assistant .text").allTextContents();
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from intaglio.measure.llamacpp import LlamaCpp
 from tests.support.cases import Case, make_case
 from tests.support.texts import CHAT, texts
-from tests.support.tiny import VOCABULARY
+from tests.support.tiny import GEMMA4, ROPES, VOCABULARY, with_rope
 
 pytestmark = pytest.mark.runtime
 
@@ -39,6 +39,17 @@ def test_llamacpp_computes_the_exported_model(case: Case) -> None:
 
 def test_llamacpp_computes_the_text_of_a_model_without_encoders(tmp_path: Path) -> None:
     check_logits(make_case("unified", tmp_path))
+
+
+SCALED = (
+    *("half a share", "proportional, factor 8", "linear, full layers", "llama3"),
+    "yarn without its factor on attention",
+)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_llamacpp_turns_as_a_scaled_rotary_embedding_asks(tmp_path: Path, name: str) -> None:
+    check_logits(make_case(name, tmp_path, with_rope(GEMMA4, ROPES[name])))
 
 
 def check_logits(case: Case) -> None:

@@ -27,12 +27,14 @@ from intaglio.measure.evaluate import logits_of
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model
 from intaglio.packed.model import PackedModel
+from intaglio.packed.speech import read_speech
+from intaglio.packed.texts import CHATS
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.planning import bundled_spec
 from intaglio.train.static import switch_static
 from tests.support.cases import Case
-from tests.support.tiny import GEMMA4_MOE, VOCABULARY, make_checkpoint, pack
+from tests.support.tiny import GEMMA4, GEMMA4_MOE, ROPES, VOCABULARY, make_checkpoint, pack, with_rope
 
 IDS = np.random.default_rng(0).integers(3, VOCABULARY, (2, 80)).astype(np.int32)  # two windows and a half
 PROMPTS = IDS[:, :16]
@@ -212,3 +214,41 @@ def test_vllm_finds_the_schemes_of_the_mobile_format(tmp_path: Path) -> None:
         "model.embed_tokens": ["CompressedTensorsEmbeddingWNA16Int", 2, None],
         "model.embed_tokens_per_layer": ["CompressedTensorsEmbeddingWNA16Int", 4, 64],
     }
+
+
+FIXED = """
+import json, sys
+from pathlib import Path
+from mlx_lm.utils import load_tokenizer
+tokenizer = load_tokenizer(Path(sys.argv[1]))
+texts, chats = json.loads(sys.stdin.read())
+ids = [list(tokenizer.encode(text)) for text in texts]
+written = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=ask) for c, ask in chats]
+print(json.dumps([ids, written, sorted(tokenizer.eos_token_ids)]))
+"""
+
+
+@pytest.mark.environment
+def test_mlx_reads_and_writes_the_fixed_texts_and_chats(gemma4: Case, tmp_path: Path) -> None:
+    export_mlx(gemma4.packed, tmp_path / "mlx")
+    speech = read_speech(gemma4.packed.path, gemma4.packed.plan.model.config)
+    assert speech is not None
+    texts, command = speech.texts(), [str(python_of("mlx")), "-c", FIXED, str(tmp_path / "mlx")]
+    done = subprocess.run(command, input=json.dumps([texts, CHATS]), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ids, written, ends = json.loads(done.stdout.splitlines()[-1])
+    assert ids == speech.tokens(texts)
+    assert written == [
+        speech.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask) for chat, ask in CHATS
+    ]
+    assert set(ends) <= set(speech.end_ids)
+
+
+@pytest.mark.environment
+@pytest.mark.parametrize("name", ["proportional, factor 8", "linear, full layers", "linear, sliding layers"])
+def test_mlx_turns_as_a_scaled_rotary_embedding_asks(tmp_path: Path, name: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", with_rope(GEMMA4, ROPES[name]))
+    packed = pack(checkpoint, tmp_path / "p")
+    export_mlx(packed, tmp_path / "mlx")
+    found = run("mlx", tmp_path / "mlx", tmp_path / "out")
+    assert agreement(simulated(packed, checkpoint), found.logits, IDS).max_difference < 1e-3

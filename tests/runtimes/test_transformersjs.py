@@ -23,12 +23,16 @@ from intaglio.export.web import export_web
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model, load_tokenizer
 from intaglio.packed.model import PackedModel
+from intaglio.packed.speech import read_speech
+from intaglio.packed.texts import CHATS
 from intaglio.packed.verify import verify
+from intaglio.release import RUNTIMES
 from intaglio.tiny import MODEL_DIR
 from tests.support.tiny import pack
 
 pytestmark = pytest.mark.environment
 
+ROOT = Path(__file__).parents[2]
 MODULES = ENVIRONMENTS / "transformersjs" / "node_modules"
 PROMPT = "It was a bright morning, and the whole family"
 TOLERANCE = 1e-4
@@ -77,6 +81,67 @@ def test_the_same_forty_tokens_and_logits_as_in_transformers(
     with torch.no_grad():
         expected = model(input_ids=torch.from_numpy(windows), use_cache=False).logits[:, :-1].numpy()
     assert np.abs(found.logits - expected).max() < TOLERANCE
+
+
+def node(folder: Path, onnx: Path, code: str, *arguments: str) -> str:
+    """What a module prints that runs in `folder`, beside node_modules and the model as `onnx-model`."""
+    folder.mkdir()
+    (folder / "onnx-model").symlink_to(onnx)
+    (folder / "node_modules").symlink_to(MODULES)
+    command = ["node", "--input-type=module", "-e", code, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_documented_command_writes_what_transformers_writes(site: Path, model: Any, tmp_path: Path) -> None:
+    """Text in, text out: no ids are passed, so the first token has to come from the folder."""
+    code = re.search(r"```js\n(.*?)```", (ROOT / "docs" / "onnx.md").read_text("utf-8"), re.DOTALL)
+    assert code is not None
+    prompt = re.search(r"generate\('(.*?)',", code[1])
+    assert prompt is not None
+    tokenizer = load_tokenizer(MODEL_DIR)
+    ids = torch.tensor([tokenizer(prompt[1])["input_ids"]])
+    assert ids[0, 0] == tokenizer.bos_token_id
+    assert "add_bos_token" not in json.loads((MODEL_DIR / "tokenizer_config.json").read_text("utf-8"))
+    expected = tokenizer.decode(model.generate(ids, max_new_tokens=40, do_sample=False)[0], skip_special_tokens=True)
+    onnx = site.with_name("onnx")
+    assert node(tmp_path / "docs", onnx, code[1]).strip() == expected.strip()
+    command = RUNTIMES["onnx"].command.format(path="onnx-model", name="x")  # of a release's README
+    released = re.search(r'-e "(.*)"$', command)
+    assert released is not None
+    said = node(tmp_path / "release", onnx, released[1].replace("'Hello'", repr(prompt[1])))
+    assert said.strip() == expected.strip()
+
+
+FIXED = """
+import { env, AutoTokenizer } from '@huggingface/transformers';
+import { readFileSync } from 'node:fs';
+env.allowRemoteModels = false;
+env.localModelPath = './';
+const tokenizer = await AutoTokenizer.from_pretrained('onnx-model');
+const { texts, chats } = JSON.parse(readFileSync(process.argv[1], 'utf-8'));
+const ids = texts.map((text) => Array.from(tokenizer.encode(text), Number));
+const written = chats.map(([chat, ask]) =>
+  tokenizer.apply_chat_template(chat, { tokenize: false, add_generation_prompt: ask }));
+console.log(JSON.stringify({ ids, written }));
+"""
+
+
+def test_the_fixed_texts_and_chats_are_read_and_written_as_by_transformers(
+    site: Path, packed: PackedModel, tmp_path: Path
+) -> None:
+    speech = read_speech(packed.path, packed.plan.model.config)
+    assert speech is not None
+    texts = speech.texts()
+    (tmp_path / "fixed.json").write_text(json.dumps({"texts": texts, "chats": CHATS}), "utf-8")
+    found = json.loads(node(tmp_path / "in", site.with_name("onnx"), FIXED, str(tmp_path / "fixed.json")))
+    wrong = [text for text, a, b in zip(texts, found["ids"], speech.tokens(texts), strict=True) if a != b]
+    assert not wrong
+    expected = [
+        speech.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask) for chat, ask in CHATS
+    ]
+    assert found["written"] == expected
 
 
 def test_webgpu_writes_the_same_tokens(site: Path, model: Any, tmp_path: Path) -> None:
@@ -134,6 +199,7 @@ def test_a_person_can_chat_with_it(site: Path, model: Any, tmp_path: Path) -> No
     with served(sys.executable, str(site / "serve.py"), "0") as url:
         headers = urlopen(url).headers
         assert headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+        assert "default-src 'self'" in headers["Content-Security-Policy"]
         seen = use(f"{url}/?tokens=64", tmp_path)
     assert seen["state"] == "ready" and seen["title"] == "tiny", seen
     assert not seen["elsewhere"] and not seen["errors"]

@@ -27,9 +27,9 @@ class Case:
     hf: Path
 
 
-def make_case(name: str, folder: Path) -> Case:
-    """name: of CONFIGS, or of another kind of model in FAMILY."""
-    checkpoint = make_checkpoint(folder / "checkpoint", CONFIGS.get(name) or FAMILY[name])
+def make_case(name: str, folder: Path, config: dict[str, Any] | None = None) -> Case:
+    """name: of CONFIGS, or of another kind of model in FAMILY, where no config is given."""
+    checkpoint = make_checkpoint(folder / "checkpoint", config or CONFIGS.get(name) or FAMILY[name])
     packed = pack(checkpoint, folder / "packed")
     export_gguf(packed, folder / "model.gguf")
     export_hf(packed, folder / "hf")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 
 
@@ -28,3 +31,16 @@ def samples(rows: int = 8, columns: int = 512) -> dict[str, np.ndarray]:
         "half subnormal": normal * np.float32(1e-7),
         "below half": normal * np.float32(1e-10),
     }
+
+
+def forget(tokenizer: dict[str, Any], ids: Iterable[int]) -> None:
+    """Take tokens, and all that are merged of them, out of what a tokenizer.json holds; their ids stay free."""
+    model = tokenizer["model"]
+    gone = {text for text, index in model["vocab"].items() if index in set(ids)}
+    while True:
+        broken = {"".join(pair) for pair in model["merges"] if gone & {*pair, "".join(pair)}} | gone
+        if broken == gone:
+            break
+        gone = broken
+    model["merges"] = [pair for pair in model["merges"] if not gone & {*pair, "".join(pair)}]
+    model["vocab"] = {text: index for text, index in model["vocab"].items() if text not in gone}

@@ -166,6 +166,29 @@ UNIFIED_ASSISTANT = ASSISTANT | {
     | {"model_type": "gemma4_unified_text", "attention_k_eq_v": True, "num_global_key_value_heads": 1},
 }
 
+# Changes of GEMMA4's rotary embeddings: of full and of sliding layers.
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "partial_rotary_factor": 1.0}
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+ROPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "half a share": ({"partial_rotary_factor": 0.5}, {}),
+    "proportional, factor 8": ({"factor": 8.0}, {}),
+    "linear, full layers": ({"rope_type": "linear", "factor": 8.0, "partial_rotary_factor": 1.0}, {}),
+    "linear, sliding layers": ({}, {"rope_type": "linear", "factor": 2.0}),
+    "llama3": ({"rope_type": "llama3", "factor": 8.0, "partial_rotary_factor": 1.0} | _LLAMA3, {}),
+    "yarn": (_YARN, {}),
+    "yarn without its factor on attention": (_YARN | {"attention_factor": 1.0}, {}),
+    "dynamic": ({"rope_type": "dynamic", "factor": 8.0, "partial_rotary_factor": 1.0}, {}),
+}
+
+
+def with_rope(config: dict[str, Any], change: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    """A Gemma 4 config with one of ROPES."""
+    full = {"rope_theta": 1e6, "rope_type": "proportional", "partial_rotary_factor": 0.25} | change[0]
+    sliding = {"rope_theta": 1e4, "rope_type": "default"} | change[1]
+    return config | {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
+
+
 # One of each kind that the family table knows.
 FAMILY = {
     "gemma4": GEMMA4,

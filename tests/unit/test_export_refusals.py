@@ -20,6 +20,7 @@ from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import verify
 from intaglio.plan.family import describe
 from tests.support.cases import Case, fields
+from tests.support.samples import forget
 from tests.support.tiny import GEMMA3, GEMMA4, TOKENIZER, VOCABULARY, make_checkpoint, pack
 
 
@@ -67,20 +68,23 @@ def test_a_model_without_tokenizer_is_refused(packed_copy: PackedModel, tmp_path
     assert list(tmp_path.iterdir()) == [packed_copy.path]
 
 
-def test_missing_ids_are_filled_and_placeholders_left_out(packed_copy: PackedModel, tmp_path: Path) -> None:
-    def change(tokenizer: dict[str, Any]) -> None:
-        vocabulary = tokenizer["model"]["vocab"]
-        last = next(text for text, index in vocabulary.items() if index == VOCABULARY - 1)
-        del vocabulary[last]
-        tokenizer["model"]["merges"] = [pair for pair in tokenizer["model"]["merges"] if "".join(pair) != last]
-        tokenizer["added_tokens"].append(added_token(VOCABULARY, content="<image_soft_token>", special=True))
-
-    edit_tokenizer(packed_copy, change)
+def test_missing_ids_are_filled(packed_copy: PackedModel, tmp_path: Path) -> None:
+    edit_tokenizer(packed_copy, lambda tokenizer: forget(tokenizer, [VOCABULARY - 1]))
     export_gguf(packed_copy, tmp_path / "x.gguf")
     found = fields(tmp_path / "x.gguf")
     assert len(found["tokenizer.ggml.tokens"]) == VOCABULARY
     assert found["tokenizer.ggml.tokens"][-1] == f"[PAD{VOCABULARY - 1}]"
     assert found["tokenizer.ggml.token_type"][-1] == TokenType.UNUSED
+    assert verify(packed_copy, tmp_path / "x.gguf").exact
+
+
+def test_placeholders_without_an_embedding_are_left_out(packed_copy: PackedModel, tmp_path: Path) -> None:
+    placeholder = added_token(VOCABULARY, content="<image_soft_token>", special=True)
+    edit_tokenizer(packed_copy, lambda tokenizer: tokenizer["added_tokens"].append(placeholder))
+    export_gguf(packed_copy, tmp_path / "x.gguf")
+    assert "<image_soft_token>" not in fields(tmp_path / "x.gguf")["tokenizer.ggml.tokens"]
+    found = verify(packed_copy, tmp_path / "x.gguf")
+    assert not found.missing and found.differing_codes == 0
 
 
 @pytest.mark.parametrize(

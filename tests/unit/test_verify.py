@@ -111,14 +111,16 @@ def test_the_unquantized_checkpoint_does_not_pass(gemma4: Case) -> None:
 
 
 def test_sharded_folders_can_be_verified(gemma4: Case, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(gemma4.hf, tmp_path / "hf"))
     weights = load_file(gemma4.hf / "model.safetensors")
+    (folder / "model.safetensors").unlink()
     names = sorted(weights)
     halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file_name, part in halves.items():
-        save_file({name: weights[name] for name in part}, tmp_path / file_name)
+        save_file({name: weights[name] for name in part}, folder / file_name)
     weight_map = {name: file_name for file_name, part in halves.items() for name in part}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
-    assert verify(gemma4.packed, tmp_path).exact
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
+    assert verify(gemma4.packed, folder).exact
 
 
 def readable(packed: PackedModel, path: Path) -> Verification | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,15 @@ def test_what_is_missing_is_named_with_its_command(gemma4: Case, modules: Path, 
 def test_the_option_is_for_the_page_alone(gemma4: Case, tmp_path: Path) -> None:
     outcome = intaglio("export", gemma4.packed.path, "gguf", f"--out={tmp_path / 'x'}", "--transformers-js=.")
     assert outcome.code == 2 and "--transformers-js is for the target web" in outcome.err
+
+
+def test_the_page_is_confined_to_its_folder() -> None:
+    """By its own policy, and by the server's, which also covers the workers."""
+    page = files("intaglio.export") / "page"
+    html, server = (page / "index.html").read_text("utf-8"), (page / "serve.py").read_text("utf-8")
+    found = re.search(r'Content-Security-Policy" content="([^"]*)"', html)
+    assert found is not None
+    for rule in ("default-src 'self'", "object-src 'none'", "base-uri 'none'", "form-action 'none'"):
+        assert rule in found[1] and rule in server
+    assert not re.search(r"<script(?![^>]*\bsrc=)|\son\w+=|<style|\sstyle=", html), "the policy lets nothing inline run"
+    assert "unsafe-inline" not in html + server and "'unsafe-eval'" not in html + server

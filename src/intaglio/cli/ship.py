@@ -80,6 +80,7 @@ def export(
 
 def _release(model: PackedModel, out: Path, to: str, replace: bool, options: dict[str, Any]) -> None:
     from intaglio.cli.terminal import Bars
+    from intaglio.errors import MismatchError
     from intaglio.release import make_release
 
     with Bars() as bars:
@@ -88,6 +89,8 @@ def _release(model: PackedModel, out: Path, to: str, replace: bool, options: dic
         typer.echo(result.summary())
     for name, reason in release.left_out.items():
         typer.echo(f"{name}: left out: {reason}")
+    if release.mismatched:
+        raise MismatchError("; ".join(release.mismatched.values()))
 
 
 @app.command()

@@ -7,26 +7,22 @@ parse it.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from intaglio.errors import ConfigError
 from intaglio.export.folder import silent
 from intaglio.export.gguf import export_gguf
 from intaglio.packed.model import PackedModel
+from intaglio.packed.speech import read_speech
 from intaglio.packed.store import new_path
-from intaglio.packed.verify import read_gguf
+from intaglio.packed.turns import SAMPLING, modelfile_facts
 from intaglio.packed.verify_bundles import MODELFILE
+from intaglio.packed.verify_gguf import read_gguf
 
-# What ends a turn, and the names of Ollama's code that writes prompts and reads answers, where it has any.
-STOP = {"gemma4": "<turn|>", "gemma3": "<end_of_turn>"}
-OLLAMA_FORMAT = {"gemma4": "gemma4"}
-SAMPLING = {"temperature": 1.0, "top_p": 0.95, "top_k": 64}  # Google's, for a model that says nothing else
 PUBLISHER = "intaglio"
 DRAFTER = "gemma4-assistant"  # general.architecture of a drafter's GGUF
 
@@ -48,33 +44,28 @@ def export_ollama(
     _check_runs_alone(packed)
     if draft is not None:
         _check_draft(packed, draft)
+    text = modelfile(packed, with_draft=draft is not None)
     with new_path(Path(path), replace=replace) as temporary:
         temporary.mkdir()
         _place(packed, temporary / "model.gguf", gguf, on_progress)
         if draft is not None:
             shutil.copyfile(draft, temporary / "draft.gguf")
-        (temporary / MODELFILE).write_text(modelfile(packed, with_draft=draft is not None), "utf-8")
+        (temporary / MODELFILE).write_text(text, "utf-8")
 
 
 def modelfile(packed: PackedModel, *, with_draft: bool = False) -> str:
-    """The text of an Ollama Modelfile."""
-    architecture = packed.plan.model.family.gguf_architecture
+    """The text of an Ollama Modelfile.
+
+    Raises ConfigError for a chat template that Ollama would not use, and for sampling settings that are no numbers.
+    """
+    spec = packed.plan.model.text_only()
+    facts = modelfile_facts(read_speech(packed.path, spec.layer_config.to_dict()), spec.family.gguf_architecture)
     lines = ["FROM ./model.gguf"] + ["DRAFT ./draft.gguf"] * with_draft
-    if architecture in OLLAMA_FORMAT:
-        lines += [f"RENDERER {OLLAMA_FORMAT[architecture]}", f"PARSER {OLLAMA_FORMAT[architecture]}"]
-    lines += [f"PARAMETER stop {STOP[architecture]}"] if architecture in STOP else []
-    lines += [f"PARAMETER {key} {value}" for key, value in _sampling(packed.path).items()]
+    lines += [f"{name} {facts[name]}" for name in ("RENDERER", "PARSER") if facts[name]]
+    lines += [f'TEMPLATE """{facts["TEMPLATE"]}"""'] * bool(facts["TEMPLATE"])
+    lines += [f'PARAMETER stop "{text}"' for text in facts["stop"]]
+    lines += [f"PARAMETER {name} {facts[name]}" for name in SAMPLING]
     return "\n".join(lines) + "\n"
-
-
-def _sampling(folder: Path) -> dict[str, Any]:
-    """What the model's generation_config.json says of sampling, else Google's settings."""
-    path = folder / "generation_config.json"
-    try:
-        said = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        return {key: said[key] if isinstance(said.get(key), int | float) else SAMPLING[key] for key in SAMPLING}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a generation_config.json: {error}") from None
 
 
 def export_lmstudio(
@@ -99,12 +90,13 @@ def export_lmstudio(
 
 def library_name(packed: PackedModel) -> str:
     """What a file of this model is called: the model's name and its recipe's, in letters that any system takes."""
-    return re.sub(r"[^\w.-]+", "-", f"{model_title(packed)}-{packed.plan.recipe.name}")
+    return re.sub(r"[^\w.-]+", "-", f"{model_title(packed)}-{packed.plan.recipe.name}").lstrip("-.") or "model"
 
 
 def model_title(packed: PackedModel) -> str:
-    """What a person calls the model."""
-    return str(packed.provenance.get("name") or packed.path.resolve().name)
+    """What a person calls the model, on one line of text that any file holds."""
+    name = str(packed.provenance.get("name") or packed.path.resolve().name)
+    return " ".join(name.encode("utf-8", "replace").decode("utf-8").split()) or "model"
 
 
 def _check_runs_alone(packed: PackedModel) -> None:

@@ -30,7 +30,7 @@ from intaglio.numerics.layout import map_chunks, to_blocks
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
 from intaglio.plan.family import ModelSpec
-from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors, in_gguf
+from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, check_llamacpp_rope, gguf_name, gguf_rope_factors, in_gguf
 from intaglio.plan.plan import Plan, PlannedTensor
 
 FILE_TYPES = {
@@ -65,7 +65,7 @@ def export_gguf(
             _announce_tensors(writer, packed.plan)
             _add_general(writer, packed)
             _add_architecture(writer, spec)
-            add_tokenizer(writer, packed.path, spec.family.gguf_architecture, spec.layer_config.vocab_size)
+            add_tokenizer(writer, packed.path, spec)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -80,8 +80,7 @@ def check_exportable(spec: ModelSpec, folder: str | Path) -> None:
     folder: the source model's, with its tokenizer.
     """
     check_supported(spec)
-    architecture = spec.family.gguf_architecture
-    add_tokenizer(GGUFWriter(None, architecture), Path(folder), architecture, spec.layer_config.vocab_size)
+    add_tokenizer(GGUFWriter(None, spec.family.gguf_architecture), Path(folder), spec)
 
 
 def check_grids(plan: Plan) -> None:
@@ -116,6 +115,7 @@ def check_supported(spec: ModelSpec) -> None:
         if getattr(config, key) not in values:
             expected = " or ".join(repr(value) for value in values)
             raise ConfigError(f"{key} = {getattr(config, key)!r}: llama.cpp computes this model with {expected} only")
+    check_llamacpp_rope(spec)
 
 
 def _check_drafter(spec: ModelSpec) -> None:
@@ -179,7 +179,8 @@ def _add_general(writer: GGUFWriter, packed: PackedModel) -> None:
         str(tensor.grid.ggml_type) for tensor in filter(in_gguf, packed.plan) if len(tensor.spec.shape) > 1
     )
     writer.add_type(GGUFType.MODEL)
-    writer.add_name(str(packed.provenance.get("name") or packed.path.resolve().name))
+    name = str(packed.provenance.get("name") or packed.path.resolve().name)
+    writer.add_name(name.encode("utf-8", "replace").decode("utf-8"))  # a folder's name may hold stray bytes
     writer.add_size_label(size_label(*writer.get_total_parameter_count()))
     writer.add_file_type(FILE_TYPES[matrices.most_common(1)[0][0]])
     writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -237,8 +238,6 @@ def _add_gemma3(writer: GGUFWriter, config: Any, rope_full: dict[str, Any]) -> N
     if rope_full["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope_full["factor"])
-    elif rope_full["rope_type"] != "default":
-        raise ConfigError(f"rope_type {rope_full['rope_type']!r}: expected 'default' or 'linear' for Gemma 3")
 
 
 def sliding_period(layer_types: list[str]) -> int:

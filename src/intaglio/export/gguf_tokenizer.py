@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file, out of tokenizer.json.
+"""The tokenizer of a GGUF file: what transformers makes of the folder's tokenizer files.
 
 Gemma 4 is a byte-fallback BPE, and llama.cpp's `gemma4` tokenizer takes its merges. Gemma 3 came
 from SentencePiece, and llama.cpp's `llama` tokenizer takes a score for each token: it joins the
@@ -10,41 +10,38 @@ then spells `<table>` in letters where transformers finds a token. Here they are
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFWriter, Keys, TokenType
 
 from intaglio.errors import ConfigError
+from intaglio.packed.speech import Speech, read_json, read_speech
+from intaglio.plan.family import ModelSpec
+from intaglio.plan.names_gguf import PLACEHOLDER, SAMPLING_KEYS, SUPPRESSED, VISIBLE, gguf_end_keys, gguf_template_name
 
-# Special to transformers, but a chat parser has to see them in the output.
-VISIBLE = {
-    "<|channel>",
-    "<channel|>",
-    "<|tool_call>",
-    "<tool_call|>",
-    "<|tool_response>",
-    "<tool_response|>",
-    '<|"|>',
-}
-# Gemma's placeholders are control tokens even where tokenizer.json does not call them special.
-PLACEHOLDER = re.compile(r"<unused\d+>|<mask>")
 SPECIAL_SCORE = -1000.0  # of tokens that are found in the text before any merge: never compared
+SPACE = {"String": " "}
+# What llama.cpp does to a text before any merge, in the words of tokenizer.json. After it no spaces are left to split.
+NORMALIZER = {"type": "Replace", "pattern": SPACE, "content": "\u2581"}
+SPLIT = {"type": "Split", "pattern": SPACE, "behavior": "MergedWithPrevious", "invert": False}
 
 
-def add_tokenizer(writer: GGUFWriter, folder: Path, architecture: str, vocab_size: int) -> None:
-    """Add the keys `tokenizer.*` for the tokenizer of `folder`.
+def add_tokenizer(writer: GGUFWriter, folder: Path, spec: ModelSpec) -> None:
+    """Add the keys of the tokenizer, chat template and sampling settings of `folder`.
 
     Ids that the model has but the tokenizer lacks are filled with unused tokens. Raises ConfigError
-    for a missing or malformed tokenizer, for one that is no byte-fallback BPE, and for one with ids
+    for a missing or malformed tokenizer, for one that llama.cpp would run otherwise, and for one with ids
     that the model lacks, placeholders of images and sounds excepted: no text reaches those.
     """
-    vocabulary, merges, added = _load(folder / "tokenizer.json")
+    vocab_size, gemma4 = spec.layer_config.vocab_size, spec.family.gguf_architecture != "gemma3"
+    speech = _speech(folder, spec)
+    vocabulary, merges, added = _load(folder, speech)
     ids = vocabulary | {text: token["id"] for text, token in added.items()}
     _check_ids(folder, ids, vocab_size, {text for text in added if added[text]["special"] and text not in vocabulary})
-    gemma4 = architecture != "gemma3"
     scores = {} if gemma4 else sentencepiece_scores(vocabulary, merges, set(added), folder)
 
     texts = [f"[PAD{i}]" for i in range(vocab_size)]
@@ -67,7 +64,22 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, architecture: str, vocab_siz
         writer.add_token_merges([" ".join(pair) for pair in merges])
     else:
         writer.add_tokenizer_pre("default")
-    _add_special(writer, folder, ids)
+    _add_special(writer, speech, ids)
+    _add_settings(writer, speech)
+
+
+def _speech(folder: Path, spec: ModelSpec) -> Speech:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file: llama.cpp needs the tokenizer in the same file as the weights")
+    model = read_json(path).get("model")
+    if not isinstance(model, dict) or "type" not in model:
+        raise ConfigError(f"{path}: not a tokenizer.json: it has no model with a type")
+    if model["type"] != "BPE" or not model.get("byte_fallback"):
+        raise ConfigError(f"{path}: not a byte-fallback BPE: this is no Gemma tokenizer")
+    speech = read_speech(folder, spec.layer_config.to_dict())
+    assert speech is not None  # there is a tokenizer.json
+    return speech
 
 
 def _check_ids(folder: Path, ids: dict[str, int], vocab_size: int, placeholders: set[str]) -> None:
@@ -123,48 +135,83 @@ def _token_type(text: str, added: dict[str, Any] | None, gemma4: bool) -> TokenT
     return TokenType.CONTROL if added["special"] or PLACEHOLDER.fullmatch(text) else TokenType.USER_DEFINED
 
 
-def _load(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, dict[str, Any]]]:
-    """Vocabulary, merges, and added tokens by their text."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file: llama.cpp needs the tokenizer in the same file as the weights")
-    try:
-        tokenizer = json.loads(path.read_text("utf-8"))
-        model = tokenizer["model"]
-        if model["type"] != "BPE" or not model["byte_fallback"]:
-            raise ConfigError(f"{path}: not a byte-fallback BPE: this is no Gemma tokenizer")
-        vocabulary = {str(text): int(index) for text, index in model["vocab"].items()}
-        # older files write a merge as one string
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        pairs = [(left, right) for left, right in merges]
-        added = {t["content"]: {"id": int(t["id"]), "special": bool(t["special"])} for t in tokenizer["added_tokens"]}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a tokenizer.json: {type(error).__name__}: {error}") from None
-    return vocabulary, pairs, added
+def _load(folder: Path, speech: Speech) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, dict[str, Any]]]:
+    """Vocabulary, merges, and added tokens by their text, as transformers has them.
+
+    Raises ConfigError for a tokenizer whose steps before and beside the merges llama.cpp does not have.
+    """
+    found = json.loads(speech.tokenizer.backend_tokenizer.to_str())
+    model = found["model"]
+    expected: dict[str, Any] = {
+        "normalizer": [NORMALIZER],
+        "pre_tokenizer": [SPLIT],
+        "dropout": [None, 0.0],
+        "ignore_merges": [False],
+        "continuing_subword_prefix": [None, ""],
+        "end_of_word_suffix": [None, ""],
+        "byte_fallback": [True],
+    }
+    for name, values in expected.items():
+        value = _one_step(found[name]) if name in found else model.get(name)
+        if value not in values and not (name == "pre_tokenizer" and value is None):
+            raise ConfigError(_not_expressed(folder, f"{name} is {value}", f"knows {values[0]!r} only"))
+    added = {token["content"]: token for token in found["added_tokens"]}
+    for text, token in added.items():
+        odd = [key for key in ("single_word", "lstrip", "rstrip") if token[key]]
+        if odd:
+            raise ConfigError(_not_expressed(folder, f"token {text!r} is {' and '.join(odd)}", "has no such tokens"))
+    missing = [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in model["vocab"]]
+    if missing:
+        raise ConfigError(_not_expressed(folder, f"{len(missing)} bytes have no token", f"needs {missing[0]}"))
+    return dict(model["vocab"]), [(left, right) for left, right in model["merges"]], added
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: expected a JSON object")
-    return config
+def _one_step(step: Any) -> Any:
+    """A step of tokenizer.json; the only one of a sequence of one."""
+    inner = step.get("normalizers", step.get("pretokenizers")) if isinstance(step, dict) else None
+    return inner[0] if isinstance(inner, list) and len(inner) == 1 else step
 
 
-def _add_special(writer: GGUFWriter, folder: Path, ids: dict[str, int]) -> None:
-    """Which ids <bos> and its like have, and the chat template."""
-    config = _read_config(folder / "tokenizer_config.json")
+def _not_expressed(folder: Path, found: str, runtime: str) -> str:
+    return (
+        f"{folder}/tokenizer.json: {found}: llama.cpp {runtime} and would read other tokens: export it to hf, vllm or "
+        "mlx, whose runtimes use this file"
+    )
+
+
+def _add_special(writer: GGUFWriter, speech: Speech, ids: dict[str, int]) -> None:
+    """Which ids <bos> and its like have, where answers end, and the chat templates."""
+    tokenizer = speech.tokenizer
+    if tokenizer.bos_token_id is None:
+        raise ConfigError(
+            f"{speech.folder}: the tokenizer has no bos_token, and llama.cpp puts one before every text: name it in "
+            "tokenizer_config.json"
+        )
     for kind in ("bos", "eos", "unk", "pad", "mask"):
-        token = config.get(f"{kind}_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        if text in ids:
-            getattr(writer, f"add_{kind}_token_id")(ids[text])
+        index = getattr(tokenizer, f"{kind}_token_id")
+        if index is not None:
+            getattr(writer, f"add_{kind}_token_id")(index)
+    for kind, index in gguf_end_keys(speech.end_ids, ids, tokenizer.eos_token_id).items():
+        getattr(writer, f"add_{kind}_token_id")(index)
     writer.add_add_bos_token(True)  # Gemma has never seen a text without
-    template_file = folder / "chat_template.jinja"
-    try:
-        template = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{template_file}: not UTF-8 text: {error}") from None
-    if template:
-        writer.add_chat_template(template)
+    names = {name: gguf_template_name(name) for name in speech.templates}
+    for name, own in names.items():
+        key = Keys.Tokenizer.CHAT_TEMPLATE if name == "default" else Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=own)
+        writer.add_string(key, speech.templates[name])
+    if set(names) - {"default"}:
+        writer.add_array(Keys.Tokenizer.CHAT_TEMPLATES, sorted(own for name, own in names.items() if name != "default"))
+
+
+def _add_settings(writer: GGUFWriter, speech: Speech) -> None:
+    """Sampling settings of generation_config.json, as far as llama.cpp has keys for them."""
+    path = speech.folder / "generation_config.json"
+    for name, key in SAMPLING_KEYS.items():
+        value = speech.settings.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{path}: {name} = {value!r}: expected a number")
+        getattr(writer, f"add_sampling_{key}")(value)
+    suppressed = speech.settings.get("suppress_tokens")
+    if suppressed:
+        writer.add_array(SUPPRESSED, suppressed)

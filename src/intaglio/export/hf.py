@@ -1,7 +1,8 @@
 """A transformers folder whose weights are the trained codes times their steps.
 
 Any tool that reads a checkpoint can read it. Where the plan is portable, such a tool may even
-quantize it again: llama.cpp's own quantizer then finds the same Q4_0 codes and scales.
+quantize it again: llama.cpp's own quantizer then finds the same Q4_0 codes and scales. It does not find those of
+Q6_K and Q8_0 embeddings, for which it makes scales of its own.
 """
 
 from __future__ import annotations

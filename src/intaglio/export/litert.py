@@ -20,9 +20,11 @@ from intaglio.export.folder import silent
 from intaglio.litert import ERROR_MARK
 from intaglio.numerics.grid import Q4_0_POSITIVE, BlockGrid
 from intaglio.packed.model import PackedModel
+from intaglio.packed.speech import plain_tokens, read_speech
 from intaglio.packed.store import new_path, scratch_folder
 from intaglio.plan.family import transformers_config
 from intaglio.plan.plan import Plan, PlannedTensor
+from intaglio.plan.rope import check_rope
 
 PACKAGE = Path(intaglio.__file__).parent
 REQUIREMENTS = PACKAGE / "litert/requirements.txt"
@@ -55,6 +57,7 @@ def export_litert(
     _check_static(packed.read_static())
     if not (packed.path / "tokenizer.json").is_file():
         raise ConfigError(f"{packed.path}: no tokenizer.json: LiteRT-LM needs one: put it beside the packed model")
+    _check_tokenizer(packed.path)
     longest = int(transformers_config(plan.model.config).max_position_embeddings)
     context_tokens = context_tokens or min(CONTEXT_TOKENS, longest)
     prefill_tokens = prefill_tokens or min(PREFILL_TOKENS, context_tokens)
@@ -74,12 +77,29 @@ def export_litert(
         on_progress(temporary.stat().st_size, temporary.stat().st_size)
 
 
+def _check_tokenizer(folder: Path) -> None:
+    """LiteRT-LM reads tokenizer.json by itself, without transformers' classes."""
+    speech = read_speech(folder, {})
+    assert speech is not None  # there is a tokenizer.json
+    texts = speech.texts()
+    found = plain_tokens(folder / "tokenizer.json", texts, add_special=False)
+    wrong = [text for text, a, b in zip(texts, found, speech.tokens(texts, add_special=False), strict=True) if a != b]
+    if wrong:
+        raise ConfigError(
+            f"{folder}/tokenizer.json: LiteRT-LM would read {len(wrong)} of {len(texts)} fixed texts otherwise than "
+            f"transformers, the first is {wrong[0][:40]!r}: export it to hf, vllm or onnx"
+        )
+
+
 def check_litert(plan: Plan) -> None:
     """Raise RecipeError for a family or a grid that the exporter or LiteRT does not have."""
     if plan.model.family.model_type != FAMILY:
         raise RecipeError(
             f"LiteRT bundles are made for {FAMILY}, this model is {plan.model.family.model_type}: export it to gguf"
         )
+    if any(tensor.spec.role == "expert" for tensor in plan):
+        raise RecipeError("LiteRT bundles have no experts, and this model does: export it to gguf, hf or vllm")
+    check_rope(plan.model, "the traced graph")
     for tensor in sorted(plan, key=lambda tensor: "embedding" in tensor.spec.role):
         _check_tensor(plan, tensor)
 

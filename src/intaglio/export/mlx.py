@@ -26,6 +26,7 @@ from intaglio.packed.model import PackedModel
 from intaglio.plan.affine import mlx_group, mlx_tensors
 from intaglio.plan.family import transformers_config
 from intaglio.plan.plan import Plan
+from intaglio.plan.rope import check_rope
 
 ADVICE = "the packed scales have more significant bits than their grid allows: pack the model again"
 
@@ -48,6 +49,7 @@ def export_mlx(
         raise ConfigError(
             f"{packed.plan.model.family.model_type}: mlx-lm has no such drafters: export it to gguf or hf"
         )
+    check_rope(packed.plan.model, "mlx-lm")
     write_affine(
         packed,
         path,

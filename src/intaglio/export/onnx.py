@@ -22,9 +22,20 @@ from intaglio.export.hf import hf_config
 from intaglio.export.onnx_data import IR_VERSION, KERNELS, DataFiles, float_tensor, opsets, quantized_tensors
 from intaglio.export.onnx_decoder import decoder_graph
 from intaglio.packed.model import PackedModel, copy_assets
+from intaglio.packed.speech import read_json, read_speech
 from intaglio.packed.store import new_path
 from intaglio.plan.family import transformers_config
-from intaglio.plan.onnx import DECODER, EMBEDDINGS, FOLDER, Matrix, file_name, matrices
+from intaglio.plan.onnx import (
+    DECODER,
+    EMBEDDINGS,
+    FOLDER,
+    GRAPH_KEY,
+    Matrix,
+    file_name,
+    graph_digest,
+    matrices,
+)
+from intaglio.plan.rope import check_rope
 
 
 def export_onnx(packed: PackedModel, path: str | Path, *, replace: bool = False) -> None:
@@ -40,6 +51,7 @@ def export_onnx(packed: PackedModel, path: str | Path, *, replace: bool = False)
 def write_onnx(packed: PackedModel, folder: Path) -> None:
     """`export_onnx` into a new folder that stays, whole or not."""
     packed = packed.text_only()
+    check_rope(packed.plan.model, "the traced graph")
     placed = matrices(packed.plan)
     (folder / FOLDER).mkdir(parents=True)
     copy_tokenizer(packed.path, folder)
@@ -54,21 +66,26 @@ def write_onnx(packed: PackedModel, folder: Path) -> None:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy what belongs to a model; the chat template into tokenizer_config.json, where Transformers.js looks for it.
+    """Copy what belongs to a model, in the form in which Transformers.js reads what transformers does.
 
-    ConfigError where that could not read the tokenizer.
+    That knows no classes of tokenizers: tokenizer.json says each step. Whether a first token stands before a text, and
+    the chat template, it looks for in tokenizer_config.json. ConfigError where it could not read the tokenizer.
     """
     copy_assets(source, folder)
     path = folder / "tokenizer_config.json"
     if not (folder / "tokenizer.json").is_file() or not path.is_file():
         raise ConfigError(f"{source}: no tokenizer.json or no tokenizer_config.json: Transformers.js needs both")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-        if (folder / "chat_template.jinja").is_file():
-            config["chat_template"] = (folder / "chat_template.jinja").read_text("utf-8")
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{source}: tokenizer_config.json or chat_template.jinja is damaged: {error}") from None
+    speech = read_speech(source, {})
+    assert speech is not None  # there is a tokenizer.json
+    config = read_json(source / path.name) | {"add_bos_token": speech.adds_bos}
+    if set(speech.templates) == {"default"}:
+        config["chat_template"] = speech.templates["default"]
+    elif speech.templates:
+        config["chat_template"] = [{"name": name, "template": text} for name, text in speech.templates.items()]
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    steps = speech.tokenizer.backend_tokenizer.to_str(pretty=True)
+    if json.loads(steps) != read_json(source / "tokenizer.json"):
+        (folder / "tokenizer.json").write_text(steps, "utf-8")
 
 
 def web_config(packed: PackedModel, files: dict[str, int]) -> dict[str, Any]:
@@ -92,7 +109,8 @@ def _finished(model: Any, packed: PackedModel) -> bytes:
         item.doc_string = ""
         del item.metadata_props[:]
     del model.graph.value_info[:]
-    for key, value in (("intaglio.plan", packed.plan.digest), ("intaglio.recipe", packed.plan.recipe.name)):
+    said = {"intaglio.plan": packed.plan.digest, "intaglio.recipe": packed.plan.recipe.name}
+    for key, value in (said | {GRAPH_KEY: graph_digest(model)}).items():
         model.metadata_props.add(key=key, value=value)
     return model.SerializeToString(deterministic=True)
 

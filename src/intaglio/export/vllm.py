@@ -24,6 +24,7 @@ from intaglio.export.hf import hf_config, whole_config
 from intaglio.packed.model import PackedModel
 from intaglio.plan.affine import Scheme, compressed_tensors, linears_of, schemes, stored_name
 from intaglio.plan.plan import HEAD, Plan
+from intaglio.plan.rope import check_rope
 
 ADVICE = (
     "vLLM would round them: pack with scales of eight significant bits, with recipe q4_0, or a mobile recipe with "
@@ -52,6 +53,7 @@ def export_vllm(
     grids that the format or vLLM does not have, WeightError for scales and floats that bfloat16 does not
     hold, OutputError if the folder cannot be written.
     """
+    check_rope(packed.plan.model, "vLLM")
     write_affine(
         packed,
         path,

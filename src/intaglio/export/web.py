@@ -17,7 +17,9 @@ from intaglio.errors import InputError
 from intaglio.export.bundles import model_title
 from intaglio.export.onnx import write_onnx
 from intaglio.packed.model import PackedModel
+from intaglio.packed.speech import read_speech
 from intaglio.packed.store import new_path
+from intaglio.packed.turns import sampling
 from intaglio.plan.onnx import FOLDER, WEB_MODEL
 
 LIBRARY, RUNTIME = "@huggingface/transformers", "onnxruntime-web"
@@ -52,6 +54,7 @@ def export_web(
             "recipe": packed.plan.recipe.name,
             "bytes": size,
             "devices": devices(packed),
+            "sampling": sampling(read_speech(packed.path, {})),
             "vendor": versions,
         }
         (temporary / "model.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")

@@ -52,7 +52,8 @@ def llm_metadata(assets: Path, config: dict[str, Any], context_tokens: int) -> l
     metadata.start_token.token_ids.ids.append(config["bos_token_id"])
     metadata.pad_token.token_ids.ids.append(config.get("pad_token_id") or 0)
     stops = generation.get("eos_token_id", config["eos_token_id"])
-    for stop in stops if isinstance(stops, list) else [stops]:
+    stops = [*(stops if isinstance(stops, list) else [stops]), _token_id(assets, _text(tokenizer.get("eos_token")))]
+    for stop in dict.fromkeys(stop for stop in stops if stop is not None):
         metadata.stop_tokens.add().token_ids.ids.append(stop)
     if generation.get("do_sample"):
         parameters = metadata.sampler_params
@@ -69,9 +70,10 @@ def llm_metadata(assets: Path, config: dict[str, Any], context_tokens: int) -> l
         f"{special.get('soc_token', '<|channel>')}thought\n",
         special.get("eoc_token", "<channel|>"),
     )
-    template = assets / "chat_template.jinja"
-    if template.is_file():
-        metadata.jinja_prompt_template = _for_minijinja(template.read_text("utf-8"))
+    file, template = assets / "chat_template.jinja", tokenizer.get("chat_template")
+    template = file.read_text("utf-8") if file.is_file() else template
+    if isinstance(template, str):
+        metadata.jinja_prompt_template = _for_minijinja(template)
         turn_end = _token_id(assets, "<turn|>")
         if turn_end is not None and turn_end not in [i for stop in metadata.stop_tokens for i in stop.token_ids.ids]:
             metadata.stop_tokens.add().token_ids.ids.append(turn_end)
@@ -87,6 +89,11 @@ def _for_minijinja(template: str) -> str:
 def _token_id(assets: Path, content: str) -> int | None:
     tokens = _json(assets / "tokenizer.json").get("added_tokens", [])
     return next((token["id"] for token in tokens if token["content"] == content), None)
+
+
+def _text(token: Any) -> str:
+    """A special token of tokenizer_config.json, which is its text or an object with it."""
+    return str(token.get("content")) if isinstance(token, dict) else str(token)
 
 
 def _json(path: Path) -> dict[str, Any]:

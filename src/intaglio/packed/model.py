@@ -48,7 +48,7 @@ from intaglio.packed.store import (
 )
 from intaglio.plan.carried import describe_whole
 from intaglio.plan.family import TOWER_ROLES
-from intaglio.plan.files import MALFORMED, one_line
+from intaglio.plan.files import MALFORMED, one_line, read_json
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
 
@@ -64,6 +64,7 @@ ASSETS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
     "processor_config.json",
     "preprocessor_config.json",
@@ -71,23 +72,47 @@ ASSETS = (
 )
 
 
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder of them, beside chat_template.jinja
+
+
 def copy_assets(source: Path, target: Path) -> None:
     """Copy what belongs to a model beside its weights, as far as it is there.
 
-    Raises ConfigError for a link to a file outside of the model's folder: such a file is somebody's own, and would
-    be published with the model. The hub's cache, whose folders are links, is no stranger.
+    A chat template that only chat_template.json has, where processors look for it, is written to chat_template.jinja
+    too, where tokenizers and runtimes do. Raises ConfigError where that file is damaged, and for a link to a file
+    outside of the model's folder: such a file is somebody's own, and would be published with the model. The hub's
+    cache, whose folders are links, is no stranger.
     """
     for name in ASSETS:
-        if not (source / name).is_file():
-            continue
-        folder, file = source.resolve(), (source / name).resolve()
-        cache = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
-        if not file.is_relative_to(folder) and not file.is_relative_to(cache):
-            raise ConfigError(
-                f"{source / name}: is a link to {file}, outside of the model's folder: put a copy in its place if it "
-                "belongs to the model"
+        if (source / name).is_file():
+            shutil.copyfile(_own_file(source, name), target / name)
+    if (source / NAMED_TEMPLATES).is_dir():
+        (target / NAMED_TEMPLATES).mkdir(exist_ok=True)
+        for template in (source / NAMED_TEMPLATES).glob("*.jinja"):
+            shutil.copyfile(
+                _own_file(source, f"{NAMED_TEMPLATES}/{template.name}"), target / NAMED_TEMPLATES / template.name
             )
-        shutil.copyfile(file, target / name)
+    if (target / "chat_template.json").is_file() and not (target / "chat_template.jinja").is_file():
+        said = [_object(target / name).get("chat_template") for name in ("tokenizer_config.json", "chat_template.json")]
+        if said[0] is None and isinstance(said[1], str):
+            (target / "chat_template.jinja").write_text(said[1], "utf-8")
+
+
+def _own_file(source: Path, name: str) -> Path:
+    """A file of the model's folder, links followed; ConfigError for a link that leads out of it."""
+    folder, file = source.resolve(), (source / name).resolve()
+    cache = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+    if not file.is_relative_to(folder) and not file.is_relative_to(cache):
+        raise ConfigError(
+            f"{source / name}: is a link to {file}, outside of the model's folder: put a copy in its place if it "
+            "belongs to the model"
+        )
+    return file
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object of a file, empty where there is none."""
+    return dict(read_json(path)) if path.is_file() else {}
 
 
 def check_static(name: str, value: float) -> None:

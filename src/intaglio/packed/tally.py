@@ -15,7 +15,11 @@ from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers
 
 
 class Tally:
-    """Counts by kind: tensors, and codes, scales, static scales and values with those of other bits."""
+    """Counts by kind: tensors, and codes, scales, static scales and values with those of other bits.
+
+    facts: how many facts beside the weights were compared, by their group (see `packed/facts.py`). unlike_facts: a
+    sentence for each that is another. unsaid: what the format has no place for, or its runtime adds by itself.
+    """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = device  # where weights are decoded and compared
@@ -24,6 +28,9 @@ class Tally:
         self.missing: list[str] = []
         self.extra: list[str] = []
         self.unlike: list[str] = []
+        self.facts: Counter[str] = Counter()
+        self.unlike_facts: list[str] = []
+        self.unsaid: list[str] = []
 
     def compare(self, kind: str, expected: Tensor, found: Tensor) -> None:
         """Count the elements of two tensors of one dtype and shape whose bits differ."""

@@ -47,6 +47,7 @@ def compare_litert(packed: PackedModel, path: Path, tally: Tally) -> None:
         linears |= _compare_static(signature, static, tally)
     planned = {tensor.name for tensor in packed.plan if tensor.quantized_linear}
     tally.missing += sorted(f"{name} as a linear" for name in planned - linears)
+    tally.unsaid.append("config, tokenizer, template and end tokens of the bundle are not read back")
 
 
 def _same(one: TfliteTensor, other: TfliteTensor) -> bool:

@@ -19,6 +19,7 @@ from intaglio.errors import ConfigError, InputError
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.model import PackedModel
 from intaglio.packed.tally import Tally
+from intaglio.packed.verify_onnx_facts import compare_onnx_facts
 from intaglio.plan.files import one_line, reading
 from intaglio.plan.onnx import (
     DECODER,
@@ -40,8 +41,8 @@ def compare_onnx(packed: PackedModel, folder: Path, tally: Tally) -> None:
     """Count into `tally` what the folder holds and what of it differs from the packed model's text model."""
     packed = packed.text_only()
     folder = folder if (folder / FOLDER).is_dir() else folder / WEB_MODEL
-    for session in KERNELS:
-        graph = Graph(folder / FOLDER / file_name(session))
+    graphs = {session: Graph(folder / FOLDER / file_name(session)) for session in KERNELS}
+    for session, graph in graphs.items():
         placed = [matrix for matrix in matrices(packed.plan) if matrix.session == session]
         for matrix in placed:
             _compare_matrix(packed, matrix, graph, tally)
@@ -54,6 +55,7 @@ def compare_onnx(packed: PackedModel, folder: Path, tally: Tally) -> None:
         )
         matrix_like = (n for n, t in graph.tensors.items() if sum(size > 1 for size in t.dims) > 1)
         tally.extra += sorted(n for n in matrix_like if n not in graph.seen)
+    compare_onnx_facts(packed, folder, graphs, tally)
 
 
 class Graph:
@@ -70,9 +72,10 @@ class Graph:
             raise InputError(f"ONNX files need the onnx package ({error}): pip install 'intaglio[onnx]'") from error
         self.path = path
         try:
-            self.graph: Any = onnx.load(str(path), load_external_data=False).graph
+            self.model: Any = onnx.load(str(path), load_external_data=False)
         except Exception as error:  # protobuf's errors have no common type
             raise ConfigError(f"{path}: not a valid ONNX file ({one_line(error)}): export it again") from error
+        self.graph: Any = self.model.graph
         self.attribute_value = onnx.helper.get_attribute_value
         self.dtype_of = onnx.helper.tensor_dtype_to_np_dtype
         self.named = {node.name: node for node in self.graph.node if node.name}

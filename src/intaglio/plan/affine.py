@@ -83,7 +83,9 @@ def packable(grid: Grid) -> bool:
 
 
 def mlx_tensors(plan: Plan) -> list[AffineTensor]:
-    """Every tensor of a plan's MLX folder. RecipeError for blocks that MLX has no groups for."""
+    """Every tensor of a plan's MLX folder. RecipeError for experts, and for blocks that MLX has no groups for."""
+    if any(tensor.spec.role == "expert" for tensor in plan):
+        raise RecipeError("this model has experts, which the MLX export does not write: export it to gguf, hf or vllm")
     return [part for tensor in plan for part in _mlx_parts(tensor)]
 
 

@@ -72,6 +72,8 @@ def check_mobile(plan: Plan) -> None:
         raise RecipeError(
             f"the mobile format is for {FAMILY}, this model is {plan.model.family.model_type}: export it to gguf or hf"
         )
+    if any(tensor.spec.role == "expert" for tensor in plan):
+        raise RecipeError("the mobile format has no experts, and this model does: export it to gguf, hf or vllm")
     for tensor in plan.everything:
         grid = tensor.grid
         if isinstance(grid, BlockGrid) and not (

@@ -12,8 +12,11 @@ for a block of 16, 32, 64, 128 or 256 columns.
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from intaglio.errors import ConfigError, RecipeError
 from intaglio.numerics.grid import BlockGrid
@@ -24,6 +27,8 @@ FOLDER = "onnx"
 WEB_MODEL = "model"  # the folder of a web page that has all this in it
 EMBEDDINGS, DECODER = "embed_tokens", "decoder_model_merged"
 SUFFIX = "_q4.onnx"
+GRAPH_KEY = "intaglio.graph"  # of a file's metadata: the digest of its graph
+SMALL = 1024  # elements of a constant that belongs to the graph, and is no weight
 STORED_BITS = (2, 4, 8)
 BLOCKS = (256, 128, 64, 32, 16)  # MatMulNBits has no larger ones, GatherBlockQuantized no smaller ones
 EMBEDDING_ROLES = ("token_embedding", "ple_embedding")
@@ -118,3 +123,16 @@ def is_onnx(path: Path) -> bool:
 def file_name(session: str) -> str:
     """Of a session's graph, in the folder `onnx`; its data lie beside it in NAME_data, NAME_data_1 and so on."""
     return session + SUFFIX
+
+
+def graph_digest(model: Any) -> str:
+    """SHA-256 of an ONNX model without its weights: nodes, inputs, outputs, and constants of up to SMALL elements."""
+    parts = [*model.graph.node, *model.graph.input, *model.graph.output, *model.opset_import]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.SerializeToString(deterministic=True))
+    for tensor in model.graph.initializer:
+        small = math.prod(tensor.dims) <= SMALL and not tensor.external_data
+        digest.update(f"{tensor.name} {list(tensor.dims)} {tensor.data_type}".encode())
+        digest.update(tensor.raw_data if small else b"")
+    return digest.hexdigest()

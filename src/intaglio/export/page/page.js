@@ -11,6 +11,7 @@ const EXAMPLES = ["Who are you?", 'What does "harbor" mean?', "Tell me about the
 
 let messages = []; // { role, content }, as the chat template wants them
 let worker, stopFlag, calls = 0;
+let sampling = null; // the model's settings for a sampled answer
 const waiting = new Map(); // number of a call -> what to do with its answers
 
 // One call of the worker: `onProgress` gets what it says meanwhile, the promise its last word.
@@ -52,6 +53,7 @@ async function start() {
     throw new Error("This server does not send the two headers that the page needs. Start it with: python serve.py");
   const about = await (await fetch("model.json")).json();
   document.title = $("name").textContent = about.name;
+  sampling = about.sampling;
   $("about").textContent = `recipe ${about.recipe}, exported by intaglio`;
   $("weights").textContent = megabytes(about.bytes);
   stopFlag = new Int32Array(new SharedArrayBuffer(4));
@@ -128,8 +130,8 @@ async function ask(text) {
   Atomics.store(stopFlag, 0, 0);
   let first, count = 0;
   try {
-    const sampled = $("decoding").value === "sampled";
-    await call("chat", { messages, sampled, longest }, ({ text, tokens }) => {
+    const how = $("decoding").value === "sampled" ? sampling : null;
+    await call("chat", { messages, sampling: how, longest }, ({ text, tokens }) => {
       body.textContent += text;
       count += tokens;
       first ??= { at: performance.now(), count };

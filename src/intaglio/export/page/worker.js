@@ -32,7 +32,7 @@ const kinds = {
   },
 
   // A conversation's next turn, as text and number of tokens while it is written.
-  async chat({ messages, sampled, longest }, say) {
+  async chat({ messages, sampling, longest }, say) {
     const inputs = tokenizer.apply_chat_template(messages, { add_generation_prompt: true, return_dict: true });
     let tokens = 0;
     const streamer = new library.TextStreamer(tokenizer, {
@@ -44,7 +44,7 @@ const kinds = {
         tokens = 0;
       },
     });
-    const how = sampled ? { do_sample: true, temperature: 1, top_p: 0.95, top_k: 64 } : { do_sample: false };
+    const how = sampling ? { do_sample: true, ...sampling } : { do_sample: false };
     await model.generate({ ...inputs, ...how, max_new_tokens: longest, streamer, stopping_criteria: stop });
     if (tokens) say({ text: "", tokens });
   },
