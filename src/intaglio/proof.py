@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import Tensor
@@ -104,7 +104,7 @@ def prove(
         artifacts=_artifacts(bench, verifications),
         samples=samples,
         provenance=Provenance(
-            versions={name: version(name) for name in ("intaglio", "torch", "transformers", "gguf")},
+            versions={name: _version(name) for name in ("intaglio", "torch", "transformers", "gguf")},
             command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             seconds=None if began is None else time.perf_counter() - began,
             tokens=int(losses[-1]["tokens"]) if losses else None,
@@ -151,6 +151,14 @@ def _notes(bench: Bench) -> list[str]:
     if _runs_in_llama(bench.format) and not installed():
         notes.append("llama-cpp-python is not installed, so no artifact was run in llama.cpp.")
     return notes
+
+
+def _version(name: str) -> str:
+    """The installed version of a package; of one that is only on the path, that it is not known."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _runs_in_llama(format_: Format) -> bool:

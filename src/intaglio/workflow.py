@@ -134,7 +134,7 @@ def _run(
     )
     progress.stage("Packing")
     pack_model(latents, out / "packed", assets=model_dir, provenance=_provenance(model_dir, data), replace=resume)
-    main = is_main()
+    main, alone = is_main(), world_size() == 1
     dismiss_processes()
     if not main:
         return None
@@ -142,7 +142,8 @@ def _run(
         np.save(file, windows_NT)
     del latents
     gc.collect()  # a session and its model hold each other, and a GPU's memory with them
-    given = teacher if device.type == "cpu" else None  # on a GPU it is loaded again, without what training left in it
+    # on a GPU it is loaded again, without what training left in it; of several processes none has all of it
+    given = teacher if device.type == "cpu" and alone else None
     del teacher
     bench = Bench.open(model_dir, out, tokenizer, ["trained"], device=device, given=given, failures=failures)
     verified = _files(bench, replace=resume, progress=progress)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from intaglio.train.attach import prepare
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +25,7 @@ from intaglio.packed.checkpoint import load_model
 from intaglio.packed.identity import look
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import make_plan
+from intaglio.train.latents import prepare
 from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
 from tests.support.cases import Case
@@ -302,9 +302,8 @@ def test_the_advice_for_a_pickle_works(checkpoint: Path, tmp_path: Path) -> None
 
 def test_the_advice_for_a_prepared_model_works(gemma4: Case, tmp_path: Path) -> None:
     plan = make_plan(gemma4.checkpoint, "q4_0")
-    model = load_model(gemma4.checkpoint)
-    model = prepare(model, plan) or model
-    pack_model(model, plan, tmp_path / "packed", assets=gemma4.checkpoint)
+    latents = prepare(load_model(gemma4.checkpoint), plan)
+    pack_model(latents, tmp_path / "packed", assets=gemma4.checkpoint)
     assert intaglio("export", tmp_path / "packed", "hf", f"--out={tmp_path / 'hf'}").code == 0
 
 

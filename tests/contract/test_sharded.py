@@ -12,16 +12,19 @@ import torch
 
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.model import PackedModel
+from intaglio.packed.verify import verify
+from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.run_folder import read_losses
 from tests.support import sharded
 
 PROCESSES = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d")
 
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
 
 def two_processes(out: Path, recipe: str, *overrides: str, stop: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *PROCESSES, "-m", "tests.support.sharded", str(out), recipe, str(stop), *overrides]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def losses(out: Path) -> list[float]:
@@ -84,6 +87,20 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     sharded.run(tmp_path / "cut", "q4_0", 0)  # one process goes on in the frozen tail
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     assert_same_codes(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_command_line_trains_in_two_processes(tmp_path: Path) -> None:
+    """One run folder, packed, exported and measured by the main process alone."""
+    options = ("schedule.tokens=512", "schedule.batch_size=4", "schedule.sequence_length=32")
+    command = [sys.executable, *PROCESSES, "-m", "intaglio", "train", str(MODEL_DIR), f"--data={HELDOUT_TEXT}"]
+    command += [f"--out={tmp_path / 'run'}", "--eval-tokens=256", "--references=none"]
+    command += [f"--set={option}" for option in options]
+    ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count("report.html") == 1
+    packed = PackedModel.open(tmp_path / "run/packed")
+    assert verify(packed, tmp_path / "run/model.gguf").exact and verify(packed, tmp_path / "run/hf").exact
+    assert len(read_losses(tmp_path / "run")) == 4
 
 
 def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:

@@ -28,8 +28,9 @@ def weight_distances(
     """
     planned = [tensor for tensor in plan if isinstance(tensor.grid, BlockGrid)]
     norms: dict[str, dict[str, list[float]]] = {tensor.name: defaultdict(list) for tensor in planned}
-    text = dataclasses.replace(plan.model, tensors=tuple(tensor.spec for tensor in planned), carried=())
-    for name, rows, values in stream_chunks(Path(model_dir), text):
+    for name, rows, values in stream_chunks(Path(model_dir), dataclasses.replace(plan.model, carried=())):
+        if name not in norms:
+            continue
         original = values.to(device).float()
         norms[name][ORIGINAL].append(float(original.norm()))
         for label, model in packed.items():

@@ -221,11 +221,10 @@ def stream_rows(model_dir: str | Path, spec: ModelSpec, rows: dict[str, slice]) 
 
 def stored_dtype(model_dir: str | Path, spec: ModelSpec) -> torch.dtype:
     """bfloat16 if all the text model's tensors are stored in it, else float32, which holds any of them exactly."""
-    kinds = {
-        headers(shard)[name][0]
-        for shard, entries in _entries(Path(model_dir), spec.tensors, spec).items()
-        for _, name in entries
-    }
+    kinds: set[str] = set()
+    for shard, entries in _entries(Path(model_dir), spec.tensors, spec).items():
+        stored = headers(shard)
+        kinds |= {stored[name][0] for _, name in entries}
     return torch.bfloat16 if kinds <= {"BF16", "I64"} else torch.float32
 
 

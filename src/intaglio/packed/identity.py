@@ -31,7 +31,7 @@ FLOAT_KINDS = ("F64", "F32", "F16", "BF16")
 PACKED_FILE = "packed.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-PREPARED_NAMES = re.compile(r"\.quantizers?\.")
+PREPARED_NAMES = re.compile(r"\.quantizers?\.|\.static\.\w+_scale_latent$")
 # What PEFT 0.21 calls tensors of its tuners, and the modules that it wraps.
 ADAPTER_NAMES = re.compile(
     r"\.(lora_(A|B|E|ga|embedding_[AB]|magnitude_vector)|vera_lambda_[bd]|hada_\w+|lokr_\w+|b?oft_\w+|hra_u|ia3_l|"

@@ -93,7 +93,8 @@ class BlockLatent:
     fixed mode. scale, super_scale: the fitted scales, in fixed mode only. base: float32 [..., S], in free and
     frozen mode: the steps that learning began with. A scale latent of zero stands for just them, so that a
     model which was packed goes on from the very scales it has. codes: int8 [..., C], only once frozen.
-    adapter: PEFT's LoRA layer around the weight; what is decoded is then latent + BA.
+    adapter: PEFT's LoRA layer around the weight; what is decoded is then latent + BA. learns_codes: whether the master
+    itself is trained; in a model with adapters it is not.
     """
 
     def __init__(
@@ -114,12 +115,13 @@ class BlockLatent:
             first = _ratio_latent(grid, self.latent.detach(), step) if grid.canonical else torch.zeros_like(step)
             self.scale_latent = nn.Parameter(first)
         self.adapter: Any = None
+        self.learns_codes = True
         self.step = step  # float32 [..., S], of the last decode
         self._scales: Scales | None = None  # of the last decode, for the pull that follows it, on a CPU
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the optimizer trains, by name: the master while codes may move, and scales that are learned."""
-        if self.mode != "frozen" and self.adapter is None:
+        if self.mode != "frozen" and self.learns_codes:
             yield self.name, self.latent
         if self.scale_latent is not None:
             yield self.name + SCALE_SUFFIX, self.scale_latent
@@ -176,7 +178,7 @@ class BlockLatent:
         grad_latent, grad_z = self.gradients(grad)
         if self.adapter is not None:
             self.adapter.pull(grad_latent)
-        elif grad_latent is not None:
+        elif grad_latent is not None and self.learns_codes:
             self.latent.grad = grad_latent
         if self.scale_latent is not None and grad_z is not None:
             before = self.scale_latent.grad if self.adapter is not None else None  # an adapter's pull is per backward

@@ -181,13 +181,14 @@ def prepare(
     _check_fits(owners, plan)
     check_inventory(model, plan)
     latents = Latents(model, plan)
+    adapted = {f"{bare_path(path)}.weight" for path, module in model.named_modules() if is_adapter(module)}
     fit = fit or FITS[plan.recipe.fit]
     for tensor in plan:
         module, attribute = owners[tensor.name]
         try:
             value = getattr(module, attribute)
             values = local((value if source is None else source[tensor.name]).detach())
-            _put_on_grid(latents, tensor, value, values, fit, start)
+            _put_on_grid(latents, tensor, value, values, fit, start, adapted)
         except WeightError as error:
             raise error if tensor.name in str(error) else WeightError(f"{tensor.name}: {error}") from error
     attach_static(model, plan)
@@ -240,13 +241,22 @@ def owners_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _put_on_grid(
-    latents: Latents, tensor: PlannedTensor, value: Tensor, values: Tensor, fit: Fit, start: PackedModel | None
+    latents: Latents,
+    tensor: PlannedTensor,
+    value: Tensor,
+    values: Tensor,
+    fit: Fit,
+    start: PackedModel | None,
+    adapted: set[str],
 ) -> None:
     """Make the latent of one tensor of the model, or decode it for good.
 
-    values: this process's rows of what it begins with. start: a packed model that it begins with instead.
+    values: this process's rows of what it begins with. start: a packed model that it begins with instead. adapted:
+    names of weights with adapters; where there are any, nothing else is trained but scales.
     """
     grid, trained = tensor.grid, tensor.rule.trainable and isinstance(value, nn.Parameter)
+    learned = latents.plan.recipe.schedule.learn_scales and learns_scales(tensor)
+    trained = trained and (not adapted or tensor.name in adapted or learned)
     own = local(value.detach())
     check_finite(values, tensor.name)
     if isinstance(value, nn.Parameter):
@@ -264,9 +274,9 @@ def _put_on_grid(
     else:
         fitted = fit_rows(fit, values.float(), grid)
     if trained:
-        learned = latents.plan.recipe.schedule.learn_scales and learns_scales(tensor)
         values = values if stored is None else fitted.decode()
         latent = BlockLatent(tensor.name, value, grid, values, fitted, learned=learned)  # type: ignore[arg-type]
+        latent.learns_codes = not adapted
         latent.decode()
         if isinstance(stored, Quantized):
             check_begins(stored, latent, tensor)
