@@ -130,3 +130,31 @@ def test_no_logits_are_kept_for_the_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         chunked_kl(hidden.requires_grad_(), head.requires_grad_(), *teacher, softcap=30.0)
     assert sorted(kept) == [(TOKENS, WIDTH), (VOCABULARY, WIDTH)]
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("chunk", [4, 512])
+def test_only_what_is_counted_counts(softcap: float | None, chunk: int) -> None:
+    hidden, head, *teacher = random_inputs()
+    counted = torch.arange(TOKENS) % 3 == 1
+    hidden.requires_grad_()
+    head.requires_grad_()
+    loss = chunked_kl(hidden, head, *teacher, softcap=softcap, chunk_tokens=chunk, counted_T=counted)
+    loss.backward()
+    ours = [hidden.grad, head.grad]
+    hidden.grad = head.grad = None
+    t_hidden, t_head = teacher
+    expected = naive_kl(hidden[counted], head, t_hidden[counted], t_head, softcap)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
+    for found, plain in zip(ours, (hidden.grad, head.grad), strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
+    assert not ours[0][~counted].any()
+
+
+def test_a_batch_in_which_nothing_counts_teaches_nothing() -> None:
+    hidden, head, *teacher = random_inputs()
+    hidden.requires_grad_()
+    loss = chunked_kl(hidden, head, *teacher, softcap=None, counted_T=torch.zeros(TOKENS, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0 and not hidden.grad.any()

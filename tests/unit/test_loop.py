@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -469,3 +470,29 @@ def test_checkpoints_hold_no_pickle(teacher: nn.Module, tmp_path: Path) -> None:
     assert newest is not None
     assert checkpoint.read_step(newest) == 2
     assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".json", ".jsonl", ".safetensors"}
+
+
+# Text of which only some tokens count
+
+
+@pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
+def test_masked_tokens_teach_nothing_however_a_batch_is_cut(loss: str, teacher: nn.Module, tmp_path: Path) -> None:
+    """Sequences whose labels are all masked change neither loss nor weights."""
+    mask = np.zeros(CORPUS.tokens.shape, dtype=bool)
+    mask[::2, 4:9] = True
+    masked = dataclasses.replace(CORPUS, loss_mask=mask)
+    other = masked.tokens.copy()
+    other[1::2] = 7  # the sequences in which nothing counts
+    found = {}
+    for name, corpus, micro in (
+        ("whole", masked, 0),
+        ("cut", masked, 1),
+        ("other", dataclasses.replace(masked, tokens=other), 0),
+    ):
+        plan = plan_of(2, loss=loss, batch_size=8, tokens=2 * 8 * 16, micro_batch=micro)
+        train(teacher, plan, corpus, tmp_path / name, options=PLAIN)
+        found[name] = losses(tmp_path / name)
+    train(teacher, plan_of(2, loss=loss, batch_size=8, tokens=2 * 8 * 16), CORPUS, tmp_path / "all", options=PLAIN)
+    assert found["cut"] == pytest.approx(found["whole"], rel=1e-4)
+    assert found["other"] == pytest.approx(found["whole"], rel=1e-5)
+    assert losses(tmp_path / "all")[0] != pytest.approx(found["whole"][0], rel=1e-3)

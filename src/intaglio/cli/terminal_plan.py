@@ -155,7 +155,7 @@ def _print_training(survey: Survey) -> None:
         if value:
             table.add_row(TRAINING_LABELS[name], size(value), _bar(value / largest))
     table.add_section()
-    table.add_row(Text("all", style="bold"), Text(size(training.total), style="bold"), "")
+    table.add_row(Text("at the peak", style="bold"), Text(size(training.total), style="bold"), "")
     table.columns[1].justify = "right"
     _show(training_title(training), table)
     if not training.gradient_checkpointing:

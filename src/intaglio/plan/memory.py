@@ -1,13 +1,15 @@
 """How much memory training takes on each GPU: what `train` allocates, counted from the plan.
 
 Weights are counted exactly, for a forward in bfloat16: the teacher, the student with its decoded weights, float32
-latents, scales, gradients of both, and AdamW's two moments. Codes of a table that is not trained are on the host.
+latents, scales, gradients, and AdamW's two moments. Codes of a table that is not trained are on the host.
 Activations are the tensors that autograd keeps of each layer in eager mode in bfloat16, counted from transformers'
 layers (a test compares both); a compiled layer keeps less.
 The loss holds four chunks of logits at a time, as measured (benchmarks/results/gpu_step.json).
 
-Sharded over n GPUs as FSDP does it, each holds an n-th of weights, gradients and moments, and one layer's
-weights whole; activations, loss and the head are not shared.
+Sharded over n GPUs as FSDP does it, each holds an n-th of weights, gradients and moments; one layer's weights whole, and
+the head's; and the table of per-layer embeddings, which is not sharded. Activations and loss are not shared.
+
+Gradients come as activations go, so the two are not in memory as a whole together: the larger one counts.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ FLOAT, HALF = 4, 2  # bytes of float32 and bfloat16
 LOSS_CHUNK_TOKENS = 512  # as train.distill takes them on a GPU
 LOSS_CHUNK_LOGITS = 1 << 27
 LOGITS_AT_ONCE = 4  # of student and teacher, and gradients
+BUCKET_VALUES = 1 << 28  # whose gradients and decoded values the fused optimizer step holds beside the model's own
+# Of a sharded head, whole: teacher's, student's and the gradient in bfloat16, and the gradient in float32 as it is summed
+GATHERED_HEAD = 3 * HALF + FLOAT
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,8 @@ class TrainingMemory:
 
     teacher, student: bfloat16 weights; the student's hold decoded values, those of tables that are not trained too.
     masters: float32 latents. scales: learned and fitted ones of weights that are trained, with their first values.
-    gradients: bfloat16 ones of weights, and float32 ones of latents and scales. Each latent's gradient takes the
-    place of its weight's in the optimizer step, when activations are gone; that is not taken off.
-    gathered: the largest layer, whole, where weights are sharded.
+    gradients: bfloat16, of weights, and of one bucket of the optimizer step once more, with its decoded values.
+    gathered: the largest layer and the head, whole, where weights are sharded.
     micro_tokens: tokens of a forward; what they cost is in activations and loss.
     """
 
@@ -57,7 +61,10 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        return sum(self.rows.values())
+        """At the peak: either all activations and the loss, or all gradients, beside what is always there."""
+        rows = self.rows
+        learning = {name: rows.pop(name) for name in ("gradients", "activations", "loss")}
+        return sum(rows.values()) + max(learning["activations"] + learning["loss"], learning["gradients"])
 
 
 def training_memory(plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool = False) -> TrainingMemory:
@@ -75,6 +82,8 @@ def training_memory(plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool =
     trained_weights = sum(t.spec.numel for t in trained)
     trained_values = trained_weights + learned
     head = _head_values(plan)
+    tables = sum(t.spec.numel for t in plan if t.spec.role == "ple_embedding")
+    bucket = min(BUCKET_VALUES, -(-trained_weights // gpus))
 
     def shared(size_bytes: int) -> int:
         return -(-size_bytes // gpus)
@@ -83,13 +92,13 @@ def training_memory(plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool =
         gpus=gpus,
         micro_tokens=tokens,
         gradient_checkpointing=gradient_checkpointing,
-        teacher=shared(HALF * weights),
-        student=shared(HALF * weights),
+        teacher=shared(HALF * (weights - tables)) + HALF * tables,
+        student=shared(HALF * (weights - tables)) + HALF * tables,
         masters=shared(FLOAT * trained_weights),
         scales=shared(sum(_scale_bytes(t) for t in trained)),
-        gradients=shared(HALF * trained_weights + FLOAT * trained_values),
+        gradients=shared(HALF * trained_weights) + 2 * HALF * bucket,
         optimizer=shared(2 * FLOAT * trained_values),
-        gathered=2 * HALF * max(_layer_values(plan).values()) if gpus > 1 else 0,
+        gathered=2 * HALF * max(_layer_values(plan).values()) + GATHERED_HEAD * head if gpus > 1 else 0,
         activations=activation_bytes(plan.model, tokens, gradient_checkpointing),
         loss=_loss_bytes(plan, tokens, head),
     )

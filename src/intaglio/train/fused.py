@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from intaglio.numerics.grid import BlockGrid, FloatGrid
+from intaglio.plan.memory import BUCKET_VALUES
 from intaglio.train.grid_optimizer import GridOptimizer, check_trainable
 from intaglio.train.kernels import backward, expect_compilations, features, forward, scales_of
 from intaglio.train.latent import BlockLatent, FloatLatent, take_gradient
 from intaglio.train.latents import Latents
 from intaglio.train.sharding import local, sum_over_processes
 
-BUCKET_VALUES = 1 << 28  # a bucket's gradients and decoded values are in memory beside the model's own
 HYPER = ("lr", "beta1", "beta2", "eps", "decay", "bias1", "bias2", "clip")  # entries of a kernel's float32 [8]
 
 
