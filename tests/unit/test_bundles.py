@@ -157,7 +157,7 @@ def test_a_drafter_that_is_no_file_is_refused(gemma4: Case, tmp_path: Path) -> N
 
 def test_lm_studio_finds_publisher_model_and_file(gemma4: Case, tmp_path: Path) -> None:
     export_lmstudio(gemma4.packed, tmp_path / "models", gguf=gemma4.gguf)
-    (file,) = (path for path in (tmp_path / "models").rglob("*") if path.is_file())
+    (file,) = (path for path in (tmp_path / "models").rglob("*.gguf") if path.is_file())
     publisher, model, name = file.relative_to(tmp_path / "models").parts
     assert (publisher, name) == ("intaglio", f"{model.removesuffix('-GGUF')}.gguf")
     assert verify(gemma4.packed, tmp_path / "models").exact

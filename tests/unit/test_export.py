@@ -213,7 +213,7 @@ def test_float_grids_of_every_kind(gemma4: Case, tmp_path: Path) -> None:
 
 
 def test_an_untied_head_is_a_tensor_of_its_own(tmp_path: Path) -> None:
-    recipe = Recipe.load("q4_0", ['weights.head.roles=["head"]', "weights.head.grid=q6_k"])
+    recipe = Recipe.load("q4_0")
     checkpoint = make_checkpoint(tmp_path / "c", GEMMA4_DENSE | {"tie_word_embeddings": False})
     packed = pack(checkpoint, tmp_path / "p", recipe)
     export_gguf(packed, tmp_path / "x.gguf")

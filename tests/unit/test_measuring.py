@@ -100,10 +100,10 @@ def test_training_begins_from_the_original_in_its_own_dtype_on_a_gpu(
     gemma4: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[torch.dtype, torch.device]] = []
-    monkeypatch.setattr(workflow, "load_model", lambda path, *how: asked.append(how))
+    monkeypatch.setattr(workflow, "load_own_rows", lambda path, spec, *how: asked.append(how))
     workflow._teacher(gemma4.checkpoint, read_spec(gemma4.checkpoint), GPU)
     workflow._teacher(gemma4.checkpoint, read_spec(gemma4.checkpoint), torch.device("cpu"))
-    assert asked == [(torch.bfloat16, GPU), ()]
+    assert asked == [(torch.bfloat16, GPU), (torch.float32, torch.device("cpu"))]
 
 
 def test_weights_are_read_to_the_device_they_are_for(gemma4: Case) -> None:

@@ -6,8 +6,8 @@ Activations are the tensors that autograd keeps of each layer in eager mode in b
 layers (a test compares both); a compiled layer keeps less.
 The loss holds four chunks of logits at a time, as measured (benchmarks/results/gpu_step.json).
 
-Sharded over n GPUs as FSDP does it, each holds an n-th of weights, gradients and moments; one layer's weights whole, and
-the head's; and the table of per-layer embeddings, which is not sharded. Activations and loss are not shared.
+Sharded over n GPUs as FSDP does it, each holds an n-th of weights, gradients and moments; one layer's weights and the
+head's whole; and the table of per-layer embeddings, which is not sharded. Activations and loss are not shared.
 
 Gradients come as activations go, so the two are not in memory as a whole together: the larger one counts.
 """
@@ -27,7 +27,7 @@ LOSS_CHUNK_TOKENS = 512  # as train.distill takes them on a GPU
 LOSS_CHUNK_LOGITS = 1 << 27
 LOGITS_AT_ONCE = 4  # of student and teacher, and gradients
 BUCKET_VALUES = 1 << 28  # whose gradients and decoded values the fused optimizer step holds beside the model's own
-# Of a sharded head, whole: teacher's, student's and the gradient in bfloat16, and the gradient in float32 as it is summed
+# Of a sharded head, whole: teacher's, student's and the gradient in bfloat16, and the gradient as it is summed
 GATHERED_HEAD = 3 * HALF + FLOAT
 
 

@@ -101,9 +101,11 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
 def read_step(path: Path) -> int:
     """How many steps a checkpoint has behind it. ConfigError if it is damaged."""
-    with reading(path, "damaged checkpoint", REMEDY):
+    try:
         step = int(path.name.removeprefix("step-"))
         return whole_number(read_json(path / "meta.json", limit=1 << 16), "step", least=step, most=step)
+    except (ConfigError, ValueError) as error:
+        raise _damaged(path, error) from error
 
 
 def read_state(

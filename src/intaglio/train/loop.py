@@ -211,6 +211,8 @@ class Session:
         self.phases = Phases.of(self.schedule)
         self.run_dir, self.device, self.options = run_dir, device, options
         self.tracker = TensorBoardTracker("", run_dir) if options.tensorboard and is_main() else None
+        if self.tracker is not None:
+            self.tracker.start()
         self.optimizer = make_optimizer(latents, self.schedule)
         self.dropout = self.recipe.activations.dropout if self.recipe.activations else 0.0
 
