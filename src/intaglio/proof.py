@@ -233,7 +233,9 @@ class _Measuring:
                     on_progress=on_progress,
                 )
         except FAILURES as error:
-            return replace(row, failure=failure_of(error))
+            failed = replace(row, failure=failure_of(error))
+            self.progress.note(f"{row.label}: not measured: {failed.failure}")
+            return failed
         return replace(row, comparison=comparison)
 
     def continue_prompts(self, label: str, model: TextModel) -> None:

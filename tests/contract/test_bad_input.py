@@ -468,7 +468,7 @@ def test_a_recipe_that_cannot_be_used(kind: str, checkpoint: Path, text: Path, t
 
 
 def test_an_override_that_cannot_be_used(checkpoint: Path, tmp_path: Path) -> None:
-    says = "unknown key 'speed': expected one of batch_size"
+    says = "unknown key 'speed': expected one of assistant_only, batch_size"
     refused("plan", checkpoint, "--set=schedule.speed=3", says=says, within=tmp_path)
 
 

@@ -27,21 +27,23 @@ from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
 
 SCHEDULE = {"tokens": 128, "batch_size": 2, "sequence_length": 32}
-FILES = {"packed", "model.gguf", "hf", "run.json", "losses.jsonl", "heldout.npy"}
+FILES = {"packed", "model.gguf", "hf", "run.json", "run.log", "losses.jsonl", "heldout.npy"}
 REPORTS = {"report.html", "report.md", "report.json"}
 
 
 @dataclass
-class Log:
+class Log(Progress):
     """Stages of a run, with what the folder held when each began, and its notes."""
 
     out: Path
     stages: list[tuple[str, set[str]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def progress(self) -> Progress:
-        return Progress(stage=self.stage, note=self.notes.append)
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
 
     def stage(self, name: str) -> None:
         self.stages.append((name, names(self.out)))
@@ -51,7 +53,7 @@ class Log:
 
 
 def names(out: Path) -> set[str]:
-    return {path.split("/")[0] for path in contents(out)}
+    return {path.split("/")[0] for path in contents(out)} - {"run.lock"}  # there while the run lasts
 
 
 def train(case: Case, text: Path, out: Path, references: str, **schedule: Any) -> tuple[dict[str, Any], Log]:
@@ -63,7 +65,7 @@ def train(case: Case, text: Path, out: Path, references: str, **schedule: Any) -
         data=text,
         evaluation=Evaluation(text=text, tokens=64, window=32, references=references, prompts=("The whale",)),
         options=Options(precision="no", compiled=False),
-        progress=log.progress,
+        progress=log,
     )
     return json.loads((out / "report.json").read_text()), log
 

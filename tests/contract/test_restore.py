@@ -23,6 +23,7 @@ from intaglio.sources.convert import convert
 from intaglio.train.quantize import quantize
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
+from tests.support.repack import resave
 from tests.support.tiny import (
     ASSISTANT,
     GEMMA3,
@@ -71,14 +72,13 @@ def test_a_checkpoint_of_ours_is_the_packed_model_again(kind: str, tmp_path: Pat
         add_unused(checkpoint)
     plan = make_plan(checkpoint_spec(checkpoint), Recipe.load(recipe, overrides))
     packed = quantize(checkpoint, plan, tmp_path / "packed")
-    static = load_file(packed.path / "packed.safetensors")
+    static: dict[str, torch.Tensor] = {}
     scales = [scale.name for scale in plan.static_scales if scale.owned]
     if scales:  # as calibration leaves them
         owners = {scale.name: scale.owner for scale in plan.static_scales}
         static |= {name: torch.tensor(0.01 * (1 + scales.index(owner))) for name, owner in owners.items()}
-        with open(packed.path / "packed.safetensors", "rb") as file:
-            metadata = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
-        save_file(static, packed.path / "packed.safetensors", metadata)
+        resave(packed.path, static)
+        packed = PackedModel.open(packed.path)
     export_hf(packed, tmp_path / "hf")
     assert verify(packed, tmp_path / "hf").exact
     outcome = intaglio("convert", tmp_path / "hf", f"--out={tmp_path / 'again'}")

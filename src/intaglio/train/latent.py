@@ -225,6 +225,8 @@ class BlockLatent:
         """
         if self.adapter is not None:
             self.adapter.decode_if_switched()
+        if self.adapter is not None or self.latent.device.type == "cpu":  # else a compiled kernel decoded
+            check_unchanged(self.name, self.weight, self.compute(self.weight.dtype)[0])
         step, codes = self.step, self.grid.codes_of(local(self.weight.detach()), self.step)
         if self.mode == "fixed":
             assert self.scale is not None
