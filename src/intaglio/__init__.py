@@ -2,8 +2,9 @@
 
     from intaglio import Recipe, make_plan, prepare, quantize, train_model, PackedModel, export_gguf, verify
 
-`make_plan` resolves a recipe against a model; `prepare` puts a model on the plan's grids for anyone's
-trainer; `train_model` is ours; `pack_model` and `quantize` make a PackedModel; exporters take only that.
+`make_plan` resolves a recipe against a model; `prepare` puts a model on the plan's grids and returns its latents, which
+`GridOptimizer` trains in anyone's loop; `train_model` is our loop; `pack_model` and `quantize` make a PackedModel;
+exporters take only that.
 Names are imported when first used: planning needs no exporter, and exporting no trainer.
 """
 

@@ -86,7 +86,7 @@ def test_the_files_are_there_before_anything_is_compared(everything: tuple[Any, 
     expected = ["Loading the original", "Reading text", "Training", "Packing", "Writing files"]
     expected += ["Making Stock rounding", "Making MSE fit", "Loading the original"]
     assert order[: len(expected)] == expected and order[len(expected)].startswith("Measuring")
-    assert log.at("Packing") == {"run.json", "losses.jsonl", "start"}
+    assert log.at("Packing") == {"run.json", "run.log", "losses.jsonl", "start"}
     assert log.at("Making Stock") == FILES | {"start"}
     assert log.at("Measuring") == FILES | {"stock", "stock.gguf", "fitted", "start"}
     for name in ("packed", "model.gguf", "hf"):

@@ -118,19 +118,11 @@ def train(
     check_run_dir(run_dir, identity, resume)
     check_together(plan.recipe.schedule.batch_size, identity)
     compiled = device.type == "cuda" if options.compiled is None else options.compiled
-    if plan.recipe.schedule.loss == "cross_entropy":
-        teacher = None
-    elif teacher is None and start is not None:
-        raise InputError(
-            "schedule.loss = 'kl' needs a teacher, and a packed model has no original: name the model it is to learn "
-            "from, or learn from the text itself with schedule.loss = 'cross_entropy'"
-        )
-    else:
-        teacher = (teacher or original).to(device).requires_grad_(False)
-    dtype = dtype_of(options)
     original = original.to(device)
     if world_size() > 1 and not isinstance(original, FSDPModule):
         shard(original, device)
+    teacher = _teacher(plan, original, teacher, start, device)
+    dtype = dtype_of(options)
     latents = build_student(original, plan, start=start, dtype=dtype)
     student = latents.model
     saved = checkpoint.latest(run_dir)
@@ -153,6 +145,20 @@ def train(
     if session.tracker is not None:
         session.tracker.finish()
     return latents
+
+
+def _teacher(
+    plan: Plan, original: TextModel, teacher: TextModel | None, start: PackedModel | None, device: torch.device
+) -> TextModel | None:
+    """The model whose distribution is learned, without gradients; None where the text itself is the lesson."""
+    if plan.recipe.schedule.loss == "cross_entropy":
+        return None
+    if teacher is None and start is not None:
+        raise InputError(
+            "schedule.loss = 'kl' needs a teacher, and a packed model has no original: name the model it is to learn "
+            "from, or learn from the text itself with schedule.loss = 'cross_entropy'"
+        )
+    return (teacher or original).to(device).requires_grad_(False)
 
 
 def _first_values(
