@@ -31,7 +31,7 @@ if (seen.state === "ready") {
   seen.sendable = await page.isEnabled("#send"); // nothing is typed yet
   await page.click("#input");
   await page.keyboard.type('What does "harbor" mean?');
-  await page.click("#send");
+  await page.click("#send", { force: true }); // it vanishes as soon as it is clicked, which an unforced click takes for a miss
   seen.busy = await page.evaluate("document.body.dataset.state");
   await ready();
   seen.first = (await answers())[0];

@@ -225,8 +225,6 @@ class BlockLatent:
         """
         if self.adapter is not None:
             self.adapter.decode_if_switched()
-        if self.adapter is not None or self.latent.device.type == "cpu":  # else a compiled kernel decoded
-            check_unchanged(self.name, self.weight, self.compute(self.weight.dtype)[0])
         step, codes = self.step, self.grid.codes_of(local(self.weight.detach()), self.step)
         if self.mode == "fixed":
             assert self.scale is not None
@@ -235,6 +233,8 @@ class BlockLatent:
             step = torch.where(step == 0, torch.full_like(step, -0.0), step)  # as ggml writes empty blocks
             quantized = from_steps(self.grid, codes, step)
         check_unchanged(self.name, self.weight, quantized.decode(self.weight.dtype))
+        if self.adapter is not None or self.latent.device.type == "cpu":  # else a compiled kernel decoded
+            check_unchanged(self.name, self.weight, self.compute(self.weight.dtype)[0])
         parts = (quantized.codes, quantized.scale, quantized.super_scale)
         return Quantized(self.grid, *(None if part is None else part.cpu() for part in parts))  # type: ignore[arg-type]
 
