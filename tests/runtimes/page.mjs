@@ -17,7 +17,7 @@ page.on("request", (request) => request.url().startsWith(new URL(url).origin) ||
 page.on("pageerror", (error) => errors.push(error.message));
 // Asked from here: the page's policy forbids what waitForFunction does in it.
 async function until(expression) {
-  while (!(await page.evaluate(expression))) await new Promise((again) => setTimeout(again, 20));
+  while (!(await page.evaluate(expression))) await new Promise((again) => setTimeout(again, 200));
 }
 const ready = () => until("document.body.dataset.state === 'ready'");
 const answers = () => page.locator("#messages .assistant .text").allTextContents();

@@ -52,6 +52,7 @@ MAY_IMPORT = {
         *("numerics", "planning", "progress", "drafter"),
     },
     "__init__": set(),  # names its homes as strings
+    "__main__": {"cli"},
 }
 # Only what learns or quantizes may fit a scale; anything else that could would be able to re-quantize.
 MAY_FIT = {f"intaglio.train.{name}" for name in ("calibrate", "gptq", "latents", "quantize", "towers")}
