@@ -17,7 +17,7 @@ page.on("request", (request) => request.url().startsWith(new URL(url).origin) ||
 page.on("pageerror", (error) => errors.push(error.message));
 // Asked from here: the page's policy forbids what waitForFunction does in it.
 async function until(expression) {
-  while (!(await page.evaluate(expression))) await new Promise((again) => setTimeout(again, 200));
+  while (!(await page.evaluate(expression))) await new Promise((again) => setTimeout(again, 50));
 }
 const ready = () => until("document.body.dataset.state === 'ready'");
 const answers = () => page.locator("#messages .assistant .text").allTextContents();
@@ -43,8 +43,9 @@ if (seen.state === "ready") {
   await ready();
   seen.second = (await answers())[1];
   seen.asked = await page.locator("#messages .user").allTextContents();
-  await until("/MB/.test(document.getElementById('memory').textContent)");
+  await until("!['', 'measuring'].includes(document.getElementById('memory').textContent)");
   seen.figures = await page.innerText("#figures");
+  seen.memory = await page.textContent("#memory");
   await page.screenshot({ path: join(pictures, "chat.png") });
   await page.emulateMedia({ colorScheme: "dark" });
   await page.setViewportSize({ width: 390, height: 760 });

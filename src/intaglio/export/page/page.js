@@ -158,8 +158,11 @@ async function ask(text) {
 async function measureMemory() {
   if (!performance.measureUserAgentSpecificMemory) return void ($("memory").textContent = "not told");
   $("memory").textContent = "measuring";
-  const { bytes } = await performance.measureUserAgentSpecificMemory();
-  $("memory").textContent = megabytes(bytes);
+  try {
+    $("memory").textContent = megabytes((await performance.measureUserAgentSpecificMemory()).bytes);
+  } catch {
+    $("memory").textContent = "not told"; // some browsers have the function and refuse it
+  }
 }
 
 $("form").onsubmit = (event) => {
