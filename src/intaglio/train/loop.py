@@ -142,8 +142,6 @@ def train(
         on_start(latents)
     session.run(saved, on_step)
     switch_static(student, activations=True, kv_cache=True)
-    if session.tracker is not None:
-        session.tracker.finish()
     return latents
 
 
@@ -231,6 +229,8 @@ class Session:
         began = time.perf_counter()
         with deferred() as pending:
             self._steps(first, began, log, pending, on_step)
+        if self.tracker is not None:
+            self.tracker.finish()
 
     def _steps(
         self, first: int, began: float, log: Path, pending: Pending, on_step: Callable[[StepInfo], None]
