@@ -101,7 +101,7 @@ def write_text(path: Path, source: Path, tokens: int) -> None:
 
 @dataclass
 class Watch:
-    """What is seen of a run from outside; times in seconds since it began."""
+    """A watch sees a run from outside; its times are seconds since the run began."""
 
     run_dir: Path
     process: subprocess.Popen[str]
@@ -151,7 +151,7 @@ class Watch:
                 self.gpu.append((self.now(), busy, used))
 
     def look(self) -> None:
-        """Which files are there, how many steps are done, how much memory the processes have."""
+        """Record the files that exist, the steps that are done, and the memory that the processes hold."""
         for name in (*WATCHED, "report.json"):
             if name not in self.seen and (self.run_dir / name).exists():
                 self.seen[name] = self.now()

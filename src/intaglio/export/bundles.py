@@ -89,12 +89,12 @@ def export_lmstudio(
 
 
 def library_name(packed: PackedModel) -> str:
-    """What a file of this model is called: the model's name and its recipe's, in letters that any system takes."""
+    """The stem of this model's file names: the model's name and its recipe's, in letters that any system takes."""
     return re.sub(r"[^\w.-]+", "-", f"{model_title(packed)}-{packed.plan.recipe.name}").lstrip("-.") or "model"
 
 
 def model_title(packed: PackedModel) -> str:
-    """What a person calls the model, on one line of text that any file holds."""
+    """The model's name for people: one line of text that can be written to any file."""
     name = str(packed.provenance.get("name") or packed.path.resolve().name)
     return " ".join(name.encode("utf-8", "replace").decode("utf-8").split()) or "model"
 

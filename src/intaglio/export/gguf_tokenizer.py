@@ -25,7 +25,7 @@ from intaglio.plan.names_gguf import PLACEHOLDER, SAMPLING_KEYS, SUPPRESSED, VIS
 
 SPECIAL_SCORE = -1000.0  # of tokens that are found in the text before any merge: never compared
 SPACE = {"String": " "}
-# What llama.cpp does to a text before any merge, in the words of tokenizer.json. After it no spaces are left to split.
+# llama.cpp replaces spaces before any merge; tokenizer.json writes that so. No spaces are then left to split.
 NORMALIZER = {"type": "Replace", "pattern": SPACE, "content": "\u2581"}
 SPLIT = {"type": "Split", "pattern": SPACE, "behavior": "MergedWithPrevious", "invert": False}
 
@@ -180,7 +180,7 @@ def _not_expressed(folder: Path, found: str, runtime: str) -> str:
 
 
 def _add_special(writer: GGUFWriter, speech: Speech, ids: dict[str, int]) -> None:
-    """Which ids <bos> and its like have, where answers end, and the chat templates."""
+    """Write the ids of <bos> and its like, the tokens at which answers end, and the chat templates."""
     tokenizer = speech.tokenizer
     if tokenizer.bos_token_id is None:
         raise ConfigError(

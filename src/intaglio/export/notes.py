@@ -1,4 +1,4 @@
-"""What an artifact of a plan is without, or has otherwise, in words for its README."""
+"""Sentences for an artifact's README: each says where the artifact differs from the packed model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from intaglio.plan.plan import Plan
 
 
 def vllm_note(plan: Plan) -> str:
-    """What vLLM's folder has otherwise than the packed model."""
+    """The note says where vLLM's folder differs from the packed model; it is empty where nothing differs."""
     notes = []
     if any("embedding" in t.spec.role and isinstance(t.grid, BlockGrid) and t.grid.portable for t in plan):
         notes.append("Embeddings are bfloat16, exactly what their codes and scales decode to.")
@@ -25,22 +25,22 @@ def vllm_note(plan: Plan) -> str:
 
 
 def mlx_note(plan: Plan) -> str:
-    """What an MLX folder is without."""
+    """The note says which of the plan's scales an MLX folder cannot hold; it is empty where it holds all."""
     return "MLX has no static scales: activations and KV cache stay in floats." if plan.static_scales else ""
 
 
 def litert_note(plan: Plan) -> str:
-    """What LiteRT rounds by itself."""
+    """The note says which values LiteRT rounds by itself; it is empty where the plan rounds them too."""
     return "" if plan.static_scales else "LiteRT rounds activations to 8 bits as they come where weights are Q4_0."
 
 
 def mobile_note(plan: Plan) -> str:
-    """What transformers leaves in floats."""
+    """The note says which values transformers leaves in floats; it is empty where the plan does so too."""
     return "transformers quantizes activations and leaves the KV cache in floats." if plan.recipe.kv_cache else ""
 
 
 def not_run(plan: Plan) -> str:
-    """For programs that are in no package registry."""
+    """The note of a format whose program is in no package registry, so that nobody ran it here."""
     return "Written by the program's documentation and checked by parsing; the program itself was not run."
 
 
