@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 benchmarks/scale_step.py 12b:4:2048:checkpointing --out two.json
 
 A case is model:sequences:tokens, then any of `checkpointing`, `compiled`, `mobile`, `tail` (codes frozen), `plain` (only plain
-fine-tuning) and `ours` (only ours). Plain fine-tuning is the same model, teacher and loss with torch's fused AdamW on
+fine-tuning), `ours` (only ours) and `profile` (name the kernels that take most of a step). Plain fine-tuning is the same model, teacher and loss with torch's fused AdamW on
 bfloat16 weights. Both take the same steps after warm-up; times are medians, with quartiles.
 """
 
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from intaglio.numerics.fit import fit_absmax
@@ -98,6 +99,14 @@ def timed(run: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def profiled(step: Callable[[], Any]) -> str:
+    """The kernels of one step, by their time on the GPU."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        step()
+        torch.cuda.synchronize()
+    return found.key_averages().table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=90)
+
+
 def measure(
     kind: str, plan: Plan, sequences: int, tokens: int, flags: set[str], steps: int, device: torch.device
 ) -> dict[str, Any]:
@@ -146,7 +155,10 @@ def measure(
         second = timed(optimizer.step, device)
         whole.append(first + second)
         stepping.append(second)
+    first_step = whole[0]
     del whole[:WARM_UP], stepping[:WARM_UP]
+    if "profile" in flags and is_main():
+        print(profiled(lambda: (learn(), optimizer.step())), flush=True)
     median = statistics.median(whole)
     quartiles = statistics.quantiles(whole, n=4) if len(whole) > 1 else [median] * 3
     return {
@@ -157,16 +169,16 @@ def measure(
         "tokens_per_s": sequences * tokens * world_size() / median,
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "build_s": built,
-        "first_step_s": whole[0],
+        "first_step_s": first_step,
         "loss": [float(losses[0]), float(losses[-1])],
     }
 
 
-def run_case(case: str, steps: int, device: torch.device) -> dict[str, Any]:
+def run_case(case: str, steps: int, device: torch.device, changes: list[str]) -> dict[str, Any]:
     model, sequences, tokens, *flags = case.split(":")
     path = Path(model)
     config = json.loads(path.read_text()) if path.suffix == ".json" else bundled_config(f"gemma-4-{model}")
-    schedule = [f"schedule.batch_size={int(sequences) * world_size()}", f"schedule.sequence_length={tokens}"]
+    schedule = [f"schedule.batch_size={int(sequences) * world_size()}", f"schedule.sequence_length={tokens}", *changes]
     plan = make_plan(text_config(config), Recipe.load("mobile" if "mobile" in flags else "q4_0", schedule))
     planned = training_memory(plan, gpus=world_size(), gradient_checkpointing="checkpointing" in flags)
     found: dict[str, Any] = {
@@ -192,6 +204,7 @@ def run_case(case: str, steps: int, device: torch.device) -> dict[str, Any]:
                     f"step {row['step_s'] * 1e3:.0f} ms {[round(q * 1e3) for q in row['step_quartiles_s']]}, optimizer "
                     f"{row['optimizer_s'] * 1e3:.1f} ms, {row['tokens_per_s']:,.0f} tokens/s, peak "
                     f"{(row['peak_bytes'] or 0) / 1e9:.1f} GB (planned {planned.total / 1e9:.1f}), built in {row['build_s']:.0f} s, "
+                    f"first step {row['first_step_s']:.0f} s, "
                     f"loss {row['loss']}"
                 ),
                 flush=True,
@@ -203,10 +216,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--set", action="append", default=[], help="of the recipe, as `intaglio train` takes it")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = start_processes()
-    rows = [run_case(case, arguments.steps, device) for case in arguments.cases]
+    rows = [run_case(case, arguments.steps, device, arguments.set) for case in arguments.cases]
     if arguments.out is not None and is_main():
         arguments.out.write_text(json.dumps({"torch": torch.__version__, "cases": rows}, indent=2) + "\n")
 

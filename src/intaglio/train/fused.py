@@ -45,11 +45,16 @@ def _pulled(mode: str, grid: BlockGrid, grad: Tensor, latent: Tensor, codes: Ten
     return grad, grad_z
 
 
-def _block_norm(mode: str, grid: BlockGrid, *tensors: Tensor) -> Tensor:
-    """Squared norm of the gradients of latents and scale latents, float32 scalar."""
+def _block_squares(mode: str, grid: BlockGrid, *tensors: Tensor) -> Tensor:
+    """Squared norm of each block's gradients, of its latents and its scale latent, float32 [N].
+
+    The sum over blocks is left to torch: inductor would give the last sum of this kernel to one processor of the card.
+    """
     grad, grad_z = _pulled(mode, grid, *tensors)
-    total = grad_z.square().sum() if grad_z.numel() else grad.new_zeros(())
-    return total if mode == "frozen" else total + grad.square().sum()
+    if mode == "frozen":
+        return grad_z.square()
+    squares = grad.square().sum(-1)
+    return squares + grad_z.square() if grad_z.numel() else squares
 
 
 def _block_step(
@@ -154,19 +159,14 @@ class Bucket:
         """Whether any weight of the bucket has a gradient."""
         return any(latent.weight.grad is not None for latent in self.latents)
 
+    def gather(self) -> None:
+        """Move the gradients of the bucket's weights into one tensor, and take them away from the weights."""
+        grads = [take_gradient(latent.weight) for latent in self.latents]
+        parts = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, self.weights, strict=True)]
+        self.grad = _flat(parts, self.width)
+
     def norm(self) -> Tensor:
-        """Squared norm of the latents' gradients, float32 scalar."""
-        self.grad = self._gathered(lambda latent: latent.weight.grad)
-        total, self.grad = self._norm(), None
-        return total
-
-    def _gathered(self, gradient_of: Callable[[Any], Tensor | None]) -> Tensor:
-        """The gradients of the bucket's weights in one tensor; of one bucket at a time, since it is a copy."""
-        grads = [gradient_of(latent) for latent in self.latents]
-        parts = [torch.zeros_like(w) if g is None else local(g) for g, w in zip(grads, self.weights, strict=True)]
-        return _flat(parts, self.width)
-
-    def _norm(self) -> Tensor:
+        """Squared norm of the latents' gradients, float32 scalar; after `gather`."""
         assert self.grad is not None
         return self.grad.float().square().sum()
 
@@ -178,8 +178,7 @@ class Bucket:
         return torch.stack([*known.unbind(), 1 - known[1] ** step, 1 - known[2] ** step, clip])
 
     def step(self, clip: Tensor) -> None:
-        """Step and decode into the model's weights. clip: factor of the gradients, float32 scalar."""
-        self.grad = self._gathered(lambda latent: take_gradient(latent.weight))
+        """Step and decode into the model's weights; after `gather`. clip: factor of the gradients, float32 scalar."""
         self.steps_done += 1
         values = self._step(clip)
         self.grad = None
@@ -214,8 +213,8 @@ class BlockBucket(Bucket):
         assert self.grad is not None
         return self.grad, self.latent, self.codes, self.z, self.given
 
-    def _norm(self) -> Tensor:
-        return _kernel(_block_norm, *self._tensors)(self.mode, self.grid, *self._tensors)
+    def norm(self) -> Tensor:
+        return _kernel(_block_squares, *self._tensors)(self.mode, self.grid, *self._tensors).sum()
 
     def _step(self, clip: Tensor) -> Tensor:
         first = self.latents[0]
@@ -273,6 +272,8 @@ class FusedGridAdamW(GridOptimizer):
             latent.pull()
         self.latents.average_rest()
         learning = [bucket for bucket in self.buckets if bucket.has_gradients]
+        for bucket in learning:
+            bucket.gather()
         clip = self._clip_factor(learning)
         for bucket in learning:
             bucket.step(clip)
