@@ -32,6 +32,7 @@ from intaglio.plan.family import text_config, transformers_config
 from intaglio.plan.memory import training_memory
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
+from intaglio.train.attention import attend_in_chunks
 from intaglio.train.kernels import compile_layers
 from intaglio.train.latents import owners_of, prepare
 from intaglio.train.lesson import Distiller, Teacher
@@ -132,6 +133,8 @@ def measure(
     if "checkpointing" in flags:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if "compiled" in flags:
+        for model in (student, original):
+            attend_in_chunks(model)
         compile_layers(student, original)
     lesson = Distiller(student, getattr(student.config, "final_logit_softcapping", None), device.type == "cuda")
     teach = Teacher(original, dtype)

@@ -25,6 +25,7 @@ from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
 from intaglio.train import checkpoint
+from intaglio.train.attention import attend_in_chunks
 from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.kernels import compile_layers
 from intaglio.train.latents import Latents
@@ -131,7 +132,10 @@ def train(
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compiled and device.type == "cuda":
-        compile_layers(student, *([] if teacher is None else [teacher]))
+        models = [student, *([] if teacher is None else [teacher])]
+        for model in models:
+            attend_in_chunks(model)
+        compile_layers(*models)
     softcap = getattr(student.config, "final_logit_softcapping", None)
     lesson = Distiller(student, softcap, compiled)
     teach = nothing if teacher is None else Teacher(teacher, dtype)

@@ -255,14 +255,22 @@ def switch_static(model: nn.Module, *, activations: bool, kv_cache: bool) -> Non
             module.on = kv_cache if any("cache" in kind for kind in kinds) else activations
 
 
-def static_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """transformers' sdpa attention; key and value [B, heads, T, width] are quantized by the module's scales."""
+def static_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    attend: Callable[..., Any] = sdpa_attention_forward,
+    **kwargs: Any,
+) -> Any:
+    """Attention by `attend`; key and value [B, heads, T, width] are quantized by the module's scales."""
     scales = getattr(module, "static", None)
     if scales is not None and scales.observer is not None:
         scales.observer("k_cache", key.transpose(1, 2))
         scales.observer("v_cache", value.transpose(1, 2))
     key, value = static(module, "k_cache", key), static(module, "v_cache", value)
-    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    return attend(module, query, key, value, *args, **kwargs)
 
 
 def use_static_attention(model: Any) -> None:
