@@ -49,8 +49,8 @@ def assert_same_codes(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "overrides"),
-    [("q4_0", ()), ("mobile", ("weights.ple_embedding.trainable=true",))],
-    ids=["q4_0", "mobile"],
+    [("q4_0", ()), ("mobile", ("weights.ple_embedding.trainable=true",)), ("experts", ())],
+    ids=["q4_0", "mobile", "experts"],
 )
 def test_two_processes_train_what_one_does(recipe: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
