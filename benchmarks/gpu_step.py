@@ -30,6 +30,7 @@ from intaglio.plan.recipe import Recipe
 from intaglio.train.distill import chunked_kl
 from intaglio.train.grid_optimizer import GridOptimizer
 from intaglio.train.latents import prepare
+from intaglio.train.layers import set_layers
 
 LR = 1e-6
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -82,7 +83,7 @@ def random_model(config: Gemma4TextConfig, device: str, linear_dtype: torch.dtyp
         if parameter.ndim > 1:
             parameter.data.normal_(0, 0.02)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its tables in float32
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_layers(model, checkpointing=True)
     return model.train()
 
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.plan.schedule import Schedule
-from intaglio.train.kernels import compile_layers
 from intaglio.train.latents import Latents, prepare
+from intaglio.train.layers import set_layers
 from intaglio.train.lesson import Distiller
 from intaglio.train.optimizer import make_optimizer
 from intaglio.train.static import put_scales
@@ -90,16 +90,13 @@ def batch(config: Any, model: nn.Module, sequences: int, length: int) -> tuple[T
     return ids, positions, hidden, head.bfloat16()
 
 
-def measure(training: Training, config: Any, length: int, repeats: int) -> dict[tuple[int, bool], dict[str, float]]:
+def measure(
+    training: Training, config: Any, compiled: bool, length: int, repeats: int
+) -> dict[tuple[int, bool], dict[str, float]]:
     """Milliseconds, peak and base memory without the table of per-layer embeddings, for every case."""
     rows = {}
     for sequences, checkpointing in CASES:
-        if checkpointing:
-            training.model.gradient_checkpointing_enable(  # type: ignore[operator]
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
-        else:
-            training.model.gradient_checkpointing_disable()  # type: ignore[operator]
+        set_layers(training.model, checkpointing=checkpointing, compiled=compiled)
         arguments = batch(config, training.model, sequences, length)
         ms, peak, base = median_ms(partial(training.step, *arguments), repeats)
         row = {"ms": ms}
@@ -119,9 +116,7 @@ def compare(config: Any, device: str, compiled: bool, length: int, repeats: int)
     for quantized in (False, True):
         model = trainable_model(config, device)
         made = quantize(model, plan) if quantized else model
-        if compiled:
-            compile_layers(model)
-        measured[quantized] = measure(Training(made, compiled), config, length, repeats)
+        measured[quantized] = measure(Training(made, compiled), config, compiled, length, repeats)
         del model, made
         gc.collect()
         if torch.cuda.is_available():

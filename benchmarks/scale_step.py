@@ -32,9 +32,8 @@ from intaglio.plan.family import text_config, transformers_config
 from intaglio.plan.memory import training_memory
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.train.attention import attend_in_chunks
-from intaglio.train.kernels import compile_layers
 from intaglio.train.latents import owners_of, prepare
+from intaglio.train.layers import set_layers
 from intaglio.train.lesson import Distiller, Teacher
 from intaglio.train.optimizer import make_optimizer
 from intaglio.train.sharding import allocate, is_main, like, local, shard, start_processes, world_size
@@ -130,12 +129,8 @@ def measure(
         optimizer = PlainAdamW(student)
     synchronize(device)
     built = time.perf_counter() - began
-    if "checkpointing" in flags:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if "compiled" in flags:
-        for model in (student, original):
-            attend_in_chunks(model)
-        compile_layers(student, original)
+    set_layers(student, checkpointing="checkpointing" in flags, compiled="compiled" in flags)
+    set_layers(original, compiled="compiled" in flags)
     lesson = Distiller(student, getattr(student.config, "final_logit_softcapping", None), device.type == "cuda")
     teach = Teacher(original, dtype)
     generator = torch.Generator(device=device).manual_seed(torch.distributed.get_rank() if world_size() > 1 else 0)

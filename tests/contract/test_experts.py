@@ -30,24 +30,10 @@ from intaglio.train.pack import pack_model
 from intaglio.train.start import plan_to_go_on
 from tests.support.cli import intaglio
 from tests.support.tiny import GEMMA4_MOE, make_checkpoint, pack
-from tests.support.training import plain_fake_quantize, small_corpus, small_model, small_plan
+from tests.support.training import SMALL_MOE, moe, plain_fake_quantize, small_corpus, small_plan
 
-SMALL_MOE = GEMMA4_MOE | {"vocab_size": 256, "vocab_size_per_layer_input": 256, "max_position_embeddings": 128}
 IDS = torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(3))
 EXPERTS = "model.layers.1.experts"
-
-
-def moe(seed: int = 0) -> Any:
-    """A random float32 model whose experts weigh as much as its other parts."""
-    model = small_model(SMALL_MOE, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".experts." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.06)
-            elif "router" in name and parameter.ndim == 1:
-                parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 @torch.no_grad()

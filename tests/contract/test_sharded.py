@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import verify
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.run_folder import read_losses
-from tests.support import sharded
+from tests.support import layers, sharded
 
 PROCESSES = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d")
 
@@ -48,8 +49,8 @@ def assert_same_codes(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "overrides"),
-    [("q4_0", ()), ("mobile", ("weights.ple_embedding.trainable=true",))],
-    ids=["q4_0", "mobile"],
+    [("q4_0", ()), ("mobile", ("weights.ple_embedding.trainable=true",)), ("experts", ())],
+    ids=["q4_0", "mobile", "experts"],
 )
 def test_two_processes_train_what_one_does(recipe: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
@@ -108,3 +109,12 @@ def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
     assert ran.returncode != 0
     assert "schedule.batch_size = 3 sequences on 2 processes: expected a multiple of 2" in ran.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_layers_are_recomputed_and_compiled_within_shards(tmp_path: Path) -> None:
+    command = [sys.executable, *PROCESSES, "-m", "tests.support.layers", str(tmp_path / "losses.json")]
+    ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    plain, both = json.loads((tmp_path / "losses.json").read_text())
+    assert both == pytest.approx(plain, rel=1e-6)
+    assert plain == pytest.approx(layers.train()[0], rel=1e-5)

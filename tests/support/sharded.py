@@ -1,4 +1,7 @@
-"""A short training that tests start in several processes: `torchrun -m tests.support.sharded OUT RECIPE STOP`."""
+"""A short training that tests start in several processes: `torchrun -m tests.support.sharded OUT RECIPE STOP`.
+
+RECIPE `experts` is q4_0 for a mixture of experts.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 
 from intaglio.train.loop import Options, StepInfo, train
 from intaglio.train.pack import pack_model
-from tests.support.training import small_corpus, small_model, small_plan
+from tests.support.training import SMALL, SMALL_MOE, moe, small_corpus, small_model, small_plan
 
 SCHEDULE = {
     "tokens": 512, "batch_size": 4, "sequence_length": 16, "lr": 1e-5, "scale_lr": 1e-4, "float_lr": 1,
@@ -22,14 +25,17 @@ OPTIONS = Options(precision="no", compiled=False, checkpoint_every=3)
 def run(out: Path, recipe: str, stop: int, *overrides: str) -> None:
     """Train into OUT/run, or go on there, and pack into OUT/packed. stop: the step after which the process dies."""
     torch.set_num_threads(1)
-    plan = small_plan(*(f"schedule.{key}={value}" for key, value in SCHEDULE.items()), *overrides, recipe=recipe)
+    experts = recipe == "experts"
+    settings = (*(f"schedule.{key}={value}" for key, value in SCHEDULE.items()), *overrides)
+    plan = small_plan(*settings, recipe="q4_0" if experts else recipe, config=SMALL_MOE if experts else SMALL)
 
     def on_step(info: StepInfo) -> None:
         if info.step == stop:
             os._exit(0)
 
     resume = (out / "run").exists()
-    latents = train(small_model(), plan, small_corpus(), out / "run", options=OPTIONS, resume=resume, on_step=on_step)
+    original = moe() if experts else small_model()
+    latents = train(original, plan, small_corpus(), out / "run", options=OPTIONS, resume=resume, on_step=on_step)
     (out / "assets").mkdir(exist_ok=True)
     pack_model(latents, out / "packed", assets=out / "assets")
 

@@ -13,9 +13,10 @@ from intaglio.plan.family import build_meta_model
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.corpus import Corpus
-from tests.support.tiny import GEMMA4, fill
+from tests.support.tiny import GEMMA4, GEMMA4_MOE, fill
 
 SMALL = GEMMA4 | {"vocab_size": 256, "vocab_size_per_layer_input": 256, "max_position_embeddings": 128}
+SMALL_MOE = GEMMA4_MOE | {"vocab_size": 256, "vocab_size_per_layer_input": 256, "max_position_embeddings": 128}
 
 
 def small_model(config: dict[str, Any] = SMALL, *, seed: int = 0) -> nn.Module:
@@ -31,6 +32,19 @@ def small_model(config: dict[str, Any] = SMALL, *, seed: int = 0) -> nn.Module:
             if "post_" in name:
                 parameter.mul_(8)
     return model.eval()
+
+
+def moe(seed: int = 0) -> Any:
+    """A random float32 model whose experts weigh as much as its other parts."""
+    model = small_model(SMALL_MOE, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.06)
+            elif "router" in name and parameter.ndim == 1:
+                parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def small_plan(*overrides: str, recipe: str = "q4_0", config: dict[str, Any] = SMALL) -> Plan:

@@ -26,8 +26,8 @@ from intaglio.plan.plan import Plan
 from intaglio.train import checkpoint
 from intaglio.train.corpus import Corpus
 from intaglio.train.distill import chunked_kl
-from intaglio.train.kernels import compile_layers
 from intaglio.train.latents import Latents, prepare
+from intaglio.train.layers import set_layers
 from intaglio.train.loop import Options, Session, StepInfo, dtype_of, run_identity
 from intaglio.train.run_folder import check_run_dir, claim
 from intaglio.train.sharding import start_processes
@@ -100,8 +100,7 @@ def train_drafter(
     cast_weights(student, dtype)
     latents = prepare(student, plan, source=None if student.dtype == drafter.dtype else drafter.state_dict())
     head = target.get_output_embeddings().weight.to(dtype)
-    if compiled:
-        compile_layers(target)
+    set_layers(target, compiled=compiled)
 
     def teach(input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
         with torch.autocast(input_ids.device.type, dtype, enabled=target.dtype != dtype):

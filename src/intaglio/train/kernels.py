@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,14 +142,6 @@ def _zero_where_clipped(grad: Tensor, position: Tensor, lowest: float, highest: 
         grad.copy_(derivative(grad, position, lowest, highest))
     else:
         derivative.grad_input(grad, position, lowest, highest, grad_input=grad)
-
-
-def compile_layers(*models: Any) -> None:
-    """Have the decoder layers of transformers' models compiled when they first run, each for itself."""
-    layers = [layer for model in models for layer in model.model.layers]
-    expect_compilations(4 * len(layers))  # anew when codes freeze, and where activations are switched off
-    for layer in layers:
-        layer.compile(dynamic=False)
 
 
 def expect_compilations(count: int) -> None:

@@ -25,10 +25,9 @@ from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
 from intaglio.train import checkpoint
-from intaglio.train.attention import attend_in_chunks
 from intaglio.train.corpus import Corpus, batch_indices
-from intaglio.train.kernels import compile_layers
 from intaglio.train.latents import Latents
+from intaglio.train.layers import set_layers
 from intaglio.train.lesson import Distiller, Teach, Teacher, labels_inside, nothing
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
 from intaglio.train.run_folder import LOSSES_FILE, append_line, check_run_dir, claim, keep_lines
@@ -129,13 +128,10 @@ def train(
     saved = checkpoint.latest(run_dir)
     if start is None:  # else its codes and static scales are the packed model's
         _first_values(latents, original, corpus, device, saved, on_calibration)
-    if options.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if compiled and device.type == "cuda":
-        models = [student, *([] if teacher is None else [teacher])]
-        for model in models:
-            attend_in_chunks(model)
-        compile_layers(*models)
+    compile_layers = compiled and device.type == "cuda"
+    set_layers(student, checkpointing=options.gradient_checkpointing, compiled=compile_layers)
+    if teacher is not None:
+        set_layers(teacher, compiled=compile_layers)
     softcap = getattr(student.config, "final_logit_softcapping", None)
     lesson = Distiller(student, softcap, compiled)
     teach = nothing if teacher is None else Teacher(teacher, dtype)
