@@ -9,6 +9,10 @@ The loss holds four chunks of logits at a time, as measured (benchmarks/results/
 Sharded over n GPUs as FSDP does it, each holds an n-th of weights, gradients and moments; one layer's weights and the
 head's whole; and the table of per-layer embeddings, which is not sharded. Activations and loss are not shared.
 
+Moments are counted as `schedule.moments` keeps them. Offloaded ones come to the GPU one bucket at a time, during the
+optimizer step, and are counted with the gradients. With 8-bit moments the step takes weights one by one, and what it
+holds of the largest one is counted instead of a bucket.
+
 Gradients come as activations go, so the two are not in memory as a whole together: the larger one counts.
 """
 
@@ -21,12 +25,14 @@ from intaglio.errors import InputError
 from intaglio.numerics.grid import BlockGrid
 from intaglio.plan.family import ModelSpec
 from intaglio.plan.plan import HEAD, Plan, PlannedTensor
+from intaglio.plan.schedule import Schedule
 
 FLOAT, HALF = 4, 2  # bytes of float32 and bfloat16
 LOSS_CHUNK_TOKENS = 512  # as train.distill takes them on a GPU
 LOSS_CHUNK_LOGITS = 1 << 27
 LOGITS_AT_ONCE = 4  # of student and teacher, and gradients
 BUCKET_VALUES = 1 << 28  # whose gradients and decoded values the fused optimizer step holds beside the model's own
+INT8_BLOCK, INT8_LEAST, INT8_MAP = 256, 4096, 256  # torchao's: values of a block and of a tensor, and of its map
 # Of a sharded head, whole: teacher's, student's and the gradient in bfloat16, and the gradient as it is summed
 GATHERED_HEAD = 3 * HALF + FLOAT
 
@@ -37,7 +43,7 @@ class TrainingMemory:
 
     teacher, student: bfloat16 weights; the student's hold decoded values, those of tables that are not trained too.
     masters: float32 latents. scales: learned and fitted ones of weights that are trained, with their first values.
-    gradients: bfloat16, of weights, and of one bucket of the optimizer step once more, with its decoded values.
+    gradients: bfloat16, of weights, and what one part of the optimizer step takes beside them.
     gathered: the largest layer and the head, whole, where weights are sharded.
     micro_tokens: tokens of a forward; what they cost is in activations and loss.
     """
@@ -77,13 +83,10 @@ def training_memory(plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool =
     sequences = schedule.micro_batch or -(-schedule.batch_size // gpus)
     tokens = sequences * schedule.sequence_length
     trained = [t for t in plan if t.rule.trainable and not t.spec.buffer]
-    learned = sum(_scales(t) for t in trained if learns_scales(t))
     weights = sum(t.spec.numel for t in plan)
     trained_weights = sum(t.spec.numel for t in trained)
-    trained_values = trained_weights + learned
     head = _head_values(plan)
     tables = sum(t.spec.numel for t in plan if t.spec.role == "ple_embedding")
-    bucket = min(BUCKET_VALUES, -(-trained_weights // gpus))
 
     def shared(size_bytes: int) -> int:
         return -(-size_bytes // gpus)
@@ -96,12 +99,36 @@ def training_memory(plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool =
         student=shared(HALF * (weights - tables)) + HALF * tables,
         masters=shared(FLOAT * trained_weights),
         scales=shared(sum(_scale_bytes(t) for t in trained)),
-        gradients=shared(HALF * trained_weights) + 2 * HALF * bucket,
-        optimizer=shared(2 * FLOAT * trained_values),
+        gradients=shared(HALF * trained_weights) + _step_bytes(schedule, trained, gpus),
+        optimizer=0 if schedule.offload_moments else _moment_bytes(schedule, trained, gpus),
         gathered=2 * HALF * max(_layer_values(plan).values()) + GATHERED_HEAD * head if gpus > 1 else 0,
         activations=activation_bytes(plan.model, tokens, gradient_checkpointing),
         loss=_loss_bytes(plan, tokens, head),
     )
+
+
+def _step_bytes(schedule: Schedule, trained: list[PlannedTensor], gpus: int) -> int:
+    """What the optimizer step holds of one bucket, or with 8-bit moments of one weight, beside all gradients."""
+    if schedule.moments == "int8":  # the latent's gradient in float32, a copy of the weight's, and decoded values
+        return max(-(-t.spec.numel // gpus) for t in trained) * (FLOAT + 2 * HALF)
+    bucket = min(BUCKET_VALUES, -(-sum(t.spec.numel for t in trained) // gpus))
+    moments = 2 * (HALF if schedule.moments == "bfloat16" else FLOAT) if schedule.offload_moments else 0
+    return bucket * (2 * HALF + moments)  # gradients and decoded values
+
+
+def _moment_bytes(schedule: Schedule, trained: list[PlannedTensor], gpus: int) -> int:
+    """AdamW's two moments of weights and learned scales, as they are kept."""
+    sizes = [t.spec.numel for t in trained] + [_scales(t) for t in trained if learns_scales(t)]
+    if schedule.moments == "int8":
+        return 2 * sum(_int8_bytes(-(-size // gpus)) for size in sizes)
+    return -(-2 * (HALF if schedule.moments == "bfloat16" else FLOAT) * sum(sizes) // gpus)
+
+
+def _int8_bytes(values: int) -> int:
+    """One moment as torchao keeps it: codes, a float32 scale a block and a map; float32 where blocks do not fit."""
+    if values < INT8_LEAST or values % INT8_BLOCK:
+        return FLOAT * values
+    return values + FLOAT * (values // INT8_BLOCK + INT8_MAP)
 
 
 def learns_scales(tensor: PlannedTensor) -> bool:

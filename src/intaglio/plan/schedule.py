@@ -10,6 +10,7 @@ from intaglio.errors import RecipeError
 from intaglio.plan.checks import check_keys
 
 LOSSES = ("kl", "cross_entropy")
+MOMENTS = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class Schedule:
     gptq_tokens: tokens of the text from which GPTQ chooses the first codes (0: rounding to nearest).
     calibration_tokens: of the text on which static scales of activations and KV cache get first values.
     seed: of the data order.
+    moments: dtype in which AdamW's moments are kept between steps; the arithmetic is in float32. "int8" is torchao's
+        AdamW8bit, codes in blocks of 256. offload_moments: keep them in pinned host memory, on a GPU.
     """
 
     loss: str = "kl"
@@ -55,6 +58,8 @@ class Schedule:
     gptq_tokens: int = 0
     calibration_tokens: int = 16_384
     seed: int = 0
+    moments: str = "float32"
+    offload_moments: bool = False
 
 
 def parse_schedule(body: Any, source: str) -> Schedule:
@@ -91,6 +96,10 @@ def _pair_of_shares(value: Any, where: str) -> tuple[float, float]:
 def _check_schedule(schedule: Schedule, where: str) -> None:
     if schedule.loss not in LOSSES:
         raise RecipeError(f"{where}: loss = {schedule.loss!r}: expected one of {', '.join(LOSSES)}")
+    if schedule.moments not in MOMENTS:
+        raise RecipeError(f"{where}: moments = {schedule.moments!r}: expected one of {', '.join(MOMENTS)}")
+    if schedule.moments == "int8" and schedule.offload_moments:
+        raise RecipeError(f"{where}: offload_moments with moments = 'int8': expected float32 or bfloat16 moments")
     for key, least in (("tokens", 1), ("batch_size", 1), ("sequence_length", 2), ("calibration_tokens", 1)):
         if getattr(schedule, key) < least:
             raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected {least} or more")

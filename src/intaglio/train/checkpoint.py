@@ -1,8 +1,9 @@
 """Training checkpoints: safetensors and JSON, nothing pickled, each complete or absent.
 
 Data order and learning rates are functions of the step, and training draws no other random numbers, so latents and
-optimizer moments are the whole state: a resumed run repeats the uninterrupted one bit for bit on a CPU. Each process
-writes its own rows; any number of processes can go on from them.
+optimizer moments are the whole state: a resumed run repeats the uninterrupted one bit for bit on a CPU. Moments in 8
+bits are written as the float32 values that they stand for, and are rounded once more when they are read: their blocks
+do not end where rows do. Each process writes its own rows; any number of processes can go on from them.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from intaglio.errors import ConfigError
 from intaglio.packed.hashes import Hashes
 from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsWriter, Specs, headers, new_path, open_safetensors
 from intaglio.plan.files import read_json, reading, whole_number
+from intaglio.train.grid_optimizer import GridOptimizer
 from intaglio.train.latents import Latents
+from intaglio.train.lean import MOMENTS, plain
 from intaglio.train.sharding import from_main, is_main, rank, wait_for_all, world_size
 
 FIRST_ROWS = "first_rows"  # key of a file's metadata: where the rows of each shard begin in the whole tensor
 NAME = re.compile(r"step-\d{8,}")
 REMEDY = "remove it to resume from the one before"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 KEEP = 2  # the newest, and one before it in case the newest turns out to hold a diverged state
 
 
@@ -96,7 +98,7 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with SafetensorsWriter(path, specs, dict(metadata or {}), hashed=True) as writer:
         for name, tensor in tensors.items():
-            writer.write(name, tensor)
+            writer.write(name, plain(tensor))
 
 
 def read_step(path: Path) -> int:
@@ -185,7 +187,7 @@ def _damaged(path: Path, error: object) -> ConfigError:
 
 
 @torch.no_grad()
-def load(path: Path, latents: Latents, optimizer: torch.optim.Optimizer) -> None:
+def load(path: Path, latents: Latents, optimizer: GridOptimizer) -> None:
     """Restore latents, what they decode to, and the optimizer, in place.
 
     The latents must be in the phase of the checkpoint (codes frozen or not) and the optimizer made for it.
@@ -197,7 +199,7 @@ def load(path: Path, latents: Latents, optimizer: torch.optim.Optimizer) -> None
     latents.decode()
 
 
-def _load(path: Path, latents: Latents, optimizer: torch.optim.Optimizer) -> None:
+def _load(path: Path, latents: Latents, optimizer: GridOptimizer) -> None:
     state, first_rows = latents.state(), latents.first_rows()
     names = {id(parameter): (name, parameter) for name, parameter in latents.named_parameters()}
     trained = dict(names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"])
@@ -206,7 +208,7 @@ def _load(path: Path, latents: Latents, optimizer: torch.optim.Optimizer) -> Non
     for name, parameter in trained.items():
         moments[f"optimizer.{name}.step"] = (torch.float32, ())
         for key in MOMENTS:  # a parameter without a gradient so far has none
-            moments[f"optimizer.{name}.{key}"] = (parameter.dtype, tuple(parameter.shape))
+            moments[f"optimizer.{name}.{key}"] = (optimizer.moments, tuple(parameter.shape))
     rows = {f"latents.{name}": row for name, row in first_rows.items()}
     rows |= {f"optimizer.{name}.{key}": row for name, row in first_rows.items() for key in MOMENTS}
     files = sorted(path.glob("state*.safetensors"))
@@ -220,8 +222,9 @@ def _load(path: Path, latents: Latents, optimizer: torch.optim.Optimizer) -> Non
             continue
         name, _, moment = rest.rpartition(".")
         parameter = trained[name]
-        on_device = value if moment == "step" and not parameter.is_cuda else value.to(parameter.device)
-        optimizer.state[parameter][moment] = on_device.clone()
+        step = torch.zeros((), device=parameter.device)
+        kept = step if moment == "step" else optimizer.new_moment(parameter, moment)
+        optimizer.state[parameter][moment] = kept.copy_(value)
 
 
 def _check_moments(files: Sequence[Path], trained: Mapping[str, Tensor]) -> None:

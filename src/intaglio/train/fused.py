@@ -22,6 +22,7 @@ from intaglio.train.grid_optimizer import GridOptimizer, check_trainable
 from intaglio.train.kernels import backward, expect_compilations, features, forward, scales_of
 from intaglio.train.latent import BlockLatent, FloatLatent, take_gradient
 from intaglio.train.latents import Latents
+from intaglio.train.lean import Bfloat16AdamW
 from intaglio.train.sharding import local, sum_over_processes
 
 HYPER = ("lr", "beta1", "beta2", "eps", "decay", "bias1", "bias2", "clip")  # entries of a kernel's float32 [8]
@@ -31,9 +32,11 @@ def _adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, hyper: Tens
     """AdamW's step (Loshchilov and Hutter 2019, arXiv:1711.05101) on one tensor, in place, as torch computes it."""
     lr, beta1, beta2, eps, decay, bias1, bias2, clip = hyper.unbind()
     grad = grad * clip
-    mean.copy_(mean + (grad - mean) * (1 - beta1))
-    square.copy_(square * beta2 + grad * grad * (1 - beta2))
-    value.copy_(value * (1 - lr * decay) - lr / bias1 * mean / ((square / bias2).sqrt() + eps))
+    new_mean = mean + (grad - mean) * (1 - beta1)  # float32, also where the moments are kept in bfloat16
+    new_square = square * beta2 + grad * grad * (1 - beta2)
+    mean.copy_(new_mean)
+    square.copy_(new_square)
+    value.copy_(value * (1 - lr * decay) - lr / bias1 * new_mean / ((new_square / bias2).sqrt() + eps))
     return value
 
 
@@ -113,10 +116,14 @@ def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Bucket:
-    """Latents of one mode, grid and rate in flat buffers: each latent's own tensors become views of these."""
+    """Latents of one mode, grid and rate in flat buffers: each latent's own tensors become views of these.
 
-    def __init__(self, latents: list[Any], optimizer: torch.optim.Optimizer):
+    dtype_of_moments, offload: as `FusedGridAdamW` takes them.
+    """
+
+    def __init__(self, latents: list[Any], optimizer: FusedGridAdamW):
         self.latents = latents
+        self.dtype_of_moments, self.offload = optimizer.moments, optimizer.offload
         self.sharded = isinstance(latents[0].weight, DTensor)
         self.weights = [local(latent.weight.detach()) for latent in latents]
         self.dtype = self.weights[0].dtype
@@ -143,9 +150,10 @@ class Bucket:
         """Moments of parameters in flat buffers, with what they have already."""
         for key in ("exp_avg", "exp_avg_sq"):
             before = [self.state[p].get(key) if p in self.state else None for p in parameters]
-            flat = _flat(
-                [torch.zeros_like(p) if b is None else b for p, b in zip(parameters, before, strict=True)], width
-            )
+            device, dtype = torch.device("cpu") if self.offload else self.steps_done.device, self.dtype_of_moments
+            first = [torch.zeros_like(p, dtype=dtype, device=device) for p in parameters]
+            flat = _flat([zeros if b is None else b for zeros, b in zip(first, before, strict=True)], width)
+            flat = flat.pin_memory() if self.offload else flat
             self.moments.append(flat)
             for parameter, view in zip(parameters, _views(flat, parameters), strict=True):
                 self.state[parameter][key] = view
@@ -180,7 +188,13 @@ class Bucket:
     def step(self, clip: Tensor) -> None:
         """Step and decode into the model's weights; after `gather`. clip: factor of the gradients, float32 scalar."""
         self.steps_done += 1
+        kept = self.moments
+        if self.offload:
+            self.moments = [moment.to(clip.device, non_blocking=True) for moment in kept]
         values = self._step(clip)
+        if self.offload:
+            torch._foreach_copy_(kept, self.moments)
+            self.moments = kept
         self.grad = None
         torch._foreach_copy_(self.weights, _views(values, self.weights))
 
@@ -193,7 +207,7 @@ class Bucket:
 class BlockBucket(Bucket):
     """The same of weights on a BlockGrid, with their scales."""
 
-    def __init__(self, latents: list[BlockLatent], optimizer: torch.optim.Optimizer):
+    def __init__(self, latents: list[BlockLatent], optimizer: FusedGridAdamW):
         first = latents[0]
         self.width, self.mode, self.grid = first.grid.block_size, first.mode, first.grid
         none = torch.empty(0, device=first.latent.device)
@@ -228,7 +242,7 @@ class BlockBucket(Bucket):
         return values
 
 
-def make_buckets(latents: Latents, optimizer: torch.optim.Optimizer) -> list[Bucket]:
+def make_buckets(latents: Latents, optimizer: FusedGridAdamW) -> list[Bucket]:
     """Buckets of all trained weights but those with adapters, whose latents are more than a buffer."""
     groups = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
     alike: dict[Any, list[Any]] = {}
@@ -249,11 +263,20 @@ def make_buckets(latents: Latents, optimizer: torch.optim.Optimizer) -> list[Buc
 
 
 class FusedGridAdamW(GridOptimizer):
-    """`GridOptimizer` over AdamW whose step is fused; for GPUs."""
+    """`GridOptimizer` over AdamW whose step is fused; for GPUs.
 
-    def __init__(self, latents: Latents, **kwargs: Any):
-        super().__init__(latents, torch.optim.AdamW, **kwargs)
+    moments: dtype of the moments between steps, float32 or bfloat16. offload: keep those of buckets in pinned host
+    memory; one bucket's are on the GPU at a time.
+    """
+
+    def __init__(self, latents: Latents, *, moments: torch.dtype = torch.float32, offload: bool = False, **kwargs: Any):
+        super().__init__(latents, Bfloat16AdamW if moments == torch.bfloat16 else torch.optim.AdamW, **kwargs)
+        self.offload = offload
         self.buckets: list[Bucket] = []
+
+    def new_moment(self, parameter: Tensor, key: str) -> Tensor:
+        """As `GridOptimizer` makes it; in host memory if it is offloaded."""
+        return torch.zeros_like(parameter, dtype=self.moments, device="cpu" if self.offload else None)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -264,9 +287,13 @@ class FusedGridAdamW(GridOptimizer):
                 loss = closure()
         if not self.buckets:
             check_trainable(self.latents)
-            self.buckets = make_buckets(self.latents, self.inner)
+            self.buckets = make_buckets(self.latents, self)
             bucketed = {id(latent) for bucket in self.buckets for latent in bucket.latents}
             self.rest = [latent for latent in self.latents.trained.values() if id(latent) not in bucketed]
+            own = {id(p) for bucket in self.buckets for latent in bucket.latents for _, p in latent.named_parameters()}
+            for parameter, state in self.state.items():
+                if id(parameter) not in own:  # a checkpoint's moments of adapters and static scales stay on the GPU
+                    state.update({key: value.to(parameter.device) for key, value in state.items()})
         self.latents.average_whole()
         for latent in self.rest:
             latent.pull()

@@ -45,6 +45,7 @@ class GridOptimizer(torch.optim.Optimizer):
     ):
         self.latents, self.clip = latents, clip
         self.inner = optimizer_class(groups if groups is not None else _groups(latents, scale_lr), **defaults)
+        self.moments: torch.dtype = getattr(self.inner, "moments", torch.float32)  # of AdamW's, in checkpoints
         self.defaults, self._checked = self.inner.defaults, False
         self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}  # type: ignore[assignment]
 
@@ -69,6 +70,10 @@ class GridOptimizer(torch.optim.Optimizer):
         self.inner.zero_grad()
         self.latents.decode()
         return loss
+
+    def new_moment(self, parameter: torch.Tensor, key: str) -> torch.Tensor:
+        """Zeros that a checkpoint's moment of this name, such as "exp_avg", is copied into."""
+        return torch.zeros_like(parameter, dtype=self.moments)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of weights and latents."""

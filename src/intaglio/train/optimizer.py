@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from intaglio.plan.schedule import Schedule
 from intaglio.train.fused import FusedGridAdamW
 from intaglio.train.grid_optimizer import GridOptimizer, is_scale
 from intaglio.train.latents import Latents
+from intaglio.train.lean import Bfloat16AdamW, GridAdamW8bit
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,7 @@ def make_optimizer(
     decay = {"scale": 0.0, "embedding": 0.0, "float": schedule.weight_decay, "weight": schedule.weight_decay}
     if fused is None:
         fused = any(parameter.is_cuda for _, parameter in latents.named_parameters())
-    make: type[GridOptimizer] = FusedGridAdamW if fused else GridOptimizer
-    optimizer = make(
+    optimizer = _class_of(schedule, fused)(
         latents,
         groups=[
             {"params": params, "lr": peaks[kind], "base_lr": peaks[kind], "weight_decay": decay[kind]}
@@ -78,12 +80,23 @@ def make_optimizer(
         ],
         clip=schedule.clip,
         betas=schedule.betas,
-        fused=True,
     )
     if before is not None:
         kept = {id(p) for group in optimizer.param_groups for p in group["params"]}
         optimizer.state.update({p: state for p, state in before.state.items() if id(p) in kept})
     return optimizer
+
+
+def _class_of(schedule: Schedule, fused: bool) -> Callable[..., GridOptimizer]:
+    """Which optimizer a schedule's moments need."""
+    if schedule.moments == "int8":
+        return GridAdamW8bit
+    if fused:
+        offload = schedule.offload_moments and torch.cuda.is_available()  # on a CPU they are where they would go
+        moments = getattr(torch, schedule.moments)
+        return partial(FusedGridAdamW, moments=moments, offload=offload, fused=True)
+    plain = Bfloat16AdamW if schedule.moments == "bfloat16" else torch.optim.AdamW
+    return partial(GridOptimizer, optimizer_class=plain, fused=True)
 
 
 def kind_of(name: str) -> str:
@@ -98,4 +111,8 @@ def kind_of(name: str) -> str:
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group's rate to `factor` of its peak."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        rate = group["base_lr"] * factor
+        if isinstance(group["lr"], torch.Tensor):  # torchao's, which a compiled step reads
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
