@@ -3,9 +3,15 @@
     python benchmarks/scale_step.py e2b:4:2048 e2b:1:2048 --out one.json
     torchrun --nproc-per-node 2 benchmarks/scale_step.py 12b:4:2048:checkpointing --out two.json
 
-A case is model:sequences:tokens, then any of `checkpointing`, `compiled`, `mobile`, `tail` (codes frozen), `plain` (only plain
-fine-tuning), `ours` (only ours) and `profile` (name the kernels that take most of a step). Plain fine-tuning is the same model, teacher and loss with torch's fused AdamW on
-bfloat16 weights. Both take the same steps after warm-up; times are medians, with quartiles.
+A case is model:sequences:tokens, then any of these flags:
+
+    checkpointing, compiled, mobile    how it is trained; `tail`: with frozen codes
+    plain, ours                        only this of the two
+    turns                              both in memory, a step of each in turn: a busy host then disturbs both alike
+    profile                            name the kernels that take most of a step
+
+Plain fine-tuning is the same model, teacher and loss with torch's fused AdamW on bfloat16 weights. Both take the same
+steps after warm-up; times are medians, with quartiles.
 """
 
 from __future__ import annotations
@@ -107,69 +113,100 @@ def profiled(step: Callable[[], Any]) -> str:
     return found.key_averages().table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=90)
 
 
-def measure(
-    kind: str, plan: Plan, sequences: int, tokens: int, flags: set[str], steps: int, device: torch.device
-) -> dict[str, Any]:
-    """Times in seconds and memory in bytes of one kind of training, on this process's GPU."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    dtype, began = torch.bfloat16, time.perf_counter()
-    original = random_model(plan.model.config, device, dtype)
-    if kind == "ours":
-        latents = prepare(plain_student(original, plan), plan, fit=fit_absmax)  # quick; a step costs the same
-        student: Any = latents.model
-        put_scales(student, plan, {scale.name: 0.05 for scale in plan.static_scales if scale.owned})
-        if "tail" in flags:
+class Training:
+    """One kind of training, plain or ours, built and ready to step; it keeps the seconds of its steps."""
+
+    def __init__(self, kind: str, plan: Plan, sequences: int, tokens: int, flags: set[str], device: torch.device):
+        self.kind, self.plan, self.shape, self.flags, self.device = kind, plan, (sequences, tokens), flags, device
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        dtype, began = torch.bfloat16, time.perf_counter()
+        original = random_model(plan.model.config, device, dtype)
+        student, self.optimizer = self.prepared(original) if kind == "ours" else self.plain(original)
+        synchronize(device)
+        self.build_s = time.perf_counter() - began
+        set_layers(student, checkpointing="checkpointing" in flags, compiled="compiled" in flags)
+        set_layers(original, compiled="compiled" in flags)
+        softcap = getattr(student.config, "final_logit_softcapping", None)
+        self.lesson, self.teach = Distiller(student, softcap, device.type == "cuda"), Teacher(original, dtype)
+        seed = torch.distributed.get_rank() if world_size() > 1 else 0
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.learning: list[float] = []
+        self.stepping: list[float] = []
+        self.losses: list[torch.Tensor] = []
+
+    def prepared(self, original: Any) -> tuple[Any, Any]:
+        """The student on its grids, and the optimizer of its latents."""
+        latents = prepare(plain_student(original, self.plan), self.plan, fit=fit_absmax)  # quick; a step costs the same
+        scales = {scale.name: 0.05 for scale in self.plan.static_scales if scale.owned}
+        put_scales(latents.model, self.plan, scales)
+        if "tail" in self.flags:
             latents.freeze_codes()
-        optimizer: Any = make_optimizer(latents, plan.recipe.schedule)
-    else:
-        student = plain_student(original, plan)
-        optimizer = PlainAdamW(student)
-    synchronize(device)
-    built = time.perf_counter() - began
-    set_layers(student, checkpointing="checkpointing" in flags, compiled="compiled" in flags)
-    set_layers(original, compiled="compiled" in flags)
-    lesson = Distiller(student, getattr(student.config, "final_logit_softcapping", None), device.type == "cuda")
-    teach = Teacher(original, dtype)
-    generator = torch.Generator(device=device).manual_seed(torch.distributed.get_rank() if world_size() > 1 else 0)
-    positions = torch.arange(tokens, device=device).expand(sequences, -1)
-    vocabulary = plan.model.layer_config.vocab_size
-    losses: list[float] = []
+        return latents.model, make_optimizer(latents, self.plan.recipe.schedule)
 
-    def learn() -> None:
-        ids = torch.randint(5, vocabulary, (sequences, tokens), device=device, generator=generator)
+    def plain(self, original: Any) -> tuple[Any, Any]:
+        student = plain_student(original, self.plan)
+        return student, PlainAdamW(student)
+
+    def learn(self) -> None:
+        """Forward and backward of one batch of random tokens."""
+        vocabulary, tokens = self.plan.model.layer_config.vocab_size, self.shape[1]
+        ids = torch.randint(5, vocabulary, self.shape, device=self.device, generator=self.generator)
+        positions = torch.arange(tokens, device=self.device).expand(ids.shape)
         with torch.no_grad():
-            taught = teach(ids, positions)
-        loss = lesson(ids, positions, *taught)
+            taught = self.teach(ids, positions)
+        loss = self.lesson(ids, positions, *taught)
         loss.backward()
-        losses.append(loss.detach())  # type: ignore[arg-type]
+        self.losses.append(loss.detach())
 
-    whole: list[float] = []
-    stepping: list[float] = []
+    def step(self) -> None:
+        self.learning.append(timed(self.learn, self.device))
+        self.stepping.append(timed(self.optimizer.step, self.device))
+
+    def result(self, alone: bool) -> dict[str, Any]:
+        """Times in seconds after warm-up. alone: no other training was in memory, so the peak is this one's."""
+        whole = [a + b for a, b in zip(self.learning, self.stepping, strict=True)]
+        late = whole[WARM_UP:]
+        quartiles = statistics.quantiles(late, n=4) if len(late) > 1 else late * 3
+        return {
+            "kind": self.kind,
+            "step_s": quartiles[1],
+            "step_quartiles_s": [quartiles[0], quartiles[2]],
+            "optimizer_s": statistics.median(self.stepping[WARM_UP:]),
+            "tokens_per_s": self.shape[0] * self.shape[1] * world_size() / quartiles[1],
+            "peak_bytes": torch.cuda.max_memory_allocated() if alone and self.device.type == "cuda" else None,
+            "build_s": self.build_s,
+            "first_step_s": whole[0],
+            "loss": [float(self.losses[0]), float(self.losses[-1])],
+        }
+
+
+def measure(kinds: list[str], steps: int, *how: Any) -> dict[str, dict[str, Any]]:
+    """Steps of these kinds of training, in turns; what each took."""
+    trainings = [Training(kind, *how) for kind in kinds]
     for _ in range(WARM_UP + steps):
-        first = timed(learn, device)
-        second = timed(optimizer.step, device)
-        whole.append(first + second)
-        stepping.append(second)
-    first_step = whole[0]
-    del whole[:WARM_UP], stepping[:WARM_UP]
-    if "profile" in flags and is_main():
-        print(profiled(lambda: (learn(), optimizer.step())), flush=True)
-    median = statistics.median(whole)
-    quartiles = statistics.quantiles(whole, n=4) if len(whole) > 1 else [median] * 3
-    return {
-        "kind": kind,
-        "step_s": median,
-        "step_quartiles_s": [quartiles[0], quartiles[2]],
-        "optimizer_s": statistics.median(stepping),
-        "tokens_per_s": sequences * tokens * world_size() / median,
-        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-        "build_s": built,
-        "first_step_s": first_step,
-        "loss": [float(losses[0]), float(losses[-1])],
-    }
+        for training in trainings:
+            training.step()
+    results = {training.kind: training.result(len(kinds) == 1) for training in trainings}
+    for training in trainings:
+        if "profile" in training.flags and is_main():
+            print(training.kind, profiled(training.step), sep="\n", flush=True)
+    return results
+
+
+def described(row: dict[str, Any], planned_bytes: int) -> str:
+    """One line of a result."""
+    if "error" in row:
+        return str(row["error"])
+    peak = f"{row['peak_bytes'] / 1e9:.1f} GB" if row["peak_bytes"] else "not told"
+    return (
+        f"step {row['step_s'] * 1e3:.0f} ms {[round(q * 1e3) for q in row['step_quartiles_s']]}, optimizer "
+        f"{row['optimizer_s'] * 1e3:.1f} ms, {row['tokens_per_s']:,.0f} tokens/s, peak {peak} (planned "
+        f"{planned_bytes / 1e9:.1f}), built in {row['build_s']:.0f} s, first step {row['first_step_s']:.0f} s, "
+        f"loss {row['loss']}"
+    )
 
 
 def run_case(case: str, steps: int, device: torch.device, changes: list[str]) -> dict[str, Any]:
@@ -185,28 +222,14 @@ def run_case(case: str, steps: int, device: torch.device, changes: list[str]) ->
         "planned_bytes": planned.total,
         "planned": planned.rows,
     }
-    for kind in ("plain", "ours"):
-        if {"plain", "ours"} & set(flags) and kind not in flags:
-            continue
+    wanted = [kind for kind in ("plain", "ours") if kind in flags] or ["plain", "ours"]
+    for kinds in [wanted] if "turns" in flags else [[kind] for kind in wanted]:
         try:
-            found[kind] = measure(kind, plan, int(sequences), int(tokens), set(flags), steps, device)
+            found |= measure(kinds, steps, plan, int(sequences), int(tokens), set(flags), device)
         except (RuntimeError, ValueError) as error:  # out of memory, most of all
-            found[kind] = {"error": f"{type(error).__name__}: {error}"[:400]}
-        if is_main():
-            row = found[kind]
-            print(
-                case,
-                kind,
-                row.get("error")
-                or (
-                    f"step {row['step_s'] * 1e3:.0f} ms {[round(q * 1e3) for q in row['step_quartiles_s']]}, optimizer "
-                    f"{row['optimizer_s'] * 1e3:.1f} ms, {row['tokens_per_s']:,.0f} tokens/s, peak "
-                    f"{(row['peak_bytes'] or 0) / 1e9:.1f} GB (planned {planned.total / 1e9:.1f}), built in {row['build_s']:.0f} s, "
-                    f"first step {row['first_step_s']:.0f} s, "
-                    f"loss {row['loss']}"
-                ),
-                flush=True,
-            )
+            found |= {kind: {"error": f"{type(error).__name__}: {error}"[:400]} for kind in kinds}
+        for kind in kinds if is_main() else ():
+            print(case, kind, described(found[kind], planned.total), flush=True)
     return found
 
 
