@@ -14,9 +14,9 @@ from pathlib import Path
 
 from common import environment, write_result
 
-from intaglio.drafter.run import Texts, run
 from intaglio.packed.model import FILE_NAME, PackedModel
 from intaglio.plan.recipe import Recipe
+from intaglio.runs.drafter import Texts, run
 from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.loop import Options
 

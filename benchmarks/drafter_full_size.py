@@ -29,11 +29,11 @@ from common import environment, write_result
 from export_speed import run
 from mobile_full_size import write_random
 
-from intaglio.export.sizes import gguf_size, hf_size
 from intaglio.packed.store import SafetensorsWriter
 from intaglio.plan.bundled import DRAFTER, MODELS, bundled_config
 from intaglio.plan.family import describe
 from intaglio.plan.plan import make_plan
+from intaglio.sizing.sizes import gguf_size, hf_size
 from intaglio.tiny import MODEL_DIR
 
 RECIPE = "q4_0"

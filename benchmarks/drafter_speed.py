@@ -18,15 +18,15 @@ from common import environment, write_result
 from runners.start import program_of
 
 from intaglio.drafter.decode import speculate
-from intaglio.drafter.run import open_target
 from intaglio.drafter.text import end_tokens
 from intaglio.measure.llama_server import LlamaServer
 from intaglio.packed.checkpoint import load_tokenizer
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
-from intaglio.proof import Evaluation
+from intaglio.runs.drafter import open_target
+from intaglio.runs.proof import Evaluation
+from intaglio.runs.train import read_windows
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
-from intaglio.workflow import read_windows
 
 PROMPT_TOKENS = 32
 LENGTHS = (1, 2, 3, 4)

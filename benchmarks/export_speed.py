@@ -43,8 +43,8 @@ from typing import Any, NamedTuple
 import torch
 from common import environment, write_result
 
+from intaglio.formats.gguf.read import read_gguf
 from intaglio.packed.store import SafetensorsWriter
-from intaglio.packed.verify_gguf import read_gguf
 from intaglio.plan.family import describe, load_config
 from intaglio.tiny import MODEL_DIR
 
@@ -82,8 +82,8 @@ IMPORTS = {
     "convert": "import torch, transformers, gguf, numpy",
     "llama-quantize": "import llama_cpp.llama_cpp",
     "quantize": "import transformers, intaglio.train.quantize, intaglio.cli.terminal, intaglio.plan.plan",
-    "export": "import transformers, intaglio.export, intaglio.packed.verify",
-    "write": "import transformers, intaglio.export, intaglio.packed.model",
+    "export": "import transformers, intaglio.formats.table, intaglio.formats.verify",
+    "write": "import transformers, intaglio.formats.table, intaglio.packed.model",
 }
 
 

@@ -29,7 +29,7 @@ from common import environment, write_result
 from stranger_qat import FLOAT_EMBEDDINGS, save_bfloat16
 from stranger_qat import train as train_stranger
 
-from intaglio.export.hf import export_hf
+from intaglio.formats.checkpoint.write import export_hf
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_runtime, transformers_source
 from intaglio.packed.checkpoint import load_model, load_tokenizer
 from intaglio.packed.decoded import load_packed

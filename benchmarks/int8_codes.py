@@ -21,14 +21,14 @@ from common import environment, write_result
 from runners.codes import ONNX_CODES, Comparison, litert_codes, tapped_decoder
 from runners.start import agreement
 
-from intaglio.demo import run_demo
-from intaglio.export import EXPORTERS
+from intaglio.formats.table import EXPORTERS
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model, load_tokenizer
 from intaglio.packed.model import PackedModel
-from intaglio.proof import Evaluation
+from intaglio.runs.demo import run_demo
+from intaglio.runs.proof import Evaluation
+from intaglio.runs.train import read_windows
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
-from intaglio.workflow import read_windows
 
 RESULT = Path(__file__).parent / "results" / "int8_codes.json"
 WINDOW = 64

@@ -20,8 +20,8 @@ import torch
 from common import environment, write_result
 from finetune_on_grid import FLOATS, LENGTH, corpus_of, settings, trained
 
-from intaglio.export.gguf import export_gguf
-from intaglio.export.hf import export_hf
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.gguf.write import export_gguf
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_source
 from intaglio.measure.llamacpp import LlamaCpp
 from intaglio.packed.checkpoint import load_model, load_tokenizer

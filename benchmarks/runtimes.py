@@ -23,17 +23,17 @@ import torch
 from common import environment, write_result
 from runners.start import ENVIRONMENTS, MAIN, Agreement, Output, agreement, start
 
-from intaglio.demo import run_demo
-from intaglio.export import EXPORTERS
+from intaglio.formats.table import EXPORTERS
+from intaglio.formats.verify import verify
 from intaglio.measure.evaluate import logits_of
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
-from intaglio.proof import Evaluation
+from intaglio.runs.demo import run_demo
+from intaglio.runs.proof import Evaluation
+from intaglio.runs.train import read_windows
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.static import switch_static
-from intaglio.workflow import read_windows
 
 RESULT = Path(__file__).parent / "results" / "runtimes.json"
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 16, 40

@@ -12,7 +12,12 @@ from pathlib import Path
 
 import torch
 
-from intaglio.export.sizes import (
+from intaglio.packed.store import Specs
+from intaglio.plan.bundled import DRAFTER, MODELS, bundled_config
+from intaglio.plan.carried import describe_whole, whole_name
+from intaglio.plan.plan import Plan, make_plan
+from intaglio.plan.recipe import Recipe
+from intaglio.sizing.sizes import (
     GEMMA_METADATA_BYTES,
     FileSize,
     bf16_bytes,
@@ -22,11 +27,6 @@ from intaglio.export.sizes import (
     safetensors_size,
     w4a16_tensors,
 )
-from intaglio.packed.store import Specs
-from intaglio.plan.bundled import DRAFTER, MODELS, bundled_config
-from intaglio.plan.carried import describe_whole, whole_name
-from intaglio.plan.plan import Plan, make_plan
-from intaglio.plan.recipe import Recipe
 
 PAGE = Path(__file__).parents[1] / "docs/sizes.md"
 INTRO = """# Predicted sizes

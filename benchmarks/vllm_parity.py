@@ -28,19 +28,19 @@ from runners.start import HERE, agreement, python_of, start
 from runners.vllm_scales import fuse_scales
 from transformers import AutoModelForCausalLM
 
-from intaglio.demo import run_demo
-from intaglio.export import EXPORTERS
-from intaglio.fitting import quantize_model
+from intaglio.formats.table import EXPORTERS
 from intaglio.measure.evaluate import logits_of
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model, load_tokenizer
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.proof import Evaluation
+from intaglio.runs.demo import run_demo
+from intaglio.runs.proof import Evaluation
+from intaglio.runs.quantize import quantize_model
+from intaglio.runs.train import read_windows
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.static import switch_static
-from intaglio.workflow import read_windows
 
 RESULT = Path(__file__).parent / "results" / "vllm_parity.json"
 MOBILE = ["channel_scales=bf16", "schedule.calibration_tokens=8192", "schedule.sequence_length=256"]

@@ -23,7 +23,7 @@ settings.load_profile("repeatable")
 @pytest.fixture(scope="session", autouse=True)
 def _each_decoder_is_traced_once() -> Iterator[None]:
     """A trace takes seconds and depends on the config alone; exports of this process share it."""
-    with patch("intaglio.export.onnx_decoder.trace_decoder", traced):
+    with patch("intaglio.formats.onnx.write_decoder.trace_decoder", traced):
         yield
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from intaglio import calibrate
-from intaglio.formats import format_of
+from intaglio.formats.table import format_of
 from intaglio.packed.checkpoint import load_model
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe

@@ -22,8 +22,8 @@ from train_drafter import LENGTH, SHAPE, WRITTEN_TOKENS, corpus_of, parser_of, p
 from intaglio.drafter.accept import softcap_of
 from intaglio.drafter.clusters import assign_clusters, cluster_loss
 from intaglio.drafter.model import new_drafter
-from intaglio.drafter.report import measure_pair
 from intaglio.drafter.unroll import inside, steps, target_states
+from intaglio.measure.drafter_report import measure_pair
 from intaglio.packed.checkpoint import load_model
 from intaglio.tiny import DRAFTER_DIR, MODEL_DIR
 from intaglio.tiny.clustered import TOP_CLUSTERS

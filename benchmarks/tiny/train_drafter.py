@@ -18,9 +18,9 @@ from sweep import positions_of, sequences
 from torch import Tensor
 
 from intaglio.drafter.model import Shape, new_drafter
-from intaglio.drafter.report import measure_pair
 from intaglio.drafter.train import train_drafter
-from intaglio.export import export_hf
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.measure.drafter_report import measure_pair
 from intaglio.packed.checkpoint import load_model, load_tokenizer
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel

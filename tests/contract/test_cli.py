@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from intaglio import errors, planning
+from intaglio import errors
+from intaglio.formats.verify import verify
 from intaglio.packed.checkpoint import model_name
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
 from intaglio.plan.plan import make_plan
+from intaglio.sizing import planning
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio

@@ -14,11 +14,11 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from intaglio.errors import ConfigError, QualityError, RecipeError
-from intaglio.export.gguf import export_gguf
-from intaglio.export.hf import export_hf
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.gguf.write import export_gguf
+from intaglio.formats.verify import Verification, verify
 from intaglio.numerics.grid import F16, Quantized
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import Verification, verify
 from intaglio.plan.recipe import Recipe
 from intaglio.sources.convert import convert
 from intaglio.sources.inspect import inspect
@@ -118,7 +118,7 @@ def assert_same_weights(found: Verification) -> None:
 
 
 def test_a_mobile_folder_is_imported(mobile_packed: PackedModel, tmp_path: Path) -> None:
-    from intaglio.export.mobile import export_mobile
+    from intaglio.formats.mobile.write import export_mobile
 
     export_mobile(mobile_packed, tmp_path / "mobile")
     result = convert(tmp_path / "mobile", tmp_path / "packed")

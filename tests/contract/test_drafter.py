@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from intaglio.formats.verify import verify
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
 from intaglio.tiny import DRAFTER_DIR
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio

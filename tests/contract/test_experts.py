@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from intaglio.errors import RecipeError
-from intaglio.export.gguf import export_gguf
-from intaglio.export.hf import export_hf
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.gguf.read import read_gguf
+from intaglio.formats.gguf.write import export_gguf
+from intaglio.formats.verify import verify
 from intaglio.measure.simulate import decoded_model
 from intaglio.numerics.fit import fit_mse
 from intaglio.numerics.grid import Q4_0, Quantized
 from intaglio.packed.checkpoint import load_model
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
-from intaglio.packed.verify_gguf import read_gguf
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.latents import Latents, prepare

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from intaglio.errors import InputError, RecipeError
+from intaglio.formats.verify import verify
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.checkpoint import checkpoint_spec
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.latents import prepare

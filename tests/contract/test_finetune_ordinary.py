@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from intaglio.export.hf import export_hf
+from intaglio.formats.checkpoint.write import export_hf
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_source
 from intaglio.measure.metrics import Comparison
 from intaglio.packed.checkpoint import load_model, load_tokenizer

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from intaglio.errors import ConfigError
-from intaglio.export.mlx import export_mlx
-from intaglio.export.vllm import export_vllm
+from intaglio.formats.words.write_mlx import export_mlx
+from intaglio.formats.words.write_vllm import export_vllm
 from intaglio.measure.evaluate import logits_of
 from intaglio.packed.checkpoint import load_model
 from intaglio.packed.identity import look

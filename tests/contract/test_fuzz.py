@@ -22,16 +22,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from intaglio.errors import ConfigError, IntaglioError
-from intaglio.export import EXPORTERS
+from intaglio.formats.table import EXPORTERS
+from intaglio.formats.verify import verify
 from intaglio.packed.outputs import why_kept
-from intaglio.packed.verify import verify
 from intaglio.plan.family import check_sizes, load_config
 from intaglio.plan.files import read_json
 from intaglio.plan.recipe import Recipe
+from intaglio.runs.train import _saved_windows as saved_windows
 from intaglio.sources.inspect import Inspection, inspect
 from intaglio.train.checkpoint import read_state, read_step, write_state
 from intaglio.train.run_folder import _holder, check_run_dir, read_losses
-from intaglio.workflow import _saved_windows as saved_windows
 from tests.support import ggml
 from tests.support.cases import Case
 from tests.support.tiny import MULTIMODAL
@@ -318,8 +318,8 @@ def test_mutated_configs_of_artifacts(
 ) -> None:
     """`verify` of an artifact whose config.json says odd things: a difference, or a typed error."""
     EXPORTERS[target](gemma4.packed, tmp_path / "x")
-    monkeypatch.setattr("intaglio.packed.verify_affine._compare", lambda *args: None)  # of weights, which takes longer
-    monkeypatch.setattr("intaglio.packed.verify._decoded", lambda *args: iter(()))
+    monkeypatch.setattr("intaglio.formats.words.read._compare", lambda *args: None)  # of weights, which takes longer
+    monkeypatch.setattr("intaglio.formats.verify._decoded", lambda *args: iter(()))
     path, random = tmp_path / "x" / "config.json", Random(f"{SEED} {target}")
     data = path.read_bytes()
     for _ in range(400):

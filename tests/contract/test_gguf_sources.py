@@ -15,10 +15,10 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize
 from gguf.quants import quantize as quantize_gguf
 
-from intaglio.export.vllm import export_vllm
+from intaglio.formats.verify import verify
+from intaglio.formats.words.write_vllm import export_vllm
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
 from intaglio.sources.convert import convert
 from intaglio.sources.inspect import inspect
 from tests.support.cases import Case

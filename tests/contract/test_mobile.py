@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.gemma_quant import QuantizedEmbedding, QuantizedLinear, _unpack_int2, _unpack_int4
 
 import intaglio.tiny as tiny
-from intaglio.export.mobile import export_mobile
+from intaglio.formats.gguf.read import read_gguf
+from intaglio.formats.mobile.read_packed import import_mobile
+from intaglio.formats.mobile.write import export_mobile
+from intaglio.formats.verify import verify
 from intaglio.measure.simulate import decoded_model
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.checkpoint import checkpoint_spec, load_model, load_quantized
-from intaglio.packed.import_mobile import import_mobile
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
-from intaglio.packed.verify_gguf import read_gguf
 from intaglio.plan.carried import whole_name
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe

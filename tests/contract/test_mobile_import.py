@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from intaglio.errors import ConfigError
-from intaglio.export.hf import export_hf
-from intaglio.export.mobile import export_mobile
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.mobile.read_packed import import_mobile
+from intaglio.formats.mobile.write import export_mobile
+from intaglio.formats.verify import verify
 from intaglio.packed.checkpoint import checkpoint_spec, load_model
-from intaglio.packed.import_mobile import import_mobile
 from intaglio.packed.model import FILE_NAME, PackedModel
-from intaglio.packed.verify import verify
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.quantize import quantize

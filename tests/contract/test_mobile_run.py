@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from intaglio.formats.verify import verify
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
 

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from intaglio.errors import ConfigError
-from intaglio.export.gguf import export_gguf
-from intaglio.export.hf import export_hf
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.gguf.names import GGUF_ROPE_FACTORS, gguf_name
+from intaglio.formats.gguf.write import export_gguf
+from intaglio.formats.verify import verify
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.checkpoint import checkpoint_spec, load_model
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
 from intaglio.plan.carried import TOWERS
-from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.quantize import quantize

@@ -17,16 +17,16 @@ from onnx import numpy_helper
 
 from benchmarks.runners.codes import Comparison
 from intaglio.errors import ConfigError, InputError, OutputError, RecipeError
-from intaglio.export import onnx_decoder
-from intaglio.export.onnx import export_onnx
-from intaglio.export.onnx_trace import trace_decoder
-from intaglio.fitting import quantize_model
+from intaglio.formats.onnx import write_decoder as onnx_decoder
+from intaglio.formats.onnx.write import export_onnx
+from intaglio.formats.onnx.write_trace import trace_decoder
+from intaglio.formats.verify import verify
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
+from intaglio.runs.quantize import quantize_model
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
 from tests.support.onnx import Sessions, traced

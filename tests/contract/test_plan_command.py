@@ -11,8 +11,8 @@ import pytest
 
 from intaglio.measure.render import size
 from intaglio.plan.bundled import bundled_config, bundled_name, find_config
-from intaglio.plan.published import LEFT_OUT, PUBLISHED_GB
-from intaglio.planning import Wishes, survey
+from intaglio.sizing.planning import Wishes, survey
+from intaglio.sizing.published import LEFT_OUT, PUBLISHED_GB
 from tests.support.cases import Case
 from tests.support.cli import intaglio
 from tests.support.tiny import MULTIMODAL, make_checkpoint

@@ -12,17 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from intaglio import bench, proof, workflow
 from intaglio.errors import ConfigError, InputError, OutputError, RecipeError
+from intaglio.formats.verify import verify
 from intaglio.packed.model import FILE_NAME, PackedModel
-from intaglio.packed.verify import verify
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
-from intaglio.proof import Evaluation
+from intaglio.runs import bench, proof
+from intaglio.runs import train as workflow
+from intaglio.runs.proof import Evaluation
+from intaglio.runs.train import report, run
 from intaglio.train import loop
 from intaglio.train.loop import Options
 from intaglio.train.pack import pack_model
-from intaglio.workflow import report, run
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from intaglio.errors import InputError
-from intaglio.export import EXPORTERS
+from intaglio.formats.table import EXPORTERS
 from intaglio.packed.model import PackedModel
 from intaglio.packed.outputs import MARKER
 from intaglio.plan.recipe import Recipe
-from intaglio.release import MANIFEST, RUNTIMES, make_release, parse_targets
+from intaglio.runs.release import MANIFEST, RUNTIMES, make_release, parse_targets
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
 from tests.support.tiny import GEMMA4, GEMMA4_MOE, make_checkpoint, pack

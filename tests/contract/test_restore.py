@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from intaglio.export.hf import export_hf
+from intaglio.formats.checkpoint.kept import KEPT_FILE
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.verify import verify
 from intaglio.packed.checkpoint import checkpoint_spec
-from intaglio.packed.kept import KEPT_FILE
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe, preset_names
 from intaglio.sources.convert import convert

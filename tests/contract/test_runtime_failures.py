@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from intaglio import workflow
 from intaglio.errors import InputError
 from intaglio.measure import llamacpp
+from intaglio.runs import train as workflow
 from tests.support.cases import Case
 from tests.support.cli import Outcome, intaglio
 from tests.support.llama import library, running, stand_in

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from intaglio.formats.verify import verify
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.run_folder import read_losses
 from tests.support import layers, sharded

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from intaglio.errors import InputError, MismatchError
-from intaglio.export.hf import export_hf
+from intaglio.formats.checkpoint.write import export_hf
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.model import PackedModel
 from intaglio.train.grid_optimizer import GridOptimizer

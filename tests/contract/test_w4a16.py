@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from intaglio.errors import ConfigError, QualityError
-from intaglio.export.gguf import export_gguf
+from intaglio.formats.gguf.write import export_gguf
+from intaglio.formats.verify import verify
 from intaglio.numerics.grid import Q4_0_FREE, Quantized
 from intaglio.packed.codes import pack_codes, unpack_codes
-from intaglio.packed.verify import verify
 from intaglio.sources.convert import convert
 from intaglio.sources.inspect import inspect
 from tests.support.strangers import make_stranger

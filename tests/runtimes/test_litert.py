@@ -19,17 +19,17 @@ import torch
 
 from benchmarks.runners.codes import Comparison, litert_codes
 from benchmarks.runners.start import HERE, agreement, python_of, start
-from intaglio.export.litert import export_litert
-from intaglio.fitting import quantize_model
+from intaglio.formats.litert.write import export_litert
+from intaglio.formats.verify import verify
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.proof import Evaluation
+from intaglio.runs.proof import Evaluation
+from intaglio.runs.quantize import quantize_model
+from intaglio.runs.train import read_windows
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
-from intaglio.workflow import read_windows
 
 pytestmark = pytest.mark.environment
 

@@ -12,15 +12,15 @@ from torch import Tensor
 from benchmarks.runners.start import program_of
 from intaglio.drafter.accept import chances, rounds
 from intaglio.errors import ConfigError
-from intaglio.export.gguf import export_gguf
+from intaglio.formats.gguf.write import export_gguf
 from intaglio.measure.llama_server import LlamaServer
 from intaglio.packed.checkpoint import load_tokenizer
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
-from intaglio.proof import Evaluation
+from intaglio.runs.proof import Evaluation
+from intaglio.runs.train import read_windows
 from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR
 from intaglio.tiny.clustered import write_clustered_drafter
-from intaglio.workflow import read_windows
 from tests.support.tiny import pack
 
 pytestmark = pytest.mark.environment

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from intaglio.errors import ConfigError, InputError, RuntimeFailureError
-from intaglio.export.gguf import export_gguf
-from intaglio.export.hf import export_hf
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.gguf.write import export_gguf
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_source
 from intaglio.measure.llama_child import BATCH_TOKENS
 from intaglio.measure.llamacpp import LlamaCpp, why_unusable

@@ -19,19 +19,19 @@ from benchmarks.runners.start import HERE as RUNNERS
 from benchmarks.runners.start import Output, agreement, python_of, start
 from benchmarks.runners.vllm_scales import fuse_scales
 from intaglio.errors import InputError
-from intaglio.export.hf import export_hf
-from intaglio.export.mlx import export_mlx
-from intaglio.export.vllm import export_vllm, vllm_config
-from intaglio.fitting import quantize_model
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.speech import read_speech
+from intaglio.formats.texts import CHATS
+from intaglio.formats.words.write_mlx import export_mlx
+from intaglio.formats.words.write_vllm import export_vllm, vllm_config
 from intaglio.measure.evaluate import logits_of
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model
 from intaglio.packed.model import PackedModel
-from intaglio.packed.speech import read_speech
-from intaglio.packed.texts import CHATS
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.planning import bundled_spec
+from intaglio.runs.quantize import quantize_model
+from intaglio.sizing.planning import bundled_spec
 from intaglio.train.static import switch_static
 from tests.support.cases import Case
 from tests.support.tiny import GEMMA4, GEMMA4_MOE, ROPES, VOCABULARY, make_checkpoint, pack, with_rope

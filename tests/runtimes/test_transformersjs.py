@@ -18,15 +18,15 @@ import pytest
 import torch
 
 from benchmarks.runners.start import ENVIRONMENTS, MAIN, Output, start
-from intaglio.export.onnx import export_onnx
-from intaglio.export.web import export_web
+from intaglio.formats.onnx.write import export_onnx
+from intaglio.formats.onnx.write_page import export_web
+from intaglio.formats.speech import read_speech
+from intaglio.formats.texts import CHATS
+from intaglio.formats.verify import verify
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model, load_tokenizer
 from intaglio.packed.model import PackedModel
-from intaglio.packed.speech import read_speech
-from intaglio.packed.texts import CHATS
-from intaglio.packed.verify import verify
-from intaglio.release import RUNTIMES
+from intaglio.runs.release import RUNTIMES
 from intaglio.tiny import MODEL_DIR
 from tests.support.tiny import pack
 

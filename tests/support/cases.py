@@ -8,8 +8,8 @@ from typing import Any
 
 from gguf import GGUFReader
 
-from intaglio.export.gguf import export_gguf
-from intaglio.export.hf import export_hf
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.gguf.write import export_gguf
 from intaglio.packed.model import PackedModel
 from tests.support.tiny import FAMILY, GEMMA3, GEMMA4, GEMMA4_DENSE, make_checkpoint, pack
 

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 
 from benchmarks.runners.codes import ONNX_CODES, tapped_decoder
-from intaglio.export.onnx_trace import trace_decoder
+from intaglio.formats.onnx.write_trace import trace_decoder
 from intaglio.plan.family import ModelSpec, describe
 
 DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}

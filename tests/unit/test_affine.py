@@ -18,18 +18,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from intaglio.errors import ConfigError, RecipeError, WeightError
-from intaglio.export.affine import pack_words
-from intaglio.export.mlx import export_mlx, mlx_config
-from intaglio.export.vllm import export_vllm, vllm_config
+from intaglio.formats.verify import verify
+from intaglio.formats.words.layout import compressed_tensors
+from intaglio.formats.words.read import words_unpacked
+from intaglio.formats.words.write import pack_words
+from intaglio.formats.words.write_mlx import export_mlx, mlx_config
+from intaglio.formats.words.write_vllm import export_vllm, vllm_config
 from intaglio.numerics.grid import INT2, INT4, INT8, Q4_0, BlockGrid, Quantized
 from intaglio.packed.checkpoint import checkpoint_spec, load_quantized
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
-from intaglio.packed.verify_affine import words_unpacked
-from intaglio.plan.affine import compressed_tensors
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
-from intaglio.planning import bundled_spec
+from intaglio.sizing.planning import bundled_spec
 from intaglio.train.quantize import quantize
 from tests.support.cases import Case
 from tests.support.tiny import GEMMA4, GEMMA4_DENSE, GEMMA4_MOE, MULTIMODAL, make_checkpoint, pack

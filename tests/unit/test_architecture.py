@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -19,41 +20,21 @@ SOURCE = Path(intaglio.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 MODULES = {".".join(("intaglio", *path.relative_to(SOURCE).with_suffix("").parts)): path for path in FILES}
 
-# Each part may import itself and what stands in its row. Imports inside functions count like any other.
-MAY_IMPORT = {
-    "errors": set(),
-    "numerics": {"errors"},
-    "plan": {"errors", "numerics"},
-    "packed": {"errors", "numerics", "plan"},
-    "train": {"errors", "numerics", "plan", "packed"},
-    "litert": {"errors", "numerics", "plan", "packed"},  # run in an environment of its own
-    "export": {"errors", "numerics", "plan", "packed", "litert"},
-    "sources": {"errors", "numerics", "plan", "packed", "train"},
-    "measure": {"errors", "numerics", "plan", "packed", "train", "export"},
-    "tiny": set(),
-    "formats": {"numerics", "plan", "export"},
-    "progress": {"train"},
-    "bench": {"errors", "numerics", "plan", "packed", "train", "formats", "progress"},
-    "proof": {"errors", "packed", "train", "measure", "formats", "bench", "progress"},
-    "fitting": {"errors", "numerics", "plan", "packed", "train", "progress"},
-    "workflow": {
-        *("errors", "numerics", "plan", "packed", "train", "measure", "formats", "progress", "bench", "proof"),
-    },
-    "release": {"errors", "numerics", "plan", "packed", "export", "progress"},
-    "finetune": {"errors", "plan", "packed", "train", "measure", "formats", "progress", "proof", "workflow"},
-    "demo": {"errors", "plan", "packed", "train", "measure", "tiny", "progress", "proof", "workflow", "drafter"},
-    "drafter": {
-        *("errors", "plan", "packed", "train", "export", "measure", "formats", "progress", "proof", "workflow"),
-    },
-    "planning": {"errors", "plan", "packed", "export"},
-    "cli": {
-        *("errors", "plan", "packed", "train", "sources", "export", "measure", "demo", "proof", "workflow", "fitting"),
-        *("finetune", "release"),
-        *("numerics", "planning", "progress", "drafter"),
-    },
-    "__init__": set(),  # names its homes as strings
-    "__main__": {"cli"},
-}
+# A part may import itself and the parts of the levels before its own. Imports inside functions count like any other.
+LEVELS = (
+    ("errors", "tiny", "__init__"),  # __init__ names its homes as strings
+    ("numerics",),
+    ("plan",),
+    ("packed",),
+    ("train", "formats"),
+    ("drafter", "progress", "sizing", "sources"),
+    ("measure",),
+    ("runs",),
+    ("cli",),
+    ("__main__",),
+)
+LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+BARRED = {"sizing": {"train"}}  # sizes come from the plan alone
 # Only what learns or quantizes may fit a scale; anything else that could would be able to re-quantize.
 MAY_FIT = {f"intaglio.train.{name}" for name in ("calibrate", "gptq", "latents", "quantize", "towers")}
 NUMERICS_NEEDS = {"torch", "numpy"}
@@ -64,8 +45,13 @@ def part(module: str) -> str:
     return module.split(".")[1] if "." in module else "__init__"
 
 
-def imports(module: str) -> Iterator[tuple[str, ast.AST]]:
+@functools.cache
+def imports(module: str) -> list[tuple[str, ast.AST]]:
     """Every module that a module imports, anywhere in it, with the node."""
+    return list(_imports(module))
+
+
+def _imports(module: str) -> Iterator[tuple[str, ast.AST]]:
     for node in ast.walk(ast.parse(MODULES[module].read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names)
@@ -78,19 +64,44 @@ def imports(module: str) -> Iterator[tuple[str, ast.AST]]:
 each_module = pytest.mark.parametrize("module", MODULES)
 
 
+def reached(module: str) -> set[str]:
+    """Modules of ours that a module imports, and those that these import."""
+    seen, ahead = set(), [module]
+    while ahead:
+        new = {name for name, _ in imports(ahead.pop()) if name in MODULES} - seen
+        seen |= new
+        ahead += new
+    return seen
+
+
 def test_every_part_is_in_the_law() -> None:
-    assert {part(module) for module in MODULES} == set(MAY_IMPORT)
+    assert {part(module) for module in MODULES} == set(LEVEL_OF)
 
 
 @each_module
 def test_imports_go_downhill(module: str) -> None:
-    allowed = MAY_IMPORT[part(module)] | {part(module)}
+    own = part(module)
+    lower = {name for name, level in LEVEL_OF.items() if level < LEVEL_OF[own]} - BARRED.get(own, set())
     wrong = [
         f"{module}:{node.lineno} imports {name}"  # type: ignore[attr-defined]
         for name, node in imports(module)
-        if name.startswith("intaglio.") and part(name) not in allowed
+        if name.startswith("intaglio.") and part(name) not in lower | {own}
     ]
     assert not wrong
+
+
+@each_module
+def test_imports_go_in_no_circle(module: str) -> None:
+    assert module not in reached(module)
+
+
+READERS = [name for name in MODULES if part(name) == "formats" and name.split(".")[-1].startswith(("read", "verify"))]
+WRITING = re.compile(r"intaglio\.formats\.(table|write\w*|\w+\.write\w*|litert\.converter\..+)")
+
+
+@pytest.mark.parametrize("module", READERS)
+def test_readers_reach_no_writer(module: str) -> None:
+    assert not [name for name in reached(module) if WRITING.fullmatch(name)]
 
 
 @each_module

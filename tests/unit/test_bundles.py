@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from intaglio.errors import ConfigError, OutputError
-from intaglio.export.bundles import export_lmstudio, export_ollama, modelfile
-from intaglio.export.gguf import export_gguf
+from intaglio.formats.gguf.read_bundles import parse_modelfile
+from intaglio.formats.gguf.write import export_gguf
+from intaglio.formats.gguf.write_bundles import export_lmstudio, export_ollama, modelfile
+from intaglio.formats.verify import verify
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
-from intaglio.packed.verify_bundles import parse_modelfile
 from tests.support.cases import Case
 
 

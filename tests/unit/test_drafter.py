@@ -15,7 +15,6 @@ from intaglio.drafter.accept import chances, draft_logits, rounds, softcap_of
 from intaglio.drafter.clusters import assign_clusters, cluster_loss
 from intaglio.drafter.decode import Costs, _judge, speculate
 from intaglio.drafter.model import Shape, check_fits, load_drafter, new_drafter
-from intaglio.drafter.run import open_target
 from intaglio.drafter.text import end_tokens, written
 from intaglio.drafter.train import train_drafter
 from intaglio.drafter.unroll import inside, steps, target_states
@@ -25,6 +24,7 @@ from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
+from intaglio.runs.drafter import open_target
 from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR
 from intaglio.tiny.clustered import write_clustered_drafter
 from intaglio.train.corpus import held_out_windows

@@ -14,17 +14,17 @@ from gguf import GGUFReader
 from safetensors.torch import load_file
 
 from intaglio.errors import ConfigError
-from intaglio.export.bundles import export_lmstudio, export_ollama
-from intaglio.export.gguf import check_supported
-from intaglio.export.mlx import export_mlx
-from intaglio.export.sizes import gguf_size, hf_size
-from intaglio.export.vllm import export_vllm
+from intaglio.formats.gguf.write import check_supported
+from intaglio.formats.gguf.write_bundles import export_lmstudio, export_ollama
+from intaglio.formats.verify import verify
+from intaglio.formats.words.write_mlx import export_mlx
+from intaglio.formats.words.write_vllm import export_vllm
 from intaglio.packed.checkpoint import checkpoint_spec, load_model, load_quantized
-from intaglio.packed.verify import verify
 from intaglio.plan.bundled import MODELS
 from intaglio.plan.family import build_meta_model, describe
 from intaglio.plan.plan import make_plan
-from intaglio.planning import bundled_spec
+from intaglio.sizing.planning import bundled_spec
+from intaglio.sizing.sizes import gguf_size, hf_size
 from tests.support import ggml
 from tests.support.cases import Case, fields, make_case
 from tests.support.tiny import ASSISTANT

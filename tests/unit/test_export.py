@@ -14,12 +14,12 @@ from gguf import GGUFReader, TokenType
 from safetensors.torch import load_file
 
 from intaglio.errors import ConfigError
-from intaglio.export.gguf import export_gguf
-from intaglio.export.hf import export_hf
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.gguf.names import gguf_name
+from intaglio.formats.gguf.write import export_gguf
+from intaglio.formats.verify import verify
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
-from intaglio.plan.names_gguf import gguf_name
 from intaglio.plan.recipe import Recipe
 from tests.support import ggml
 from tests.support.cases import Case, fields

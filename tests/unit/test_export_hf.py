@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from intaglio.errors import WeightError
-from intaglio.export.hf import export_hf
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.verify import verify
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
 from intaglio.plan.recipe import Recipe
 from tests.support.cases import Case
 from tests.support.tiny import pack

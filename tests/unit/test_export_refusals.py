@@ -14,10 +14,10 @@ import pytest
 from gguf import GGUFWriter, TokenType
 
 from intaglio.errors import ConfigError, OutputError
-from intaglio.export.gguf import check_supported, export_gguf
-from intaglio.export.hf import export_hf
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.gguf.write import check_supported, export_gguf
+from intaglio.formats.verify import verify
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
 from intaglio.plan.family import describe
 from tests.support.cases import Case, fields
 from tests.support.samples import forget

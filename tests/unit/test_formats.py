@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from intaglio.errors import RecipeError
-from intaglio.formats import GGUF, format_of
+from intaglio.formats.table import GGUF, format_of
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.quantize import quantize

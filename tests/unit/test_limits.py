@@ -16,14 +16,14 @@ import pytest
 from onnx import TensorProto, helper
 
 from intaglio.errors import ConfigError, IntaglioError, RecipeError
+from intaglio.formats.litert.read_tflite import HEADER_START, MAGIC, read_bundle
+from intaglio.formats.mobile.layout import resolve_bits
+from intaglio.formats.onnx.read import Graph
+from intaglio.formats.words.read import _scheme_of
 from intaglio.packed.model import FILE_NAME, PackedModel
 from intaglio.packed.store import SafetensorsReader, SafetensorsWriter
-from intaglio.packed.tflite import HEADER_START, MAGIC, read_bundle
-from intaglio.packed.verify_affine import _scheme_of
-from intaglio.packed.verify_onnx import Graph
 from intaglio.plan.carried import describe_whole
 from intaglio.plan.family import describe
-from intaglio.plan.mobile import resolve_bits
 from intaglio.plan.patterns import Pattern
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe

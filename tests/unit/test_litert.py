@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from intaglio.errors import ConfigError, InputError, RecipeError, RuntimeFailureError
-from intaglio.export import litert
-from intaglio.export.litert import export_litert, find_python
-from intaglio.litert import ERROR_MARK
-from intaglio.litert.worker import check_versions
+from intaglio.formats.litert import write as litert
+from intaglio.formats.litert.converter import ERROR_MARK
+from intaglio.formats.litert.converter.worker import check_versions
+from intaglio.formats.litert.read_tflite import Budget, Table
+from intaglio.formats.litert.write import export_litert, find_python
+from intaglio.formats.verify import verify
 from intaglio.numerics.fit import fit_absmax, fit_mse
 from intaglio.numerics.grid import Q4_0_POSITIVE
 from intaglio.packed.model import PackedModel, write_packed
-from intaglio.packed.tflite import Budget, Table
-from intaglio.packed.verify import verify
 from tests.support.cli import intaglio
 from tests.support.tiny import GEMMA3, GEMMA4, make_checkpoint, pack
 
@@ -102,7 +102,7 @@ def test_the_worker_gets_the_package_alone(
     seen = json.loads((tmp_path / "x.litertlm").read_text("utf-8"))
     assert seen["package"] == ["intaglio"]
     assert seen["variables"] == ["PYTHONHASHSEED", "PYTHONPATH"]
-    assert seen["arguments"][:3] == ["-m", "intaglio.litert.worker", str(mobile_packed.path)]
+    assert seen["arguments"][:3] == ["-m", "intaglio.formats.litert.converter.worker", str(mobile_packed.path)]
     assert seen["arguments"][4:] == ["--context-tokens", "64", "--prefill-tokens", "8"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["python", "x.litertlm"]
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from intaglio import workflow
-from intaglio.export.hf import export_hf
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.verify import verify
 from intaglio.measure import original as original_module
 from intaglio.measure.distances import weight_distances
 from intaglio.measure.evaluate import Candidate, Kept, evaluate_many, evaluate_pair, logits_of
@@ -30,8 +30,8 @@ from intaglio.numerics.grid import BlockGrid, grid_named
 from intaglio.packed.checkpoint import load_model
 from intaglio.packed.codes import _unpack_by_shifts, pack_codes, unpack_codes
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import verify
 from intaglio.plan.family import read_spec
+from intaglio.runs import train as workflow
 from intaglio.train import quantize as quantize_module
 from tests.support.cases import Case
 from tests.support.tiny import GEMMA4, build, fill, pack

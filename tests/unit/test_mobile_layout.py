@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from intaglio.export.mobile import mobile_config
-from intaglio.export.mobile_config import quantization_config
+from intaglio.formats.mobile.layout import module_bits, resolve_bits, stored_tensors
+from intaglio.formats.mobile.write import mobile_config
+from intaglio.formats.mobile.write_config import quantization_config
 from intaglio.plan.carried import describe_whole
-from intaglio.plan.mobile import module_bits, resolve_bits, stored_tensors
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from tests.support.tiny import GEMMA4, MULTIMODAL

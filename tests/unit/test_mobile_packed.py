@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import intaglio.tiny as tiny
 from intaglio.errors import ConfigError, InputError, RecipeError, WeightError
-from intaglio.export.gguf import export_gguf
+from intaglio.formats.gguf.write import export_gguf
 from intaglio.measure.simulate import decoded_model
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.checkpoint import load_model, stream_tensors

@@ -12,12 +12,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from intaglio.errors import RecipeError
-from intaglio.export import onnx_data
-from intaglio.export.onnx_data import DataFiles, packed_bytes
+from intaglio.formats.onnx import write_data as onnx_data
+from intaglio.formats.onnx.layout import Kernel, kernel_of
+from intaglio.formats.onnx.read import taken_apart
+from intaglio.formats.onnx.write_data import DataFiles, packed_bytes
 from intaglio.numerics.grid import GRIDS, BlockGrid, Quantized
-from intaglio.packed.verify_onnx import taken_apart
 from intaglio.plan.family import TensorSpec
-from intaglio.plan.onnx import Kernel, kernel_of
 from intaglio.plan.plan import PlannedTensor
 from intaglio.plan.recipe import WeightRule
 

@@ -10,8 +10,8 @@ import pytest
 from gguf import GGUFReader
 
 from intaglio.errors import ConfigError, RecipeError
+from intaglio.formats.gguf.names import GGUF_ROPE_FACTORS, gguf_name
 from intaglio.plan.family import describe
-from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from tests.support.cases import Case

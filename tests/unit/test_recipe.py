@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from intaglio.errors import RecipeError
-from intaglio.formats import MOBILE
+from intaglio.formats.table import MOBILE
 from intaglio.numerics.grid import F16, Q4_0, Q4_0_FREE, Q8_0
 from intaglio.plan.drafting import Drafting
 from intaglio.plan.family import ROLES

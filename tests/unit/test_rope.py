@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from intaglio.errors import ConfigError
-from intaglio.export.gguf import check_supported, export_gguf
-from intaglio.export.hf import export_hf
-from intaglio.export.mlx import export_mlx
-from intaglio.packed.verify import verify
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.gguf.names import gguf_rope_factors
+from intaglio.formats.gguf.write import check_supported, export_gguf
+from intaglio.formats.verify import verify
+from intaglio.formats.words.write_mlx import export_mlx
 from intaglio.plan.family import ModelSpec, describe
-from intaglio.plan.names_gguf import gguf_rope_factors
 from intaglio.plan.rope import check_rope, ropes
 from tests.support.tiny import GEMMA3, GEMMA4, ROPES, make_checkpoint, pack, with_rope
 

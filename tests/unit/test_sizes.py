@@ -11,21 +11,21 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import save_file
 
-from intaglio.export.footprint import footprint, longest_context
-from intaglio.export.gguf import export_gguf
-from intaglio.export.hf import export_hf
-from intaglio.export.mobile import export_mobile
-from intaglio.export.sizes import GEMMA_METADATA_BYTES, gguf_size, hf_size, mobile_size, w4a16_size, w4a16_tensors
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.gguf.write import export_gguf
+from intaglio.formats.mobile.layout import stored_tensors
+from intaglio.formats.mobile.write import export_mobile
 from intaglio.packed.checkpoint import checkpoint_spec
 from intaglio.packed.model import PackedModel
 from intaglio.plan.bundled import MODELS, bundled_config, bundled_names
 from intaglio.plan.carried import describe_whole
-from intaglio.plan.components import kv_cache_bytes, parameters
 from intaglio.plan.family import describe
-from intaglio.plan.mobile import stored_tensors
 from intaglio.plan.plan import make_plan
-from intaglio.plan.published import BYTES_PER_PARAMETER, PUBLISHED_GB, rule_of_thumb
-from intaglio.planning import bundled_spec
+from intaglio.sizing.components import kv_cache_bytes, parameters
+from intaglio.sizing.footprint import footprint, longest_context
+from intaglio.sizing.planning import bundled_spec
+from intaglio.sizing.published import BYTES_PER_PARAMETER, PUBLISHED_GB, rule_of_thumb
+from intaglio.sizing.sizes import GEMMA_METADATA_BYTES, gguf_size, hf_size, mobile_size, w4a16_size, w4a16_tensors
 from intaglio.train.quantize import quantize
 from tests.support.cases import Case
 from tests.support.tiny import (

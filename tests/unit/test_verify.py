@@ -15,8 +15,8 @@ from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file, save_file
 
 from intaglio.errors import ConfigError
+from intaglio.formats.verify import Verification, verify
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify import Verification, verify
 from tests.support.cases import Case
 
 

@@ -12,14 +12,14 @@ import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from intaglio.errors import ConfigError
-from intaglio.export.gguf import check_exportable, export_gguf
-from intaglio.export.hf import export_hf
-from intaglio.export.mlx import export_mlx
-from intaglio.export.vllm import export_vllm
+from intaglio.formats.checkpoint.write import export_hf
+from intaglio.formats.gguf.read_text import llamacpp_tokens
+from intaglio.formats.gguf.write import check_exportable, export_gguf
+from intaglio.formats.texts import fixed_texts
+from intaglio.formats.verify import verify
+from intaglio.formats.words.write_mlx import export_mlx
+from intaglio.formats.words.write_vllm import export_vllm
 from intaglio.packed.model import PackedModel
-from intaglio.packed.texts import fixed_texts
-from intaglio.packed.verify import verify
-from intaglio.packed.verify_gguf_text import llamacpp_tokens
 from tests.support.cases import Case, fields
 from tests.support.cli import intaglio
 from tests.support.tiny import GEMMA4, make_checkpoint, pack

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from intaglio.errors import InputError
-from intaglio.export.web import BUILDS, LIBRARY, LIBRARY_VERSION, RUNTIME, copy_library, export_web, node_modules
+from intaglio.formats.onnx.write_page import (
+    BUILDS,
+    LIBRARY,
+    LIBRARY_VERSION,
+    RUNTIME,
+    copy_library,
+    export_web,
+    node_modules,
+)
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
 
@@ -73,7 +81,7 @@ def test_the_option_is_for_the_page_alone(gemma4: Case, tmp_path: Path) -> None:
 
 def test_the_page_is_confined_to_its_folder() -> None:
     """By its own policy, and by the server's, which also covers the workers."""
-    page = files("intaglio.export") / "page"
+    page = files("intaglio.formats.onnx") / "page"
     html, server = (page / "index.html").read_text("utf-8"), (page / "serve.py").read_text("utf-8")
     found = re.search(r'Content-Security-Policy" content="([^"]*)"', html)
     assert found is not None

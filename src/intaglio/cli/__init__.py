@@ -1,4 +1,7 @@
-"""The command line: verbs and their options. What they do is elsewhere, and imported when needed."""
+"""The command line: verbs and their options. What they do is elsewhere, and imported when needed.
+
+Imports everything, the heavy part inside functions.
+"""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ def train_drafter(
     """Train a drafter on a quantized model, export it, and measure what the model accepts of its drafts."""
     from intaglio.cli.terminal import Bars
     from intaglio.cli.terminal_drafter import print_drafter
-    from intaglio.drafter.run import Texts, run
     from intaglio.plan.recipe import Recipe
+    from intaglio.runs.drafter import Texts, run
     from intaglio.train.loop import Options
 
     if original is not None and drafter is None:

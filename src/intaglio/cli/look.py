@@ -56,9 +56,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a model takes on disk, in memory and in training; no weights are read."""
-    from intaglio import planning
     from intaglio.plan.recipe import Recipe
-    from intaglio.plan.units import parse_bytes, parse_tokens
+    from intaglio.sizing import planning
+    from intaglio.sizing.units import parse_bytes, parse_tokens
 
     if html is not None:
         from intaglio.packed.outputs import check_output
@@ -153,7 +153,7 @@ def evaluate(
 ) -> None:
     """Measure an artifact's KL to the original: a .gguf in llama.cpp, the others in transformers."""
     from intaglio.cli.terminal import Bars, print_comparison
-    from intaglio.workflow import compare
+    from intaglio.runs.train import compare
 
     with Bars() as bars:
         evaluation = evaluation_of(text, eval_tokens, [], columns)
@@ -176,7 +176,7 @@ def report(
 ) -> None:
     """Measure a finished run again and rewrite report.html, report.md and report.json."""
     from intaglio.cli.terminal import Bars, print_report
-    from intaglio.workflow import report as run_report
+    from intaglio.runs.train import report as run_report
 
     with Bars() as bars:
         evaluation = evaluation_of(text, eval_tokens, prompt, columns, references)

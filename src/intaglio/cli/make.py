@@ -36,7 +36,7 @@ def demo(
 ) -> None:
     """Train the bundled tiny Gemma 4, export it, run it, and show the proof. A few minutes."""
     from intaglio.cli.terminal import Bars, print_report
-    from intaglio.demo import run_demo, run_demo_drafter
+    from intaglio.runs.demo import run_demo, run_demo_drafter
 
     with Bars() as bars:
         report = run_demo(out, recipe=recipe, replace=replace, progress=bars.progress)
@@ -75,12 +75,12 @@ def quantize(
 ) -> None:
     """Fit scales without training and write a packed model; then `export` it."""
     from intaglio.cli.terminal import Bars
-    from intaglio.fitting import quantize_model
     from intaglio.packed.checkpoint import checkpoint_spec, notes
     from intaglio.packed.model import PackedModel
     from intaglio.packed.outputs import check_output
     from intaglio.plan.plan import make_plan
     from intaglio.plan.recipe import Recipe
+    from intaglio.runs.quantize import quantize_model
 
     check_output(out, [model, data, images, audio, trained, recipe])
     if data is not None and trained is not None:
@@ -176,7 +176,7 @@ def _train_floats(model: Path, out: Path, recipe: str, overrides: list[str], **c
     from intaglio.packed.identity import CHECKPOINT, expect
     from intaglio.plan.family import read_spec
     from intaglio.plan.recipe import Recipe
-    from intaglio.workflow import run
+    from intaglio.runs.train import run
 
     expect(model, CHECKPOINT)
     print_notes(notes(model, read_spec(model)))
@@ -190,7 +190,7 @@ def _train_floats(model: Path, out: Path, recipe: str, overrides: list[str], **c
 def _train_packed(model: Path, out: Path, **how: Any) -> None:
     """A packed model goes on learning on its grids."""
     from intaglio.cli.terminal import Bars, print_comparison
-    from intaglio.finetune import finetune
+    from intaglio.runs.finetune import finetune
 
     with Bars() as bars:
         tuned = finetune(model, out, progress=bars.progress, **how)

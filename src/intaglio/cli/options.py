@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from intaglio.packed.model import PackedModel
-    from intaglio.proof import Evaluation
+    from intaglio.runs.proof import Evaluation
     from intaglio.train.data.sources import Data
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ def evaluation_of(
     text: str | Path | None, tokens: int, prompts: list[str], columns: list[str], references: str | None = None
 ) -> Evaluation:
     """What to measure on, as the options say it."""
-    from intaglio.proof import Evaluation
+    from intaglio.runs.proof import Evaluation
 
     held_out = source_of(text, columns)
     return Evaluation(text=held_out, tokens=tokens, prompts=tuple(prompts), references=references or "all")

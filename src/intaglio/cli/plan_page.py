@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.cli.terminal_plan import TRAINING_LABELS, context_text, file_kind, towers_note, training_title
-from intaglio.export.footprint import KV_BITS, Part
 from intaglio.measure.charts import rosette
 from intaglio.measure.render import render_plan
 from intaglio.packed.store import new_path
-from intaglio.plan.components import TOWERS, kv_cache_bytes
-from intaglio.plan.units import tokens_text
-from intaglio.planning import Survey
+from intaglio.sizing.components import TOWERS, kv_cache_bytes
+from intaglio.sizing.footprint import KV_BITS, Part
+from intaglio.sizing.planning import Survey
+from intaglio.sizing.units import tokens_text
 
 CONTEXTS = tuple(1024 << n for n in range(2, 9))  # 4k to 256k
 Row = tuple[str, str, dict[str, int], int]  # label, note, bytes by kind, and together

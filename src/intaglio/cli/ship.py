@@ -18,8 +18,8 @@ from intaglio.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from intaglio.formats.verify import Verification
     from intaglio.packed.model import PackedModel
-    from intaglio.packed.verify import Verification
 
 TARGETS = "gguf, hf (a transformers checkpoint of floats), gemma-mobile, vllm, mlx, onnx, web, ollama, lmstudio"
 
@@ -45,7 +45,7 @@ def export(
     replace: Replace = False,
 ) -> None:
     """Write a packed model in a runtime's format and read it back. Nothing is re-quantized."""
-    from intaglio.export import EXPORTERS
+    from intaglio.formats.table import EXPORTERS
     from intaglio.packed.model import PackedModel
     from intaglio.packed.outputs import check_output
 
@@ -81,7 +81,7 @@ def export(
 def _release(model: PackedModel, out: Path, to: str, replace: bool, options: dict[str, Any]) -> None:
     from intaglio.cli.terminal import Bars
     from intaglio.errors import MismatchError
-    from intaglio.release import make_release
+    from intaglio.runs.release import make_release
 
     with Bars() as bars:
         release = make_release(model, out, to, replace=replace, options=options, progress=bars.progress)
@@ -107,9 +107,9 @@ def verify(
 
 def _verify(packed: Path, artifact: Path, as_json: bool) -> None:
     from intaglio.errors import MismatchError
+    from intaglio.formats.verify import verify as run_verify
     from intaglio.packed.model import PackedModel
-    from intaglio.packed.verify import verify as run_verify
-    from intaglio.release import is_release, verify_release
+    from intaglio.runs.release import is_release, verify_release
 
     model = PackedModel.open(packed)
     wrong: list[str] = []

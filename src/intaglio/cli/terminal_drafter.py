@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from intaglio.cli.terminal import console, new_table
-from intaglio.drafter.report import HTML_FILE, SHOWN_LENGTH, DrafterReport
+from intaglio.measure.drafter_report import HTML_FILE, SHOWN_LENGTH, DrafterReport
 from intaglio.measure.render import decimals, percent, with_ci
 
 

@@ -8,14 +8,14 @@ from rich.table import Table
 from rich.text import Text
 
 from intaglio.cli.streams import Printer
-from intaglio.export.footprint import KV_BITS, Footprint, Part, bits_per_weight
 from intaglio.measure.render import count, size
-from intaglio.plan.components import TOWERS
 from intaglio.plan.memory import TrainingMemory
 from intaglio.plan.plan import Plan
-from intaglio.plan.published import LEFT_OUT
-from intaglio.plan.units import tokens_text
-from intaglio.planning import FamilyRow, Survey
+from intaglio.sizing.components import TOWERS
+from intaglio.sizing.footprint import KV_BITS, Footprint, Part, bits_per_weight
+from intaglio.sizing.planning import FamilyRow, Survey
+from intaglio.sizing.published import LEFT_OUT
+from intaglio.sizing.units import tokens_text
 
 console = Printer(highlight=False)
 BAR_WIDTH = 20

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.errors import InputError
+from intaglio.formats.words.read import is_mlx
 from intaglio.measure.evaluate import Candidate, logits_of, transformers_runtime
 from intaglio.measure.int8_cache import int8_source
 from intaglio.measure.llamacpp import LlamaCpp
@@ -15,7 +16,6 @@ from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model, load_quantized
 from intaglio.packed.identity import COMPRESSED, GGUF, MOBILE, QUANTIZED, look
 from intaglio.packed.model import PackedModel
-from intaglio.packed.verify_affine import is_mlx
 from intaglio.plan.family import load_config
 from intaglio.train.static import switch_static
 

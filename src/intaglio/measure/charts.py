@@ -12,16 +12,38 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from intaglio.measure.render import count
-
-if TYPE_CHECKING:
-    from intaglio.measure.report import CurvePoint, LayerRow
 
 BUCKETS = 160  # points of a drawn curve; a longer one is drawn as bucket means over a hatched range
 DOTS_UP_TO = 40  # points that are few enough to be marked one by one
 NOT_IN_HEAT = ("norm", "layer_scalar")  # kept as floats: nothing to see
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """step and tokens: how far training was. value: loss, or KL on held-out text, in nats."""
+
+    step: int
+    tokens: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """Distance of a tensor from the original weights.
+
+    relative_rms: for each variant ("stock", "fit", "GPTQ", "QAT"), RMS of the difference / RMS of the original.
+    """
+
+    tensor: str
+    role: str
+    relative_rms: dict[str, float]
+
+    def snr_db(self, variant: str) -> float:
+        """Signal-to-noise ratio; infinite for an exact tensor."""
+        error = self.relative_rms[variant]
+        return -20 * math.log10(error) if error > 0 else math.inf
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from intaglio.measure.report import LayerRow
+from intaglio.measure.charts import LayerRow
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.checkpoint import stream_chunks
 from intaglio.packed.model import PackedModel

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from intaglio.errors import OutputError
 from intaglio.measure import charts
+from intaglio.measure.charts import CurvePoint, LayerRow
 from intaglio.measure.metrics import Comparison, recovered_share
 from intaglio.measure.render import finite, nats, percent, render_html, render_markdown
 from intaglio.packed.store import new_path
@@ -92,32 +93,6 @@ class TrainingPath:
             f"KL to the original: {self.stock.label.lower()} {nats(stock)}, {self.start.label} {nats(start)}, trained "
             f"{nats(trained)}. Training {turn} {percent(abs(change), 1)} of the start's KL."
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurvePoint:
-    """step and tokens: how far training was. value: loss, or KL on held-out text, in nats."""
-
-    step: int
-    tokens: int
-    value: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRow:
-    """Distance of a tensor from the original weights.
-
-    relative_rms: for each variant ("stock", "fit", "GPTQ", "QAT"), RMS of the difference / RMS of the original.
-    """
-
-    tensor: str
-    role: str
-    relative_rms: dict[str, float]
-
-    def snr_db(self, variant: str) -> float:
-        """Signal-to-noise ratio; infinite for an exact tensor."""
-        error = self.relative_rms[variant]
-        return -20 * math.log10(error) if error > 0 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)

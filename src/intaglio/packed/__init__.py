@@ -1,0 +1,1 @@
+"""The packed model and source checkpoints on disk, streamed. Imports `plan` and below."""

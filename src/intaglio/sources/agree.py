@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from intaglio.errors import ConfigError
-from intaglio.packed.verify_gguf import read_gguf
+from intaglio.formats.gguf.names import GGUF_ROPE_FACTORS, gguf_rope_factors
+from intaglio.formats.gguf.read import read_gguf
 from intaglio.plan.family import ModelSpec
-from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_rope_factors
 from intaglio.sources.stored import Source
 
 TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"

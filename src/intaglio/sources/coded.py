@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError
+from intaglio.formats.mobile.layout import resolve_bits
+from intaglio.formats.words.layout import EXPERT_LINEARS
 from intaglio.numerics.grid import Q4_0_FREE, Quantized
 from intaglio.packed.codes import unpack_codes
-from intaglio.plan.affine import EXPERT_LINEARS
-from intaglio.plan.mobile import resolve_bits
 from intaglio.sources.stored import FLOATS, Stored
 
 # Codes of four bits in blocks of 32, as Q4_0 has them, but whatever scale a folder gives them.

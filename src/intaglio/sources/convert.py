@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError, QualityError, RecipeError
+from intaglio.formats.mobile.read_packed import import_mobile
 from intaglio.numerics.exact import solve
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.numerics.identify import NAMES
 from intaglio.packed.checkpoint import model_name
 from intaglio.packed.identity import look
-from intaglio.packed.import_mobile import import_mobile
 from intaglio.packed.model import PackedModel, write_packed
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError
+from intaglio.formats.gguf.names import GGUF_ROPE_FACTORS, gguf_name
 from intaglio.numerics.grid import (
     F16,
     F32,
@@ -27,7 +28,6 @@ from intaglio.packed.names import check_rest, own_name, untied
 from intaglio.plan.carried import describe_whole, unused_names
 from intaglio.plan.family import TOWER_ROLES, ModelSpec, TensorSpec, load_config, read_spec
 from intaglio.plan.found import recipe_for
-from intaglio.plan.names_gguf import GGUF_ROPE_FACTORS, gguf_name
 from intaglio.plan.plan import HEAD, LEFT_ALONE
 from intaglio.plan.recipe import Recipe
 from intaglio.sources.agree import check_agreement

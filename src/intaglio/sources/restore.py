@@ -1,4 +1,4 @@
-"""A checkpoint of ours with its scales (`packed.kept`) back into the packed model, bit for bit.
+"""A checkpoint of ours with its scales (`formats.checkpoint.kept`) back into the packed model, bit for bit.
 
 Each code is its value divided by the step that was kept. Every value is compared with what its code decodes to, and
 the config with that of the export: a folder that was changed since is refused rather than taken for what it was.
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError
+from intaglio.formats.checkpoint.kept import KEPT_FILE, in_checkpoint, kept_parts
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.codes import unpack_codes
-from intaglio.packed.kept import KEPT_FILE, in_checkpoint, kept_parts
 from intaglio.packed.model import PackedModel, read_plan, write_packed
 from intaglio.packed.names import own_name
 from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers, row_slices

@@ -19,9 +19,9 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from intaglio.errors import ConfigError
+from intaglio.formats.gguf.read import read_gguf
 from intaglio.numerics.grid import Q4_0_FREE, Q6_K_FREE, Q8_0_FREE, BlockGrid, Quantized
 from intaglio.numerics.layout import from_blocks
-from intaglio.packed.verify_gguf import read_gguf
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 GGUF_GRIDS: dict[str, BlockGrid] = {"Q4_0": Q4_0_FREE, "Q8_0": Q8_0_FREE, "Q6_K": Q6_K_FREE}

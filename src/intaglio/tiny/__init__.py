@@ -1,4 +1,4 @@
-"""A small Gemma 4 model and matching text, for tests and examples that need no download.
+"""A small Gemma 4 model and matching text, for tests and examples that need no download. Imports nothing.
 
 `MODEL_DIR` is a Hugging Face folder, and `DRAFTER_DIR` one of a drafter for it; the texts are xz-compressed JSON
 lines of ``{"text", "source"}``. The model never saw `HELDOUT_TEXT`. Licences are in ``NOTICE.md``.

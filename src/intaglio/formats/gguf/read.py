@@ -1,0 +1,212 @@
+"""Does a GGUF file hold what was packed? Tensors by their bits, keys by what llama.cpp computes with them.
+
+The keys are turned back into the facts of a transformers config. The tokenizer is compared in `verify_gguf_text`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader
+from gguf.gguf_reader import ReaderTensor
+from torch import Tensor
+
+from intaglio.errors import ConfigError
+from intaglio.formats.facts import CONFIG, Facts, compare_facts, config_facts
+from intaglio.formats.gguf.names import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors, in_gguf
+from intaglio.formats.gguf.read_text import compare_text
+from intaglio.formats.speech import read_speech
+from intaglio.formats.tally import Tally
+from intaglio.numerics.grid import Quantized
+from intaglio.numerics.layout import from_blocks, map_chunks
+from intaglio.packed.model import PackedModel
+from intaglio.plan.family import ModelSpec
+from intaglio.plan.plan import PlannedTensor
+from intaglio.plan.rope import Rope
+
+NO_ANGLE = 1e29  # a factor beyond it stops a pair of channels
+
+
+def compare_gguf(packed: PackedModel, path: Path, tally: Tally) -> None:
+    """Count into `tally` what the file holds and what of it differs from the packed model's text model."""
+    reader = read_gguf(path)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    _compare_tensors(packed, found, tally)
+    try:
+        keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{path}: not a valid GGUF file ({error}): download or export it again") from error
+    spec = packed.plan.model.text_only()
+    architecture = spec.family.gguf_architecture
+    _compare_identity(packed, keys, tally)
+    config = {
+        name.removeprefix(f"{architecture}."): keys.pop(name)
+        for name in list(keys)
+        if name.startswith(f"{architecture}.")
+    }
+    factors = np.asarray(found[GGUF_ROPE_FACTORS].data).tolist() if GGUF_ROPE_FACTORS in found else None
+    compare_facts(CONFIG, _expected_facts(spec), _config_facts(config, factors, spec), tally)
+    tally.unlike_facts += [
+        f"{CONFIG}: {architecture}.{name} = {value}, which the model does not have" for name, value in config.items()
+    ]
+    speech = read_speech(packed.path, spec.layer_config.to_dict())
+    if speech is not None:
+        compare_text(speech, spec, keys, path, tally)
+
+
+def _compare_identity(packed: PackedModel, keys: dict[str, Any], tally: Tally) -> None:
+    """Architecture, plan, recipe and lossy blocks; a file of the text model alone has that model's plan."""
+    plans = (packed.plan.digest, packed.plan.text_only().digest)
+    expected = {
+        "general.architecture": packed.plan.model.family.gguf_architecture,
+        "intaglio.plan": plans[keys.get("intaglio.plan") == plans[1]],
+        "intaglio.recipe": packed.plan.recipe.name,
+        "intaglio.lossy_blocks": packed.lossy_blocks or None,
+    }
+    compare_facts(CONFIG, expected, {name: keys.pop(name, None) for name in expected}, tally)
+
+
+def _compare_tensors(packed: PackedModel, found: dict[str, ReaderTensor], tally: Tally) -> None:
+    factors = gguf_rope_factors(packed.plan.model)
+    named = {gguf_name(tensor.name) for tensor in packed.plan if in_gguf(tensor)}
+    expected = named | ({GGUF_ROPE_FACTORS} if factors else set())
+    tally.missing += sorted(expected - set(found))
+    tally.extra += sorted(set(found) - expected)
+    if factors and GGUF_ROPE_FACTORS in found:
+        _compare_floats(torch.tensor(factors), found[GGUF_ROPE_FACTORS], tally)
+    for tensor, value in packed:
+        stored = found.get(gguf_name(tensor.name)) if in_gguf(tensor) else None
+        if stored is None:
+            continue
+        if isinstance(value, Quantized):
+            _compare_blocks(tensor, value, stored, tally)
+        else:
+            offset = packed.plan.model.family.norm_offset
+            shifted = tensor.spec.role == "norm" and offset != 0  # adding zero would turn -0.0 into 0.0
+            _compare_floats(value.float() + offset if shifted else value.float(), stored, tally)
+
+
+def _compare_blocks(tensor: PlannedTensor, value: Quantized, stored: ReaderTensor, tally: Tally) -> None:
+    tally.counts["tensors"] += 1
+    shape = tuple(int(size) for size in reversed(stored.shape))
+    if stored.tensor_type.name != value.grid.ggml_type or shape != tensor.spec.shape:
+        tally.unlike.append(stored.name)
+        return
+
+    def read(rows: slice, part: Quantized) -> tuple[Quantized, Quantized]:
+        return part, from_blocks(value.grid, np.asarray(stored.data[rows]))
+
+    for part, found in map_chunks(read, value):
+        tally.compare("codes", part.codes, found.codes)
+        tally.compare("scales", part.scale, found.scale)
+        if part.super_scale is not None and found.super_scale is not None:
+            tally.compare("scales", part.super_scale, found.super_scale)
+
+
+def _compare_floats(expected: Tensor, stored: ReaderTensor, tally: Tally) -> None:
+    tally.counts["tensors"] += 1
+    data = np.asarray(stored.data)
+    if stored.tensor_type.name not in ("F16", "F32") or data.shape != tuple(expected.shape):
+        tally.unlike.append(stored.name)
+        return
+    tally.compare("values", expected, torch.from_numpy(data.astype(np.float32)))
+
+
+# The keys as a config
+
+
+def _expected_facts(spec: ModelSpec) -> Facts:
+    facts = config_facts(spec.config)
+    widths = [tensor.shape[0] for tensor in spec.tensors if tensor.name.endswith(".mlp.gate_proj.weight")]
+    facts |= {"widths of MLPs": widths, "value head_dim": facts["head_dim"]}
+    if spec.family.drafter:
+        facts["layers that draft"] = facts["num_hidden_layers"]
+    return facts
+
+
+def _config_facts(keys: dict[str, Any], factors: list[float] | None, spec: ModelSpec) -> Facts:
+    """What llama.cpp reads of a file's keys for an architecture, as facts of a config; takes them out of `keys`."""
+
+    def take(name: str, default: Any = None) -> Any:
+        return keys.pop(name, default)
+
+    layers = take("block_count")
+    count = layers if isinstance(layers, int) and 0 < layers < 10_000 else 0
+
+    def each(value: Any) -> Any:
+        return value if isinstance(value, list) else [value] * count
+
+    pattern = take("attention.sliding_window_pattern")
+    if isinstance(pattern, int) and not isinstance(pattern, bool):
+        pattern = [pattern == 0 or layer % pattern < pattern - 1 for layer in range(count)]
+    sliding = [bool(kind) for kind in pattern or []]
+    full_width, full_value = take("attention.key_length"), take("attention.value_length")
+    own_width, own_value = take("attention.key_length_swa", full_width), take("attention.value_length_swa", full_value)
+    # without the key llama.cpp caps Gemma 4 at 30, and zero turns it off
+    capped = take("final_logit_softcapping", 30.0 if spec.family.gguf_architecture == "gemma4" else None)
+    facts = {
+        "num_hidden_layers": layers,
+        "max_position_embeddings": take("context_length"),
+        "hidden_size": take("embedding_length"),
+        "widths of MLPs": each(take("feed_forward_length")),
+        "num_attention_heads": take("attention.head_count"),
+        "num_key_value_heads": each(take("attention.head_count_kv")),
+        "rms_norm_eps": take("attention.layer_norm_rms_epsilon"),
+        "sliding_window": take("attention.sliding_window"),
+        "final_logit_softcapping": capped or None,
+        "layer_types": [("full_attention", "sliding_attention")[kind] for kind in sliding],
+        "head_dim": [own_width if kind else full_width for kind in sliding],
+        "value head_dim": [own_value if kind else full_value for kind in sliding],
+        "num_kv_shared_layers": take("attention.shared_kv_layers"),
+        "hidden_size_per_layer_input": take("embedding_length_per_layer_input"),
+        "num_experts": take("expert_count"),
+        "top_k_experts": take("expert_used_count"),
+        "moe_intermediate_size": take("expert_feed_forward_length"),
+    }
+    if spec.family.drafter:
+        facts |= {
+            "backbone_hidden_size of the whole": take("embedding_length_out"),
+            "layers that draft": take("nextn_predict_layers"),
+        }
+    turned = (take("rope.dimension_count", full_width), take("rope.dimension_count_swa", own_width))
+    bases = (take("rope.freq_base", 10000.0), take("rope.freq_base_swa", 10000.0))
+    kind, factor = take("rope.scaling.type", "linear"), take("rope.scaling.factor") or 1.0
+    if kind not in ("linear", "none"):
+        facts["rope scaling"] = kind
+    if False not in sliding:
+        return facts
+    facts["rope of full_attention"] = _rope(bases[0], turned[0], 1.0 if kind == "none" else factor, factors)
+    if True in sliding:
+        facts["rope of sliding_attention"] = _rope(bases[1], turned[1], 1.0, None)
+    return facts
+
+
+def _rope(base: float, turned: Any, factor: float, factors: list[float] | None) -> Rope | None:
+    """llama.cpp's: the i-th of n / 2 pairs by base^(-2i / n), divided by the factor and by the pair's own."""
+    pairs = turned // 2 if isinstance(turned, int) and turned < 1 << 16 else 0
+    own = factors or [1.0] * pairs
+    if base <= 0 or len(own) != pairs:
+        return None
+    return Rope(tuple(0.0 if own[i] > NO_ANGLE else base ** (-i / pairs) / factor / own[i] for i in range(pairs)))
+
+
+class _Reader(GGUFReader):
+    """gguf-py's reader, with an end: its own reads past the end give nothing, forever if the file says so."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError(f"the file ends at byte {len(self.data)}, before what it announces")
+        return super()._get(offset, dtype, count, override_order)
+
+
+def read_gguf(path: Path) -> GGUFReader:
+    """gguf-py's reader of this file. ConfigError if it is missing, truncated or malformed."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file: expected a .gguf file or a transformers folder")
+    try:
+        return _Reader(path)
+    except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{path}: not a valid GGUF file ({error}): download or export it again") from error

@@ -1,0 +1,4 @@
+"""The Gemma mobile format, written, compared, and read back into a packed model.
+
+`layout` is shared by writers and readers.
+"""

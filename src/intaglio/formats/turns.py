@@ -1,0 +1,126 @@
+"""A chat template that only puts fixed words round each turn, and what Ollama would make of a model's template.
+
+Ollama does not run templates in Jinja. For the architecture gemma4 it writes prompts with code of its own, whatever
+the model's template is; for others it takes a template in Go from the Modelfile.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from intaglio.errors import ConfigError
+from intaglio.formats.facts import Facts
+from intaglio.formats.speech import GENERATION_FILE, Speech, rendered
+
+MARKS = ("first\u2060mark", "second\u2060mark", "third\u2060mark")  # contents that no template writes by itself
+# What Ollama calls its code for an architecture, and the words that it puts round turns.
+OLLAMA_CODE = {"gemma4": "gemma4"}
+TURN = {"system": "system", "user": "user", "assistant": "model"}
+GEMMA4 = {role: (f"<|turn>{name}\n", "<turn|>\n") for role, name in TURN.items()}
+GEMMA4_ANSWERS = ("<|turn>model\n", "<|turn>model\n<|channel>thought\n<channel|>")  # the second of large models
+GEMMA3 = {role: (f"<start_of_turn>{TURN[role]}\n", "<end_of_turn>\n") for role in ("user", "assistant")}
+SAMPLING = {"temperature": 1.0, "top_p": 0.95, "top_k": 64}  # Google's, for a model that says nothing else
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The words of a template: before the first turn, round each role's content, and before an answer."""
+
+    start: str
+    words: dict[str, tuple[str, str]]
+    answer: str
+
+    def write(self, chat: list[dict[str, Any]], ask: bool) -> str:
+        """A chat as text."""
+        turns = [self.words[turn["role"]][0] + turn["content"] + self.words[turn["role"]][1] for turn in chat]
+        return self.start + "".join(turns) + (self.answer if ask else "")
+
+    def in_go(self) -> str:
+        """The template as Ollama's Modelfile takes it, which puts the first token before it by itself."""
+        kinds = [
+            f'{{{{ if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}{{{{ end }}}}'
+            for role, (before, after) in self.words.items()
+        ]
+        return "{{ range .Messages }}" + "".join(kinds) + "{{ end }}" + self.answer
+
+
+def turns_of(speech: Speech, template: str) -> Turns | None:
+    """The words of a template; None for one that does more than to put words round turns.
+
+    Spaces at the ends of a turn do not count: most templates cut them off, and Ollama's cannot.
+    """
+    return _turns(speech.folder.as_posix(), template, speech.tokenizer.bos_token or "")
+
+
+@functools.lru_cache(maxsize=16)
+def _turns(folder: str, template: str, bos: str) -> Turns | None:
+    first, second, third = MARKS
+    user, more = ({"role": "user", "content": mark} for mark in (first, third))
+    answer, system = {"role": "assistant", "content": second}, {"role": "system", "content": third}
+    chats = (([user], False), ([user], True), ([user, answer], False), ([user, answer, more], True))
+    one, asked, two, three, ruled = (
+        text for (text,) in rendered(folder, template, chats=(*chats, ([system, user], True)))
+    )
+    try:
+        before, after = one.split(first)
+        closing = two.split(second)[1]
+        opening = three.split(second)[1].split(third)[0].removeprefix(closing)
+        words = {"user": (opening, after), "assistant": (two.split(second)[0].removeprefix(one), closing)}
+        found = Turns(before.removesuffix(opening), words, asked.removeprefix(one))
+        if not all(found.write(*chat) == text for chat, text in zip(chats, (one, asked, two, three), strict=True)):
+            return None
+        if words != GEMMA3:  # Ollama knows this one, which puts the system's words into the first turn
+            head, tail = ruled.split(third)
+            ruling = (head.removeprefix(found.start), tail.split(first)[0].removesuffix(opening))
+            found = Turns(found.start, {"system": ruling, **words}, found.answer)
+            if found.write([system, user], True) != ruled:
+                return None
+    except (ValueError, IndexError):
+        return None
+    plain = not any(odd in found.in_go().replace("{{ .Content }}", "") for odd in ('"""', "{%"))
+    return Turns(found.start.removeprefix(bos), found.words, found.answer) if plain else None
+
+
+def modelfile_facts(speech: Speech | None, architecture: str) -> Facts:
+    """What a Modelfile has to say, so that Ollama talks to a model by the model's own template, stops and settings.
+
+    stop: texts of all end tokens. Raises ConfigError for a template that Ollama would not use, and for settings that
+    are no numbers.
+    """
+    code = OLLAMA_CODE.get(architecture)
+    if speech is None:
+        return {"RENDERER": code, "PARSER": code, "TEMPLATE": None, "stop": []} | sampling(None)
+    template = speech.templates.get("default")
+    turns = turns_of(speech, template) if template else None
+    where = f"{speech.folder}: the chat template"
+    instead = "export it to gguf or lmstudio: llama.cpp and LM Studio use the template in the file"
+    if template and code and not _is_gemma4(turns):
+        raise ConfigError(f"{where} is not Gemma 4's, in whose form alone Ollama prompts {architecture}: {instead}")
+    if template and not code and turns is None:
+        raise ConfigError(f"{where} cannot be said in Ollama's language of templates: {instead}")
+    own = turns.in_go() if turns is not None and code is None and turns.words != GEMMA3 else None
+    stops = {speech.tokenizer.convert_ids_to_tokens(index) for index in speech.end_ids}
+    stops |= {turns.words["assistant"][1].strip()} if turns is not None else set()  # what ends a turn ends an answer
+    return {"RENDERER": code, "PARSER": code, "TEMPLATE": own, "stop": sorted(filter(None, stops))} | sampling(speech)
+
+
+def sampling(speech: Speech | None) -> Facts:
+    """Temperature, top-p and top-k of the model's settings, else Google's. ConfigError for ones that are no numbers."""
+    return {name: _number(speech, name) for name in SAMPLING} if speech is not None else dict(SAMPLING)
+
+
+def _is_gemma4(turns: Turns | None) -> bool:
+    if turns is None or turns.start or turns.answer not in GEMMA4_ANSWERS:
+        return False
+    return all(GEMMA4.get(role) == words for role, words in turns.words.items())
+
+
+def _number(speech: Speech, name: str) -> float | int:
+    value = speech.settings.get(name)
+    value = SAMPLING[name] if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ConfigError(f"{speech.folder / GENERATION_FILE}: {name} = {value!r}: expected a number of at least 0")
+    return value

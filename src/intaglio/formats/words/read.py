@@ -1,0 +1,146 @@
+"""Does a compressed-tensors or an MLX folder hold what was packed? Its words are taken apart here bit by bit.
+
+Shared with the exporters are only the lists of tensors in `layout.py`. Everything is compared by its bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from intaglio.errors import ConfigError
+from intaglio.formats.tally import Tally, stored_as_listed
+from intaglio.formats.words.layout import (
+    AffineTensor,
+    Scheme,
+    compressed_tensors,
+    linears_of,
+    mlx_tensors,
+    schemes,
+    stored_name,
+)
+from intaglio.numerics.grid import BlockGrid, Quantized
+from intaglio.packed.model import PackedModel
+from intaglio.packed.store import SafetensorsReader
+from intaglio.plan.family import load_config
+from intaglio.plan.patterns import pattern
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a folder's config says that its weights are compressed-tensors'."""
+    return _quantization(path, "quantization_config").get("quant_method") == "compressed-tensors"
+
+
+def is_mlx(path: Path) -> bool:
+    """Whether a folder's config has groups as mlx-lm writes them."""
+    return "group_size" in _quantization(path, "quantization")
+
+
+def _quantization(path: Path, key: str) -> dict[str, Any]:
+    found = load_config(path).get(key) if (path / "config.json").is_file() else None
+    return found if isinstance(found, dict) else {}
+
+
+def compare_compressed(packed: PackedModel, folder: Path, tally: Tally) -> None:
+    """Count into `tally` what the folder holds and what of it differs from the packed model."""
+    _check_schemes(packed, folder, tally)
+    _compare(packed, folder, compressed_tensors(packed.plan), tally)
+
+
+def compare_mlx(packed: PackedModel, folder: Path, tally: Tally) -> None:
+    """The same for an MLX folder, which holds the text model alone."""
+    packed = packed.text_only()
+    quantization = load_config(folder)["quantization"]
+    stored = mlx_tensors(packed.plan)
+    for scale in (tensor for tensor in stored if tensor.part == "scale"):
+        module, grid = scale.name.removesuffix(".scales"), packed.plan[scale.source].grid
+        assert isinstance(grid, BlockGrid)
+        said = quantization.get(module, quantization)
+        if (said.get("bits"), said.get("group_size")) != (grid.code_bits, grid.block_size // scale.repeat):
+            tally.unlike.append(f"{module} in config.json")
+    _compare(packed, folder, stored, tally)
+
+
+def _check_schemes(packed: PackedModel, folder: Path, tally: Tally) -> None:
+    """Count modules that config.json gives other bits, groups or activations than planned."""
+    plan, quantization = packed.plan, load_config(folder)["quantization_config"]
+    planned = schemes(plan)
+    matrices = {
+        module: tensor
+        for tensor in plan
+        if len(tensor.spec.shape) == 2 or tensor.spec.role == "expert"
+        for module, _, _ in linears_of(stored_name(plan, tensor.name), tensor.spec)
+    }
+    for module in {**matrices, **planned}:
+        linear = module not in matrices or "embedding" not in matrices[module].spec.role
+        if _scheme_of(module, linear, quantization) != planned.get(module):
+            tally.unlike.append(f"{module} in config.json")
+
+
+def _scheme_of(module: str, linear: bool, quantization: dict[str, Any]) -> Scheme | None:
+    """What compressed-tensors' readers give a module: the first target that matches it, unless it is ignored."""
+
+    def matches(target: str) -> bool:
+        if target[:3] == "re:":
+            return pattern(target[3:]).match(module, error=ConfigError) is not None
+        return target == module or (linear and target == "Linear")
+
+    if any(map(matches, quantization.get("ignore") or [])):
+        return None
+    for group in (quantization.get("config_groups") or {}).values():
+        if any(map(matches, group["targets"])):
+            weights = group["weights"]
+            return Scheme(weights["num_bits"], weights.get("group_size"), group.get("input_activations") is not None)
+    return None
+
+
+def _compare(packed: PackedModel, folder: Path, stored: list[AffineTensor], tally: Tally) -> None:
+    static = packed.read_static()
+    for tensor, file in stored_as_listed(folder, stored, tally):
+        if tensor.part == "static":
+            tally.compare("static_scales", torch.tensor([static[tensor.source]]), file.read(tensor.name))
+        elif tensor.part == "shape":
+            if file.read(tensor.name).tolist() != list(tensor.matrix or ()):
+                tally.unlike.append(tensor.name)
+        else:
+            _compare_rows(packed, tensor, file, tally)
+
+
+def _compare_rows(packed: PackedModel, tensor: AffineTensor, file: SafetensorsReader, tally: Tally) -> None:
+    for rows, value in _pieces(packed, tensor):
+        data = file.read(tensor.name, rows)
+        if not isinstance(value, Quantized):
+            tally.compare("values", value.float(), data.float())
+        elif tensor.part == "values":
+            tally.compare("values", value.decode(), data.float())
+        elif tensor.part == "codes":
+            tally.compare("codes", value.codes, words_unpacked(data, value.grid.code_bits))
+        else:
+            # a scale for each group, all groups of a block alike; a bias is that of the code in the middle
+            middle = 1 << (value.grid.code_bits - 1)
+            factor = -middle if tensor.part == "bias" else 1
+            each = np.repeat(value.step.numpy() * np.float32(factor), tensor.repeat, axis=1)
+            tally.compare("scales", torch.from_numpy(each), data.float())
+
+
+def _pieces(packed: PackedModel, tensor: AffineTensor) -> Iterator[tuple[slice | None, Quantized | Tensor]]:
+    """What a tensor of the folder should hold, a few rows at a time."""
+    if tensor.piece is None:
+        yield from packed.chunks(tensor.source)
+        return
+    expert = tensor.piece.expert
+    value = packed.read(tensor.source, slice(expert, expert + 1))
+    assert isinstance(value, Quantized)
+    yield None, tensor.piece.of(value, expert)
+
+
+def words_unpacked(words: Tensor, bits: int) -> Tensor:
+    """int8 codes [R, C] of words [R, C x bits / 32]: fields from the lowest bits on, each less half its range."""
+    fields = words.numpy().view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)
+    codes = (fields & np.uint32((1 << bits) - 1)).astype(np.int16) - (1 << (bits - 1))
+    return torch.from_numpy(codes.astype(np.int8).reshape(len(words), -1))

@@ -1,0 +1,159 @@
+"""A finished run on the disk: its packed models by kind, their files, and the references beside the trained one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intaglio.errors import IntaglioError, MismatchError
+from intaglio.formats.table import Export, Format, format_of
+from intaglio.formats.verify import Verification, verify
+from intaglio.numerics.device import device_for
+from intaglio.packed.checkpoint import TextModel, load_model
+from intaglio.packed.model import PackedModel
+from intaglio.plan.plan import Plan, make_plan
+from intaglio.progress import Progress
+from intaglio.train.corpus import Corpus
+from intaglio.train.loop import Options
+from intaglio.train.ptq import quantize_on_text
+from intaglio.train.quantize import quantize
+
+# kind -> folder of the run, in the order of the report
+PACKED = {"stock": "stock", "fitted": "fitted", "start": "start", "trained": "packed"}
+FAILURES = (IntaglioError, torch.OutOfMemoryError)  # of references and measurements, which take no run down
+FIT_LABELS = {"mse": "MSE fit", "stock": "Stock fit", "absmax": "Absmax fit"}
+REFERENCES = {"none": (), "stock": ("stock",), "all": ("stock", "fitted", "start")}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A finished run: the original's folder, and what was made of it, by kind.
+
+    failures: why a reference that was asked for is not there, by kind. device: where things are measured.
+    given: the original, where it is in memory anyway.
+    """
+
+    model_dir: Path
+    out: Path
+    tokenizer: Any
+    packed: dict[str, PackedModel]
+    failures: dict[str, str] = field(default_factory=dict)
+    device: torch.device = field(default_factory=device_for)
+    given: TextModel | None = None
+
+    @classmethod
+    def open(cls, model_dir: str | Path, out: Path, tokenizer: Any, kinds: Iterable[str], **how: Any) -> Bench:
+        """A run's folder with the packed models of these kinds. Raises ConfigError as `PackedModel.open` does."""
+        packed = {kind: PackedModel.open(out / folder) for kind, folder in PACKED.items() if kind in kinds}
+        return cls(Path(model_dir), out, tokenizer, packed, **how)
+
+    @property
+    def plan(self) -> Plan:
+        return self.packed["trained"].plan
+
+    @property
+    def format(self) -> Format:
+        return format_of(self.plan)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        fit = FIT_LABELS[self.plan.recipe.fit]
+        return {"stock": self.format.stock_label, "fitted": fit, "start": "GPTQ start", "trained": "QAT"}
+
+    def opened(self, kind: str) -> Bench:
+        """The bench with the packed model of one more kind."""
+        packed = self.packed | {kind: PackedModel.open(self.out / PACKED[kind])}
+        return dataclasses.replace(self, packed={kind: packed[kind] for kind in PACKED if kind in packed})
+
+    def with_those_there(self, references: str) -> Bench:
+        """The bench with the references that are in the folder; one that cannot be opened is a failure."""
+        bench = self
+        for kind in REFERENCES[references]:
+            if (self.out / PACKED[kind]).is_dir():
+                try:
+                    bench = bench.opened(kind)
+                except FAILURES as error:
+                    bench = bench.failed(kind, error)
+        return bench
+
+    def failed(self, kind: str, error: Exception) -> Bench:
+        """The bench without this kind, and why."""
+        packed = {other: model for other, model in self.packed.items() if other != kind}
+        return dataclasses.replace(self, packed=packed, failures=self.failures | {kind: failure_of(error)})
+
+    def path(self, export: Export) -> Path:
+        return self.out / export.name
+
+
+def make_files(bench: Bench, kind: str, *, replace: bool = False) -> dict[str, Verification]:
+    """Export the packed model of a kind to the files of its format, and read each back; by name.
+
+    Raises MismatchError for a file that does not hold what was packed.
+    """
+    exports = [export for export in bench.format.exports if export.kind == kind]
+    for export in exports:
+        device = {"device": bench.device} if export.on_device else {}
+        export.write(bench.packed[kind], bench.path(export), replace=replace, **device)
+    return verify_files(bench, exports)
+
+
+def verify_files(bench: Bench, exports: Iterable[Export]) -> dict[str, Verification]:
+    """Read exported files back; by name. Raises MismatchError for one that does not hold what was packed."""
+    results = {}
+    for export in exports:
+        path = bench.path(export)
+        result = results[export.name] = verify(bench.packed[export.kind], path, device=bench.device)
+        if not result.exact:
+            raise MismatchError(f"{path}: {result.summary()}: the export is not what was trained; please report this")
+    return results
+
+
+def with_references(
+    bench: Bench,
+    references: str,
+    corpus: Corpus,
+    options: Options | None,
+    progress: Progress,
+    *,
+    replace: bool,
+) -> Bench:
+    """The bench with what can be had without training, each with its files, or with the reason why one cannot.
+
+    "start" is where training began, which training itself has packed. Without GPTQ that is the recipe's fit.
+    """
+    for kind in REFERENCES[references]:
+        if kind in bench.failures or (kind == "start" and not bench.plan.recipe.schedule.gptq_tokens):
+            continue
+        try:
+            if kind == "start":
+                bench = bench.opened(kind)  # training left it
+                continue
+            progress.stage(f"Making {bench.labels[kind]}")
+            if bench.given is None and bench.plan.static_scales:
+                bench = dataclasses.replace(bench, given=load_model(bench.model_dir, device=bench.device))
+            _make_reference(bench, kind, corpus, options, replace=replace)
+            bench = bench.opened(kind)
+            make_files(bench, kind, replace=replace)
+        except FAILURES as error:
+            bench = bench.failed(kind, error)
+    return bench
+
+
+def _make_reference(bench: Bench, kind: str, corpus: Corpus, options: Options | None, *, replace: bool) -> None:
+    plan, path = bench.plan, bench.out / PACKED[kind]
+    if kind == "stock":
+        plan = make_plan(bench.model_dir, format_of(plan).stock_recipe(plan.recipe))
+    if plan.static_scales:
+        quantize_on_text(bench.given, plan, corpus, path, assets=bench.model_dir, options=options, replace=replace)
+    else:
+        quantize(bench.model_dir, plan, path, replace=replace, device=bench.device)
+
+
+def failure_of(error: Exception) -> str:
+    """The reason for a person, in a line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,218 @@
+"""A release: one folder with the model in the format of every runtime, ready to be copied or published.
+
+    README.md      the model card: what it is, what it measured, and the command for each runtime
+    SHA256SUMS     of every file, as `sha256sum --check` reads it
+    NAME/          an artifact for one runtime, with a README.md of its own
+
+A runtime is a row of RUNTIMES in `formats.table`. Every artifact is read back before the release appears.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from intaglio.errors import ConfigError, InputError, IntaglioError, MismatchError, OutputError
+from intaglio.formats.gguf.write_bundles import library_name, model_title
+from intaglio.formats.table import EXPORTERS, RUNTIMES
+from intaglio.formats.verify import Verification, verify
+from intaglio.packed.model import PackedModel, file_sha256
+from intaglio.packed.outputs import MARKER
+from intaglio.packed.store import new_path
+from intaglio.plan.files import one_line, read_json, read_text
+from intaglio.plan.plan import Plan
+from intaglio.progress import Progress
+
+MANIFEST = "SHA256SUMS"
+CARD = "README.md"
+ALL = "all"
+LINKED = ("ollama", "lmstudio")  # the GGUF once more
+
+
+def parse_targets(text: str) -> list[str]:
+    """Names of a list with commas; `all` is every one. InputError for a name that is none."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in RUNTIMES and name != ALL]
+    if unknown or not names:
+        raise InputError(f"--to {text!r}: expected {ALL}, or some of {', '.join(RUNTIMES)} with commas between")
+    return list(RUNTIMES) if ALL in names else list(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class Release:
+    """What was written: of each runtime what reading back said, and why others were left out.
+
+    mismatched: of those left out, the ones that did not hold what was packed.
+    """
+
+    verified: dict[str, Verification]
+    left_out: dict[str, str]
+    mismatched: dict[str, str] = field(default_factory=dict)
+
+
+def make_release(
+    packed: PackedModel,
+    out: str | Path,
+    to: str = ALL,
+    *,
+    replace: bool = False,
+    options: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Release:
+    """Write the release `out`.
+
+    to: names of RUNTIMES with commas between, or "all", which leaves out those whose format cannot say the
+    model exactly, and any that fails: one target's failure never takes the others. Of targets that are named, that is
+    the exporter's error. options: of exporters, by the names that rows of RUNTIMES give them. Raises MismatchError if
+    an artifact that was named is not what was packed, and InputError if nothing was written.
+    """
+    progress, names, every = progress or Progress(), parse_targets(to), ALL in to.split(",")
+    if packed.plan.model.family.drafter:
+        raise InputError(f"{packed.path}: a drafter does not run by itself: export it to gguf, hf or vllm, one by one")
+    options = options or {}
+    release = Release({}, {})
+    with new_path(Path(out), replace=replace) as temporary:
+        temporary.mkdir()
+        for name in names:
+            option = RUNTIMES[name].option
+            given = {option: options[option]} if option in options else {}
+            reason = RUNTIMES[name].unwanted(packed.plan)
+            if option and not given:
+                reason = reason or f"it needs --{option.replace('_', '-')}"
+            if every and reason:
+                release.left_out[name] = reason
+                continue
+            progress.stage(f"Exporting {name}")
+            try:
+                release.verified[name] = _export(packed, temporary, name, given)
+            except (KeyboardInterrupt, OutputError):  # a full disk is full for all
+                raise
+            except Exception as error:
+                if not every:
+                    raise
+                shutil.rmtree(temporary / name, ignore_errors=True)
+                if isinstance(error, MismatchError):
+                    release.mismatched[name] = str(error)
+                known = isinstance(error, IntaglioError)
+                release.left_out[name] = str(error) if known else f"{one_line(error)}: this is a bug, please report it"
+        if not release.verified:
+            raise InputError(f"no format holds this model: {'; '.join(release.left_out.values())}")
+        (temporary / CARD).write_text(_card(packed, temporary, release), "utf-8")
+        sums = "".join(f"{digest}  {name}\n" for name, digest in _hashes(temporary).items())
+        (temporary / MANIFEST).write_text(sums, "utf-8")
+    return release
+
+
+def _export(packed: PackedModel, out: Path, name: str, options: dict[str, Any]) -> Verification:
+    """Write one artifact and its README, and read it back."""
+    runtime, folder = RUNTIMES[name], out / name
+    gguf = out / "gguf" / RUNTIMES["gguf"].file
+    linked = {"gguf": gguf} if name in LINKED and gguf.is_file() else {}
+    EXPORTERS[name](packed, folder / runtime.file, **linked, **options)
+    result = verify(packed, folder)
+    if not result.exact:
+        raise MismatchError(f"{name}: {result.summary()}: the export is not what was packed; please report this")
+    lines = [
+        f"# {_plain(model_title(packed))} for {runtime.title}",
+        f"Recipe {packed.plan.recipe.name}. In this folder:",
+        f"```bash\n{_command(packed, name, runtime.file or '.')}\n```",
+        f"Read back: {result.summary().partition(': ')[2]}.",
+        runtime.note(packed.plan),
+    ]
+    (folder / CARD).write_text("\n\n".join(filter(None, lines)) + "\n", "utf-8")
+    return result
+
+
+def _command(packed: PackedModel, name: str, path: str) -> str:
+    return RUNTIMES[name].command.format(path=path, name=library_name(packed).lower())
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a release, by its path there."""
+    own = (folder / MANIFEST, folder / MARKER)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in own)
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def _card(packed: PackedModel, out: Path, release: Release) -> str:
+    plan, title = packed.plan, _plain(f"{model_title(packed)}, {packed.plan.recipe.name}")
+    method = _plain(str(packed.provenance.get("method", "quantized without training")))
+    rows = [
+        f"| {RUNTIMES[name].title} | [`{name}/`]({name}) | {_size(out / name)} | "
+        f"`{_command(packed, name, '/'.join(filter(None, (name, RUNTIMES[name].file))))}` |"
+        for name in release.verified
+    ]
+    notes = [f"- {name}: {note}" for name in release.verified if (note := RUNTIMES[name].note(plan))]
+    notes += [f"- {name} is left out: {_plain(reason)}" for name, reason in release.left_out.items()]
+    parts = [
+        f"---\ntags: [{plan.model.family.gguf_architecture}, quantized, intaglio]\n---",
+        f"# {title}",
+        _grids(plan),
+        f"Made by intaglio: {method}. Every folder holds the same "
+        f"codes and scales, those of the packed model with SHA-256 `{packed.sha256()}`. `{MANIFEST}` has the sums "
+        "of all files.",
+        "| runtime | folder | size | command |\n|---|---|---:|---|\n" + "\n".join(rows),
+        "\n".join(notes),
+        _measured(packed) or "Quality was not measured: `intaglio eval` does.",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text of a stranger as Markdown shows it word for word: on one line, without markup, links or pages of HTML."""
+    line = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+    return re.sub(r"([\\`*_{}\[\]<>#|!~$&])", r"\\\1", line)
+
+
+def _grids(plan: Plan) -> str:
+    """Which grids the plan puts weights on: "Weights: mlp on q4_0; norm on f32"."""
+    names: dict[str, list[str]] = {}
+    for tensor in plan:
+        grids = names.setdefault(tensor.spec.role.replace("_", " "), [])
+        grids += [tensor.grid.name] * (tensor.grid.name not in grids)
+    return "Weights: " + "; ".join(f"{role} on {' and '.join(grids)}" for role, grids in names.items()) + "."
+
+
+def _size(folder: Path) -> str:
+    return f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()):,} bytes"
+
+
+def _measured(packed: PackedModel) -> str:
+    """The table of the run's report, if the packed model lies in a run that was measured with this recipe."""
+    run = packed.path.resolve().parent
+    if not (run / "report.json").is_file() or not (run / "report.md").is_file():
+        return ""
+    recipe = read_json(run / "report.json").get("recipe_toml")
+    if recipe != packed.plan.recipe.to_toml():
+        return ""
+    section = "## Against the original"
+    text = read_text(run / "report.md")
+    return section + text.partition(section)[2].partition("\n## ")[0].rstrip() if section in text else ""
+
+
+def is_release(path: Path) -> bool:
+    """Whether a path is a folder with a manifest."""
+    return (path / MANIFEST).is_file()
+
+
+def verify_release(packed: PackedModel, folder: Path) -> tuple[list[Verification], list[str]]:
+    """Read every artifact of a release back; and say which files the manifest knows otherwise, or not at all.
+
+    Raises ConfigError for a manifest or an artifact that cannot be read.
+    """
+    manifest = folder / MANIFEST
+    listed: dict[str, str] = {}
+    for line in manifest.read_text("utf-8", errors="replace").splitlines():
+        digest, separator, name = line.partition("  ")
+        if not separator or len(digest) != 64:
+            raise ConfigError(f"{manifest}: {line!r}: expected a SHA-256 and the path of a file")
+        listed[name] = digest
+    found = _hashes(folder)
+    wrong = [f"{name} has other bytes" for name in sorted(listed.keys() & found) if listed[name] != found[name]]
+    wrong += [f"{name} is missing" for name in sorted(listed.keys() - found)]
+    wrong += [f"{name} is not in {MANIFEST}" for name in sorted(found.keys() - listed)]
+    artifacts = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    return [verify(packed, path) for path in artifacts], wrong

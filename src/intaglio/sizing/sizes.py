@@ -1,0 +1,112 @@
+"""How many bytes a file of a plan will have, before it is written: from names, dtypes and shapes alone.
+
+Nothing here is fitted to any file. What a plan cannot know is the key-value metadata of a GGUF, most of
+which is the tokenizer: that is an input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from intaglio.formats.checkpoint.write import hf_tensors
+from intaglio.formats.gguf.names import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors, in_gguf
+from intaglio.formats.mobile.layout import stored_tensors
+from intaglio.formats.mobile.write import mobile_tensors
+from intaglio.formats.words.layout import linears_of
+from intaglio.numerics.grid import BlockGrid
+from intaglio.packed.store import Specs, safetensors_header
+from intaglio.plan.carried import whole_name
+from intaglio.plan.family import TOWER_ROLES
+from intaglio.plan.plan import Plan
+
+GGUF_ALIGNMENT = 32  # gguf-py: GGUF_DEFAULT_ALIGNMENT
+GGUF_HEADER_BYTES = 24  # magic and version, 4 each; number of tensors and of keys, 8 each
+GEMMA_METADATA_BYTES = 15_800_000  # about; keys and values of a Gemma 4 GGUF, nearly all of it the tokenizer
+W4A16_ROLES = ("attention", "mlp", "ple_linear", "expert")
+W4A16_GROUP = 32
+DTYPE_ORDER = (torch.int64, torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
+
+
+@dataclass(frozen=True)
+class FileSize:
+    """Bytes of a file: header (of a GGUF its tensor list too), metadata, tensor data, padding between these."""
+
+    header: int
+    metadata: int
+    data: int
+    padding: int
+
+    @property
+    def total(self) -> int:
+        return self.header + self.metadata + self.data + self.padding
+
+
+def gguf_size(plan: Plan, metadata_bytes: int = GEMMA_METADATA_BYTES) -> FileSize:
+    """The GGUF of a plan's text model. metadata_bytes: of its keys and values."""
+    tensors = [(gguf_name(t.name), len(t.spec.shape), t.size_bytes) for t in plan if in_gguf(t)]
+    factors = gguf_rope_factors(plan.model)
+    if factors is not None:
+        tensors.append((GGUF_ROPE_FACTORS, 1, 4 * len(factors)))
+    # of a tensor: length of its name and the name, number of dimensions and the dimensions, type, offset
+    header = GGUF_HEADER_BYTES + sum(8 + len(name) + 4 + 8 * dimensions + 4 + 8 for name, dimensions, _ in tensors)
+    padding = sum(-size % GGUF_ALIGNMENT for _, _, size in tensors) + -(header + metadata_bytes) % GGUF_ALIGNMENT
+    return FileSize(header, metadata_bytes, sum(size for *_, size in tensors), padding)
+
+
+def safetensors_size(specs: Specs) -> FileSize:
+    """A file of these tensors, as transformers writes it."""
+    header, offsets = safetensors_header(specs, {"format": "pt"})
+    return FileSize(len(header), 0, sum(end - start for start, end in offsets.values()), 0)
+
+
+def mobile_size(plan: Plan) -> FileSize:
+    """model.safetensors of a Gemma mobile folder."""
+    return safetensors_size(mobile_tensors(stored_tensors(plan)))
+
+
+def hf_size(plan: Plan) -> FileSize:
+    """model.safetensors of a transformers folder with the decoded weights."""
+    return safetensors_size(hf_tensors(plan))
+
+
+def w4a16_size(plan: Plan) -> FileSize:
+    """model.safetensors of a compressed-tensors folder: see `w4a16_tensors`."""
+    return safetensors_size(w4a16_tensors(plan))
+
+
+def file_size(plan: Plan, metadata_bytes: int = GEMMA_METADATA_BYTES) -> FileSize:
+    """The file that a plan is made for: mobile or GGUF."""
+    return mobile_size(plan) if plan.mobile else gguf_size(plan, metadata_bytes)
+
+
+def w4a16_tensors(plan: Plan) -> Specs:
+    """compressed-tensors' pack-quantized layout of 4-bit weights in groups of 32; everything else bfloat16.
+
+    `weight_packed` int32 [out, in / 8], `weight_scale` bfloat16 [out, in / 32], `weight_shape` int64 [2]; an
+    expert is three linears of its own.
+    """
+    specs: Specs = {}
+    for tensor in plan.everything:
+        name = whole_name(tensor.name) if plan.model.whole else tensor.name
+        four_bits = isinstance(tensor.grid, BlockGrid) and tensor.spec.role in W4A16_ROLES
+        for module, (rows, columns), _ in linears_of(name, tensor.spec) if four_bits else ():
+            specs[f"{module}.weight_packed"] = (torch.int32, (rows, columns // 8))
+            specs[f"{module}.weight_scale"] = (torch.bfloat16, (rows, columns // W4A16_GROUP))
+            specs[f"{module}.weight_shape"] = (torch.int64, (2,))
+        if not four_bits:
+            specs[name] = (torch.bfloat16, tensor.spec.shape)
+    return in_file_order(specs)
+
+
+def in_file_order(specs: Specs) -> Specs:
+    """These tensors as safetensors' own writer puts them: wider types first, then by name."""
+    return dict(sorted(specs.items(), key=lambda item: (DTYPE_ORDER.index(item[1][0]), item[0])))
+
+
+def bf16_bytes(plan: Plan, *, text_only: bool = False) -> int:
+    """Tensor data of the original in bfloat16: every parameter two bytes."""
+    tensors = [t.spec for t in plan.everything if not (text_only and t.spec.role in TOWER_ROLES)]
+    return sum(2 * prod(tensor.shape) for tensor in tensors if not tensor.buffer)
