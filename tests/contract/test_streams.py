@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from intaglio.cli import main, streams
+from intaglio.cli import main, streams, terminal
 from tests.support.cases import Case
 
 MAIN = [sys.executable, "-c", "from intaglio.cli import main; main()"]
@@ -106,6 +106,12 @@ def test_a_stream_that_is_closed_from_the_start(closed: int) -> None:
     done = program(["plan", "--help"], stdout=subprocess.PIPE, preexec_fn=lambda: os.close(closed))
     assert done.returncode == 0 and b"Traceback" not in done.stdout + done.stderr
     assert bool(done.stdout) == (closed != 1)
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_a_log_gets_lines_whatever_colours_are_asked_for(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "1")
+    assert terminal.Bars().bars is None
 
 
 def test_every_character_has_a_plain_one() -> None:
