@@ -34,7 +34,7 @@ class Bars:
 
     def __init__(self) -> None:
         printer = Printer(stderr=True)
-        # not the console's is_terminal: FORCE_COLOR asks for colours there, and bars in a log show nothing until the end
+        # not the console's is_terminal: FORCE_COLOR makes it true in a log, where bars show nothing until the end
         self.bars = TerminalBars(printer) if sys.stderr.isatty() else None
         self.lines = None if self.bars else Lines(lambda line: print(line, file=sys.stderr, flush=True))
         self.progress = Progress(self.bars or self.lines)  # type: ignore[arg-type]
