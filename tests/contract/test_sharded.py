@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,22 @@ def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
     assert ran.returncode != 0
     assert "schedule.batch_size = 3 sequences on 2 processes: expected a multiple of 2" in ran.stderr
     assert not (tmp_path / "run").exists()
+
+
+DIFFERENT = {
+    "recipe": ("run", ("schedule.seed={rank}",), "process 1 has another plan|process 1 has another recipe"),
+    "data": ("run", ("corpus={rank}",), "process 1 has another corpus than process 0"),
+    "disk": ("run-{rank}", (), r"process 1 on .* does not see .*, into which process 0 writes"),
+}
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_processes_that_differ_are_refused(kind: str, tmp_path: Path) -> None:
+    """Another recipe, other data, or a folder of its own; no process leaves anything behind."""
+    name, overrides, message = DIFFERENT[kind]
+    for folder in ("run", "run-0", "run-1"):
+        (tmp_path / folder).mkdir()
+    ran = two_processes(tmp_path / name, "q4_0", *overrides)
+    assert ran.returncode != 0
+    assert re.search(message, ran.stderr), ran.stderr[-3000:]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,4 +1,7 @@
-"""A short training that tests start in several processes: `torchrun -m tests.support.sharded OUT RECIPE STOP`."""
+"""A short training that tests start in several processes: `torchrun -m tests.support.sharded OUT RECIPE STOP`.
+
+"{rank}" in an argument is the process's number; the override "corpus=N" is the seed of the text.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,10 @@ OPTIONS = Options(precision="no", compiled=False, checkpoint_every=3)
 def run(out: Path, recipe: str, stop: int, *overrides: str) -> None:
     """Train into OUT/run, or go on there, and pack into OUT/packed. stop: the step after which the process dies."""
     torch.set_num_threads(1)
+    rank = os.environ.get("RANK", "0")
+    out, overrides = Path(str(out).format(rank=rank)), tuple(override.format(rank=rank) for override in overrides)
+    seed = sum(int(value.removeprefix("corpus=")) for value in overrides if value.startswith("corpus="))
+    overrides = tuple(override for override in overrides if not override.startswith("corpus="))
     plan = small_plan(*(f"schedule.{key}={value}" for key, value in SCHEDULE.items()), *overrides, recipe=recipe)
 
     def on_step(info: StepInfo) -> None:
@@ -29,7 +36,9 @@ def run(out: Path, recipe: str, stop: int, *overrides: str) -> None:
             os._exit(0)
 
     resume = (out / "run").exists()
-    latents = train(small_model(), plan, small_corpus(), out / "run", options=OPTIONS, resume=resume, on_step=on_step)
+    latents = train(
+        small_model(), plan, small_corpus(seed=seed), out / "run", options=OPTIONS, resume=resume, on_step=on_step
+    )
     (out / "assets").mkdir(exist_ok=True)
     pack_model(latents, out / "packed", assets=out / "assets")
 
