@@ -90,10 +90,11 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     assert_same_codes(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_the_command_line_trains_in_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", [[f"--data={HELDOUT_TEXT}"], []], ids=["data", "its own text"])
+def test_the_command_line_trains_in_two_processes(data: list[str], tmp_path: Path) -> None:
     """One run folder, packed, exported and measured by the main process alone."""
     options = ("schedule.tokens=512", "schedule.batch_size=4", "schedule.sequence_length=32")
-    command = [sys.executable, *PROCESSES, "-m", "intaglio", "train", str(MODEL_DIR), f"--data={HELDOUT_TEXT}"]
+    command = [sys.executable, *PROCESSES, "-m", "intaglio", "train", str(MODEL_DIR), *data]
     command += [f"--out={tmp_path / 'run'}", "--eval-tokens=256", "--references=none"]
     command += [f"--set={option}" for option in options]
     ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)

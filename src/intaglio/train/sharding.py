@@ -244,6 +244,14 @@ def from_main(value: Any) -> Any:
     return found[0]
 
 
+def from_all(value: Any) -> list[Any]:
+    """What each process gave, in order, on all of them."""
+    found: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, value, group=_cpu_group())
+    return found
+
+
 def wait_for_all() -> None:
     """Return once every process is here."""
     if world_size() > 1:
