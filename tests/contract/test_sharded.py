@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,10 +91,11 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     assert_same_codes(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_the_command_line_trains_in_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", [[f"--data={HELDOUT_TEXT}"], []], ids=["data", "its own text"])
+def test_the_command_line_trains_in_two_processes(data: list[str], tmp_path: Path) -> None:
     """One run folder, packed, exported and measured by the main process alone."""
     options = ("schedule.tokens=512", "schedule.batch_size=4", "schedule.sequence_length=32")
-    command = [sys.executable, *PROCESSES, "-m", "intaglio", "train", str(MODEL_DIR), f"--data={HELDOUT_TEXT}"]
+    command = [sys.executable, *PROCESSES, "-m", "intaglio", "train", str(MODEL_DIR), *data]
     command += [f"--out={tmp_path / 'run'}", "--eval-tokens=256", "--references=none"]
     command += [f"--set={option}" for option in options]
     ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
@@ -118,3 +120,22 @@ def test_layers_are_recomputed_and_compiled_within_shards(tmp_path: Path) -> Non
     plain, both = json.loads((tmp_path / "losses.json").read_text())
     assert both == pytest.approx(plain, rel=1e-6)
     assert plain == pytest.approx(layers.train()[0], rel=1e-5)
+
+
+DIFFERENT = {
+    "recipe": ("run", ("schedule.seed={rank}",), "process 1 has another plan|process 1 has another recipe"),
+    "data": ("run", ("corpus={rank}",), "process 1 has another corpus than process 0"),
+    "disk": ("run-{rank}", (), r"process 1 on .* does not see .*, into which process 0 writes"),
+}
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_processes_that_differ_are_refused(kind: str, tmp_path: Path) -> None:
+    """Another recipe, other data, or a folder of its own; no process leaves anything behind."""
+    name, overrides, message = DIFFERENT[kind]
+    for folder in ("run", "run-0", "run-1"):
+        (tmp_path / folder).mkdir()
+    ran = two_processes(tmp_path / name, "q4_0", *overrides)
+    assert ran.returncode != 0
+    assert re.search(message, ran.stderr), ran.stderr[-3000:]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

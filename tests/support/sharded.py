@@ -1,6 +1,7 @@
 """A short training that tests start in several processes: `torchrun -m tests.support.sharded OUT RECIPE STOP`.
 
 RECIPE `experts` is q4_0 for a mixture of experts.
+"{rank}" in an argument is the process's number; the override "corpus=N" is the seed of the text.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ OPTIONS = Options(precision="no", compiled=False, checkpoint_every=3)
 def run(out: Path, recipe: str, stop: int, *overrides: str) -> None:
     """Train into OUT/run, or go on there, and pack into OUT/packed. stop: the step after which the process dies."""
     torch.set_num_threads(1)
-    experts = recipe == "experts"
+    experts, rank = recipe == "experts", os.environ.get("RANK", "0")
+    out, overrides = Path(str(out).format(rank=rank)), tuple(override.format(rank=rank) for override in overrides)
+    seed = sum(int(value.removeprefix("corpus=")) for value in overrides if value.startswith("corpus="))
+    overrides = tuple(override for override in overrides if not override.startswith("corpus="))
     settings = (*(f"schedule.{key}={value}" for key, value in SCHEDULE.items()), *overrides)
     plan = small_plan(*settings, recipe="q4_0" if experts else recipe, config=SMALL_MOE if experts else SMALL)
 
@@ -34,8 +38,8 @@ def run(out: Path, recipe: str, stop: int, *overrides: str) -> None:
             os._exit(0)
 
     resume = (out / "run").exists()
-    original = moe() if experts else small_model()
-    latents = train(original, plan, small_corpus(), out / "run", options=OPTIONS, resume=resume, on_step=on_step)
+    original, corpus = moe() if experts else small_model(), small_corpus(seed=seed)
+    latents = train(original, plan, corpus, out / "run", options=OPTIONS, resume=resume, on_step=on_step)
     (out / "assets").mkdir(exist_ok=True)
     pack_model(latents, out / "packed", assets=out / "assets")
 

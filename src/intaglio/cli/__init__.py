@@ -5,8 +5,10 @@ Imports everything, the heavy part inside functions.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
 from contextlib import suppress
 
 import typer
@@ -17,25 +19,35 @@ from intaglio.errors import IntaglioError
 from intaglio.train.signals import Stopped, stopping
 
 __all__ = ["app", "draft", "look", "main", "make", "ship"]
+UNTIL_STOPPED = 10.0  # seconds that other processes wait before they speak
 RESUMED = "a training run continues from its last checkpoint with --resume"
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one message and an exit code, never a traceback.
 
+    Of several processes the first says what all have met: torchrun then stops the others, which stay quiet.
     A signal ends it with 128 and the signal's number, and so does a pipe whose reader is gone (`| head`).
     """
     streams.prepare()
     with stopping():
         try:
             code, message = _run()
+            if message and _number() > 0:
+                time.sleep(UNTIL_STOPPED)
+                message = f"process {_number()}: {message}"
         except Stopped as stopped:
             code = 128 + stopped.number
-            message = f"stopped by {stopped}; what was half written is removed; {RESUMED}"
+            message = f"stopped by {stopped}; what was half written is removed; {RESUMED}" if _number() == 0 else ""
         if message:
             with suppress(OSError):  # the terminal may be what has ended
                 _print_error(message)
     sys.exit(code)
+
+
+def _number() -> int:
+    """This process's number among those that torchrun or accelerate started."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _run() -> tuple[int, str]:

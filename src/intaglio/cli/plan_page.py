@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from intaglio.cli.terminal_plan import TRAINING_LABELS, context_text, file_kind, towers_note, training_title
+from intaglio.cli.terminal_plan import context_text, file_kind, towers_note, training_title
 from intaglio.measure.charts import rosette
 from intaglio.measure.render import render_plan
 from intaglio.packed.store import new_path
+from intaglio.plan.memory import LABELS
 from intaglio.sizing.components import TOWERS, kv_cache_bytes
 from intaglio.sizing.footprint import KV_BITS, Part
 from intaglio.sizing.planning import Survey
@@ -104,4 +105,4 @@ def _fit_rows(survey: Survey) -> list[dict[str, Any]]:
 
 def _training_rows(survey: Survey) -> list[Row]:
     rows = survey.training.rows if survey.training else {}
-    return [(TRAINING_LABELS[name], "", {"bytes": value}, value) for name, value in rows.items() if value]
+    return [(LABELS[name], "", {"bytes": value}, value) for name, value in rows.items() if value]

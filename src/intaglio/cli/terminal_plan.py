@@ -9,7 +9,7 @@ from rich.text import Text
 
 from intaglio.cli.streams import Printer
 from intaglio.measure.render import count, size
-from intaglio.plan.memory import TrainingMemory
+from intaglio.plan.memory import LABELS, TrainingMemory
 from intaglio.plan.plan import Plan
 from intaglio.sizing.components import TOWERS
 from intaglio.sizing.footprint import KV_BITS, Footprint, Part, bits_per_weight
@@ -20,17 +20,6 @@ from intaglio.sizing.units import tokens_text
 console = Printer(highlight=False)
 BAR_WIDTH = 20
 WIDE = 100  # columns of a terminal that has room for grids and bits too
-TRAINING_LABELS = {
-    "teacher": "teacher, bfloat16",
-    "student": "student, bfloat16",
-    "masters": "float32 masters",
-    "scales": "scales",
-    "gradients": "gradients",
-    "optimizer": "AdamW moments",
-    "gathered": "one layer, gathered",
-    "activations": "activations",
-    "loss": "loss, by chunks",
-}
 
 
 def print_survey(survey: Survey) -> None:
@@ -153,7 +142,7 @@ def _print_training(survey: Survey) -> None:
     largest = max(training.rows.values())
     for name, value in training.rows.items():
         if value:
-            table.add_row(TRAINING_LABELS[name], size(value), _bar(value / largest))
+            table.add_row(LABELS[name], size(value), _bar(value / largest))
     table.add_section()
     table.add_row(Text("at the peak", style="bold"), Text(size(training.total), style="bold"), "")
     table.columns[1].justify = "right"

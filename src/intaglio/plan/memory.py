@@ -33,6 +33,17 @@ LOSS_CHUNK_LOGITS = 1 << 27
 LOGITS_AT_ONCE = 4  # of student and teacher, and gradients
 BUCKET_VALUES = 1 << 28  # whose gradients and decoded values the fused optimizer step holds beside the model's own
 INT8_BLOCK, INT8_LEAST, INT8_MAP = 256, 4096, 256  # torchao's: values of a block and of a tensor, and of its map
+LABELS = {  # of the rows, for people
+    "teacher": "teacher, bfloat16",
+    "student": "student, bfloat16",
+    "masters": "float32 masters",
+    "scales": "scales",
+    "gradients": "gradients",
+    "optimizer": "AdamW moments",
+    "gathered": "one layer, gathered",
+    "activations": "activations",
+    "loss": "loss, by chunks",
+}
 # Of a sharded head, whole: teacher's, student's and the gradient in bfloat16, and the gradient as it is summed
 GATHERED_HEAD = 3 * HALF + FLOAT
 
@@ -68,9 +79,14 @@ class TrainingMemory:
     @property
     def total(self) -> int:
         """At the peak: either all activations and the loss, or all gradients, beside what is always there."""
+        return sum(self.at_the_peak.values())
+
+    @property
+    def at_the_peak(self) -> dict[str, int]:
+        """Those of the rows that are in memory then."""
         rows = self.rows
-        learning = {name: rows.pop(name) for name in ("gradients", "activations", "loss")}
-        return sum(rows.values()) + max(learning["activations"] + learning["loss"], learning["gradients"])
+        gone = ("activations", "loss") if self.activations + self.loss < self.gradients else ("gradients",)
+        return {name: size for name, size in rows.items() if name not in gone}
 
 
 def training_memory(plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool = False) -> TrainingMemory:

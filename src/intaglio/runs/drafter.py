@@ -10,6 +10,7 @@ A run folder holds
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,6 +89,8 @@ def run(
     Raises ConfigError for models that do not fit, CorpusError for text too short, MismatchError for a file that
     does not hold what was trained.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a drafter is trained by one process: start it without torchrun or accelerate")
     progress, texts, out = progress or Progress(), texts or Texts(), Path(out)
     check_output(out, [target_dir, drafter_dir, original_dir, path_of(data), path_of(texts.text)])
     with hold(out), progress.logged(out):

@@ -118,8 +118,6 @@ def _run(
     check_runs_alone(spec, model_dir)
     plan = make_plan(spec, recipe)
     make_plan(spec, format_of(plan).stock_recipe(recipe))  # a reference that cannot be made is known now
-    if data is None and world_size() > 1:
-        raise InputError("several processes cannot write a model's own text together: give --data")
     check_run_dir(out, run_identity(plan, None, options), resume)
     format_of(plan).check(plan, Path(model_dir))
     if missing := missing_runtime(format_of(plan)):

@@ -35,6 +35,11 @@ def parse_tokens(text: str, what: str) -> int:
     return tokens
 
 
+def gigabytes(size_bytes: int) -> str:
+    """Memory in units of 10^9 bytes."""
+    return f"{size_bytes / 1e9:.3g} GB"
+
+
 def tokens_text(tokens: int) -> str:
     """The shortest way to write it that `parse_tokens` reads back."""
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)

@@ -27,6 +27,7 @@ from intaglio.train.data.pieces import read_pieces
 from intaglio.train.data.reading import Reading
 from intaglio.train.data.sources import Data, as_source
 from intaglio.train.data.tokens import IntArray, Stream, tokenize
+from intaglio.train.sharding import from_all, rank, settle, world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -135,6 +136,9 @@ def held_out_windows(
     return np.stack([np.concatenate([head, tokens_M[at : at + body]]) for at in starts])
 
 
+SEEDS_APART = 1_000_003  # between processes that sample
+
+
 def sample_corpus(
     teacher: PreTrainedModel,
     tokenizer: Tokenizer,
@@ -148,7 +152,8 @@ def sample_corpus(
     """Training text without data: documents from bos to eos that the teacher samples.
 
     Temperature 1, full distribution; a document has `sequence_length` tokens at most. As many sequences
-    as hold `tokens` tokens, the same for a seed on one machine; torch's random state stays as it was.
+    as hold `tokens` tokens, the same for a seed on one machine; torch's random state stays as it was. Of several
+    processes each samples documents of its own, and all have the same corpus, which is another one for another number.
     `on_progress` hears the tokens done so far after every `batch_size` documents. Raises ConfigError
     for a tokenizer without bos or eos.
     """
@@ -170,16 +175,22 @@ def sample_corpus(
     parts: list[Stream] = []
     done = 0
     with torch.random.fork_rng(devices=[teacher.device] if teacher.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + SEEDS_APART * rank())
         while done < wanted:
-            sampled_BT = generate(start_B1, attention_mask=torch.ones_like(start_B1), generation_config=settings)
-            for ids in sampled_BT.tolist():
+            sampled_BT = generate(
+                start_B1,
+                attention_mask=torch.ones_like(start_B1),
+                generation_config=settings,
+                synced_gpus=world_size() > 1,  # a sharded teacher's forward needs all processes
+            )
+            for ids in (ids for sampled in from_all(sampled_BT.tolist()) for ids in sampled):
                 end = ids.index(eos, 1) + 1 if eos in ids[1:] else len(ids)  # padding follows
                 starts = np.arange(end) == 0
                 parts.append(Stream(np.array(ids[:end], dtype=np.int32), starts, np.ones(end, dtype=bool)))
                 done += end
             if on_progress is not None:
                 on_progress(min(done, wanted))
+    settle(teacher)
     source = f"sampled from the teacher, seed {seed}"
     corpus = _pack(_gather(parts, Reading(source), sequence_length, wanted), sequence_length, source)
     return replace(corpus, loss_mask=None)

@@ -33,6 +33,7 @@ from intaglio.train.optimizer import Phases, make_optimizer, set_lr
 from intaglio.train.run_folder import LOSSES_FILE, append_line, check_run_dir, claim, keep_lines
 from intaglio.train.sharding import (
     average_over_processes,
+    check_shared,
     check_together,
     is_main,
     rank,
@@ -44,6 +45,7 @@ from intaglio.train.sharding import (
 from intaglio.train.signals import Pending, deferred
 from intaglio.train.static import put_scales, switch_static
 from intaglio.train.student import build_student, calibrate_student, gptq_start, on_device
+from intaglio.train.trouble import explained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,32 +119,34 @@ def train(
     identity = run_identity(plan, start, options) | {"corpus": corpus.digest}
     check_run_dir(run_dir, identity, resume)
     check_together(plan.recipe.schedule.batch_size, identity)
-    compiled = device.type == "cuda" if options.compiled is None else options.compiled
-    original = original.to(device)
-    if world_size() > 1 and not isinstance(original, FSDPModule):
-        shard(original, device)
-    teacher = _teacher(plan, original, teacher, start, device)
-    dtype = dtype_of(options)
-    latents = build_student(original, plan, start=start, dtype=dtype)
-    student = latents.model
-    saved = checkpoint.latest(run_dir)
-    if start is None:  # else its codes and static scales are the packed model's
-        _first_values(latents, original, corpus, device, saved, on_calibration)
-    compile_layers = compiled and device.type == "cuda"
-    set_layers(student, checkpointing=options.gradient_checkpointing, compiled=compile_layers)
-    if teacher is not None:
-        set_layers(teacher, compiled=compile_layers)
-    softcap = getattr(student.config, "final_logit_softcapping", None)
-    lesson = Distiller(student, softcap, compiled)
-    teach = nothing if teacher is None else Teacher(teacher, dtype)
-    session = Session(latents, lesson, teach, corpus, run_dir, device, options)
-    if is_main():
-        claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
-    if saved is None:
-        on_start(latents)
-    session.run(saved, on_step)
-    switch_static(student, activations=True, kv_cache=True)
-    return latents
+    check_shared(run_dir)
+    with explained(plan, run_dir, device, gradient_checkpointing=options.gradient_checkpointing):
+        compiled = device.type == "cuda" if options.compiled is None else options.compiled
+        original = original.to(device)
+        if world_size() > 1 and not isinstance(original, FSDPModule):
+            shard(original, device)
+        teacher = _teacher(plan, original, teacher, start, device)
+        dtype = dtype_of(options)
+        latents = build_student(original, plan, start=start, dtype=dtype)
+        student = latents.model
+        saved = checkpoint.latest(run_dir)
+        if start is None:  # else its codes and static scales are the packed model's
+            _first_values(latents, original, corpus, device, saved, on_calibration)
+        compile_layers = compiled and device.type == "cuda"
+        set_layers(student, checkpointing=options.gradient_checkpointing, compiled=compile_layers)
+        if teacher is not None:
+            set_layers(teacher, compiled=compile_layers)
+        softcap = getattr(student.config, "final_logit_softcapping", None)
+        lesson = Distiller(student, softcap, compiled)
+        teach = nothing if teacher is None else Teacher(teacher, dtype)
+        session = Session(latents, lesson, teach, corpus, run_dir, device, options)
+        if is_main():
+            claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
+        if saved is None:
+            on_start(latents)
+        session.run(saved, on_step)
+        switch_static(student, activations=True, kv_cache=True)
+        return latents
 
 
 def _teacher(

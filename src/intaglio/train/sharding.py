@@ -11,6 +11,8 @@ embeddings for every forward would move 4.7 GB to use a few rows of it.
 from __future__ import annotations
 
 import os
+import secrets
+import socket
 import types
 from pathlib import Path
 from typing import Any
@@ -37,11 +39,20 @@ def start_processes() -> torch.device:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
     if gpu:
+        if device.index >= torch.cuda.device_count():
+            raise InputError(
+                f"process {device.index} of this host, and {torch.cuda.device_count()} GPUs: expected one GPU a "
+                "process: start fewer with --nproc-per-node"
+            )
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if gpu and not dist.is_nccl_available():
             raise InputError("this torch has no NCCL, over which GPUs train together: start one process")
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+        try:
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+        except dist.DistError as error:
+            said = str(error).strip().splitlines()[0][:200]
+            raise InputError(f"the processes cannot meet ({said}): check that all hosts reach each other") from error
     return device
 
 
@@ -185,11 +196,6 @@ def check_together(batch_size: int, identity: dict[str, str]) -> None:
     size = world_size()
     if size == 1:
         return
-    if batch_size % size:
-        raise InputError(
-            f"schedule.batch_size = {batch_size} sequences on {size} processes: expected a multiple of {size}: "
-            f"choose one with --set schedule.batch_size={-(-batch_size // size) * size}, or start fewer processes"
-        )
     found: list[dict[str, str]] = [{} for _ in range(size)]
     dist.all_gather_object(found, identity)
     for rank, other in enumerate(found):
@@ -198,6 +204,35 @@ def check_together(batch_size: int, identity: dict[str, str]) -> None:
                 raise InputError(
                     f"process {rank} has another {key} than process 0: start all with one command, on the same files"
                 )
+    if batch_size % size:
+        raise InputError(
+            f"schedule.batch_size = {batch_size} sequences on {size} processes: expected a multiple of {size}: "
+            f"choose one with --set schedule.batch_size={-(-batch_size // size) * size}, or start fewer processes"
+        )
+
+
+def check_shared(folder: Path) -> None:
+    """Raise InputError, on every process alike, unless all of them see one and the same folder; none is left behind."""
+    if world_size() == 1:
+        return
+    made = is_main() and not folder.exists()
+    probe = folder / from_main(f".seen-by-all-{secrets.token_hex(8)}")
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    wait_for_all()
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, (socket.gethostname(), probe.is_file()))
+    if is_main():
+        probe.unlink()
+        if made:
+            folder.rmdir()
+    for number, (host, sees) in enumerate(found):
+        if not sees:
+            raise InputError(
+                f"process {number} on {host} does not see {folder}, into which process 0 writes: choose a folder on a "
+                "disk that all hosts share"
+            )
 
 
 def from_main(value: Any) -> Any:
@@ -207,6 +242,14 @@ def from_main(value: Any) -> Any:
     found = [value]
     dist.broadcast_object_list(found, src=0, group=_cpu_group())
     return found[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """What each process gave, in order, on all of them."""
+    found: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, value, group=_cpu_group())
+    return found
 
 
 def wait_for_all() -> None:
