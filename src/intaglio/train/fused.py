@@ -264,10 +264,7 @@ class FusedGridAdamW(GridOptimizer):
             with torch.enable_grad():
                 loss = closure()
         if not self.buckets:
-            check_trainable(self.latents)
-            self.buckets = make_buckets(self.latents, self.inner)
-            bucketed = {id(latent) for bucket in self.buckets for latent in bucket.latents}
-            self.rest = [latent for latent in self.latents.trained.values() if id(latent) not in bucketed]
+            self.make_buckets()
         self.latents.average_whole()
         for latent in self.rest:
             latent.pull()
@@ -281,6 +278,13 @@ class FusedGridAdamW(GridOptimizer):
         for latent in self.rest:
             latent.decode()
         return loss
+
+    def make_buckets(self) -> None:
+        """Move latents and moments into flat buffers."""
+        check_trainable(self.latents)
+        self.buckets = make_buckets(self.latents, self.inner)
+        bucketed = {id(latent) for bucket in self.buckets for latent in bucket.latents}
+        self.rest = [latent for latent in self.latents.trained.values() if id(latent) not in bucketed]
 
     def _clip_factor(self, learning: list[Bucket]) -> Tensor:
         """Factor of all gradients, float32 scalar; those outside of buckets are scaled here."""
