@@ -53,7 +53,8 @@ def test_weights_gradients_and_moments_take_what_is_planned(config: dict[str, An
     state = {name: tensor for name, tensor in latents.state().items() if "_scale_latent" not in name}
     masters = [latent.latent for latent in latents.trained.values()]
     assert planned.masters == held_bytes(*masters)
-    assert planned.scales == held_bytes(*state.values()) - planned.masters
+    steps = [latent.step for latent in latents.blocks.values()]
+    assert planned.scales == held_bytes(*state.values(), *steps) - planned.masters
     optimizer = make_optimizer(latents, plan.recipe.schedule)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in (*trained, *(latent.weight for latent in latents.trained.values())):

@@ -44,8 +44,10 @@ LABELS = {  # of the rows, for people
     "activations": "activations",
     "loss": "loss, by chunks",
 }
-# Of a sharded head, whole: teacher's, student's and the gradient in bfloat16, and the gradient as it is summed
-GATHERED_HEAD = 3 * HALF + FLOAT
+# Of a sharded head, whole: teacher's, student's and the gradient in bfloat16
+GATHERED_HEAD = 3 * HALF
+# Of the largest sharded layer, whole: it and the next one, its gradient, and the gradient in float32 as it is summed
+GATHERED_LAYER = 3 * HALF + FLOAT
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class TrainingMemory:
     """Bytes on each GPU.
 
     teacher, student: bfloat16 weights; the student's hold decoded values, those of tables that are not trained too.
-    masters: float32 latents. scales: learned and fitted ones of weights that are trained, with their first values.
+    masters: float32 latents. scales: learned and fitted ones of weights that are trained, with their first values and
+        present steps.
     gradients: bfloat16, of weights, and what one part of the optimizer step takes beside them.
     gathered: the largest layer and the head, whole, where weights are sharded.
     micro_tokens: tokens of a forward; what they cost is in activations and loss.
@@ -117,7 +120,7 @@ def training_memory(plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool =
         scales=shared(sum(_scale_bytes(t) for t in trained)),
         gradients=shared(HALF * trained_weights) + _step_bytes(schedule, trained, gpus),
         optimizer=0 if schedule.offload_moments else _moment_bytes(schedule, trained, gpus),
-        gathered=2 * HALF * max(_layer_values(plan).values()) + GATHERED_HEAD * head if gpus > 1 else 0,
+        gathered=GATHERED_LAYER * max(_layer_values(plan).values()) + GATHERED_HEAD * head if gpus > 1 else 0,
         activations=activation_bytes(plan.model, tokens, gradient_checkpointing),
         loss=_loss_bytes(plan, tokens, head),
     )
@@ -161,10 +164,11 @@ def _scale_bytes(tensor: PlannedTensor) -> int:
     grid = tensor.grid
     if not isinstance(grid, BlockGrid):
         return 0
+    steps = FLOAT * _scales(tensor)  # of the last decode
     if learns_scales(tensor):  # of a canonical grid the extremum says where learning began; of others it is kept
-        return _scales(tensor) * (FLOAT + (0 if grid.canonical else FLOAT))
+        return steps + _scales(tensor) * (FLOAT + (0 if grid.canonical else FLOAT))
     supers = 0 if grid.super_block is None else HALF * (tensor.spec.numel // grid.super_block)
-    return _scales(tensor) * grid.scale_dtype.itemsize + supers
+    return steps + _scales(tensor) * grid.scale_dtype.itemsize + supers
 
 
 def _head_values(plan: Plan) -> int:

@@ -286,14 +286,7 @@ class FusedGridAdamW(GridOptimizer):
             with torch.enable_grad():
                 loss = closure()
         if not self.buckets:
-            check_trainable(self.latents)
-            self.buckets = make_buckets(self.latents, self)
-            bucketed = {id(latent) for bucket in self.buckets for latent in bucket.latents}
-            self.rest = [latent for latent in self.latents.trained.values() if id(latent) not in bucketed]
-            own = {id(p) for bucket in self.buckets for latent in bucket.latents for _, p in latent.named_parameters()}
-            for parameter, state in self.state.items():
-                if id(parameter) not in own:  # a checkpoint's moments of adapters and static scales stay on the GPU
-                    state.update({key: value.to(parameter.device) for key, value in state.items()})
+            self.make_buckets()
         self.latents.average_whole()
         for latent in self.rest:
             latent.pull()
@@ -309,6 +302,17 @@ class FusedGridAdamW(GridOptimizer):
         for latent in self.rest:
             latent.decode()
         return loss
+
+    def make_buckets(self) -> None:
+        """Move latents and moments into flat buffers."""
+        check_trainable(self.latents)
+        self.buckets = make_buckets(self.latents, self)
+        bucketed = {id(latent) for bucket in self.buckets for latent in bucket.latents}
+        self.rest = [latent for latent in self.latents.trained.values() if id(latent) not in bucketed]
+        own = {id(p) for bucket in self.buckets for latent in bucket.latents for _, p in latent.named_parameters()}
+        for parameter, state in self.state.items():
+            if id(parameter) not in own:  # a checkpoint's moments of adapters and static scales stay on the GPU
+                state.update({key: value.to(parameter.device) for key, value in state.items()})
 
     def _clip_factor(self, learning: list[Bucket]) -> Tensor:
         """Factor of all gradients, float32 scalar; those outside of buckets are scaled here."""
