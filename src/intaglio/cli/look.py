@@ -57,8 +57,8 @@ def plan(
 ) -> None:
     """Say what a model takes on disk, in memory and in training; no weights are read."""
     from intaglio.plan.recipe import Recipe
+    from intaglio.plan.units import parse_bytes, parse_tokens
     from intaglio.sizing import planning
-    from intaglio.sizing.units import parse_bytes, parse_tokens
 
     if html is not None:
         from intaglio.packed.outputs import check_output

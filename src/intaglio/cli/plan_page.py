@@ -10,10 +10,10 @@ from intaglio.measure.charts import rosette
 from intaglio.measure.render import render_plan
 from intaglio.packed.store import new_path
 from intaglio.plan.memory import LABELS
+from intaglio.plan.units import tokens_text
 from intaglio.sizing.components import TOWERS, kv_cache_bytes
 from intaglio.sizing.footprint import KV_BITS, Part
 from intaglio.sizing.planning import Survey
-from intaglio.sizing.units import tokens_text
 
 CONTEXTS = tuple(1024 << n for n in range(2, 9))  # 4k to 256k
 Row = tuple[str, str, dict[str, int], int]  # label, note, bytes by kind, and together

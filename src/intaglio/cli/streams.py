@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import logging
 import os
 import select
 import sys
@@ -56,6 +57,8 @@ def prepare() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
+    for name in ("torchao", "torch.utils._pytree"):  # they warn of their own parts wherever torchao is installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     codecs.register_error(HANDLER, _plain)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

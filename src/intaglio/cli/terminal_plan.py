@@ -11,11 +11,11 @@ from intaglio.cli.streams import Printer
 from intaglio.measure.render import count, size
 from intaglio.plan.memory import LABELS, TrainingMemory
 from intaglio.plan.plan import Plan
+from intaglio.plan.units import tokens_text
 from intaglio.sizing.components import TOWERS
 from intaglio.sizing.footprint import KV_BITS, Footprint, Part, bits_per_weight
 from intaglio.sizing.planning import FamilyRow, Survey
 from intaglio.sizing.published import LEFT_OUT
-from intaglio.sizing.units import tokens_text
 
 console = Printer(highlight=False)
 BAR_WIDTH = 20
