@@ -191,7 +191,7 @@ def test_another_tokenizer_is_noticed(change: Callable[[dict[str, Any]], None], 
 def test_litert_lm_reads_the_fixed_texts_as_transformers_does(mobile: Bundle, tmp_path: Path) -> None:
     speech = read_speech(mobile.packed.path, {})
     assert speech is not None
-    texts = speech.texts()
+    texts = [text for text in speech.texts() if "\0" not in text]  # where its Python interface ends a text
     (tmp_path / "texts.json").write_text(json.dumps(texts), "utf-8")
     command = [python_of(ENVIRONMENT), HERE / "litert_lm_tokens.py", mobile.path, tmp_path / "texts.json"]
     subprocess.run([*map(str, command), str(tmp_path / "out")], check=True, capture_output=True, text=True)
