@@ -174,7 +174,8 @@ def _compare_metadata(speech: Speech, metadata: dict[int, list[Any]], tally: Tal
     if turn_end in ends and turn_end not in speech.end_ids:
         tally.unsaid.append(f"LiteRT-LM ends at {TURN_END!r} too")
         ends.remove(turn_end)
-    ids["end tokens"], found["end tokens"] = sorted(speech.end_ids), sorted(ends, key=lambda end: (isinstance(end, tuple), end))
+    ids["end tokens"] = sorted(speech.end_ids)
+    found["end tokens"] = sorted(ends, key=lambda end: (isinstance(end, tuple), end))
     compare_facts(TOKENIZER, ids, found, tally)
     template = _last(metadata, TEMPLATE_TEXT)
     own = {name: text for name, text in speech.templates.items() if name == "default"}
