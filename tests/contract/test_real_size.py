@@ -16,15 +16,20 @@ from tests.support.tiny import GEMMA4
 
 CONFIG = GEMMA4 | {"vocab_size": 8192, "vocab_size_per_layer_input": 8192}
 SETTINGS = ["--tokens=128", "--eval-tokens=256", "--batch=2", "--length=32", "--no-compile", "--references=none"]
-# writes what a run writes, in its order
+# writes what a run writes, in its order, each after the watch has looked at all before it
 RUN = """
 import pathlib, sys, time
-run = pathlib.Path(sys.argv[1]); run.mkdir()
+run, looks = map(pathlib.Path, sys.argv[1:])
+def looked():
+    enough = looks.stat().st_size + 2
+    while looks.stat().st_size < enough:
+        time.sleep(0.02)
+run.mkdir()
 for step in range(3):
-    time.sleep(0.3); open(run / "losses.jsonl", "a").write("{}\\n")
-(run / "packed").mkdir(); (run / "model.gguf").touch(); time.sleep(0.3)
-print("model.gguf: holds what was trained, 0 bits differ", flush=True); time.sleep(0.3)
-(run / "report.json").touch()
+    looked(); open(run / "losses.jsonl", "a").write("{}\\n")
+(run / "packed").mkdir(); (run / "model.gguf").touch(); looked()
+print("model.gguf: holds what was trained, 0 bits differ", flush=True); looked()
+(run / "report.json").touch(); looked()
 """
 
 
@@ -49,11 +54,19 @@ def test_its_checkpoint_is_trained_by_its_command(real_size: Any, tmp_path: Path
 
 
 def test_it_sees_each_stage_of_a_run(real_size: Any, tmp_path: Path) -> None:
-    began = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    watch = real_size.Watch(tmp_path / "run", process, began)
+    looks, began = tmp_path / "looks", time.monotonic()
+    looks.touch()
+    command = [sys.executable, "-c", RUN, str(tmp_path / "run"), str(looks)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    class Watch(real_size.Watch):
+        """A watch that tells how often it has looked."""
+
+        def look(self) -> None:
+            super().look()
+            looks.write_bytes(looks.read_bytes() + b".")
+
+    watch = Watch(tmp_path / "run", process, began)
     assert watch.until_end() == 0
     rows = real_size.stages(watch, tokens_a_step=64)
     assert len(watch.losses) == 3 and rows["tokens_a_second"] > 0

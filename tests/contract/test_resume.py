@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,19 +41,11 @@ def arguments(model: Path, text: Path, out: Path, *more: object, **changes: obje
     return ["train", model, f"--out={out}", f"--data={text}", *rest, *schedule, *more]
 
 
-def stop(process: subprocess.Popen[str], when: Callable[[], bool], how: signal.Signals) -> Outcome:
-    """Send a signal as soon as a condition holds; the process must not be done before."""
-    while not when():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
+def stop(process: subprocess.Popen[str], how: signal.Signals) -> Outcome:
+    """Send a signal, and wait for the end."""
     process.send_signal(how)
     out, err = process.communicate(timeout=600)
     return Outcome(process.returncode, out, err)
-
-
-def steps_done(run: Path) -> int:
-    log = run / "losses.jsonl"
-    return log.read_text().count("\n") if log.is_file() else 0
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +56,13 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     text.write_text("".join(SENTENCE.format(i=i, n=i % 7, k=i * i % 31) for i in range(60)), "utf-8")
     assert intaglio(*arguments(model, text, whole)).code == 0
 
-    def checkpoint(step: int) -> Callable[[], bool]:
-        return lambda: (cut / f"checkpoints/step-{step:08d}").is_dir()
-
-    with started(*arguments(model, text, cut)) as process:
-        killed = stop(process, lambda: steps_done(cut) >= 4, signal.SIGKILL)
-        assert killed.code == -signal.SIGKILL
-    with started(*arguments(model, text, cut, "--resume")) as process:
-        assert stop(process, checkpoint(30), signal.SIGKILL).code == -signal.SIGKILL
-    with started(*arguments(model, text, cut, "--resume")) as process:
-        # a checkpoint of its own: the log still has what the killed run wrote, and a signal among imports may be lost
-        stopped = stop(process, checkpoint(36), signal.SIGINT)
+    # after steps that no checkpoint holds, once before the tail and once in it
+    with started(*arguments(model, text, cut), hold_at=EVERY + 1) as process:
+        assert stop(process, signal.SIGKILL).code == -signal.SIGKILL
+    with started(*arguments(model, text, cut, "--resume"), hold_at=TAIL + EVERY + 1) as process:
+        assert stop(process, signal.SIGKILL).code == -signal.SIGKILL
+    with started(*arguments(model, text, cut, "--resume"), hold_at=TAIL + 2 * EVERY + 1) as process:
+        stopped = stop(process, signal.SIGINT)
     assert not (cut / "packed").exists()
     done = intaglio(*arguments(model, text, cut, "--resume"))
     assert done.code == 0, done.err

@@ -9,9 +9,13 @@ such a step; a wrong scale, a wrong rounding or a wrong operation would leave no
 from __future__ import annotations
 
 import filecmp
+import json
 import subprocess
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +23,17 @@ import torch
 
 from benchmarks.runners.codes import Comparison, litert_codes
 from benchmarks.runners.start import HERE, agreement, python_of, start
+from intaglio.formats.litert.read_facts import compare_litert_facts
+from intaglio.formats.litert.read_tflite import TOKENIZER_SECTION, read_bundle, unzip_tokenizer
 from intaglio.formats.litert.write import export_litert
+from intaglio.formats.speech import read_speech
+from intaglio.formats.tally import Tally
 from intaglio.formats.verify import verify
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer
 from intaglio.packed.model import PackedModel
+from intaglio.plan import rope
+from intaglio.plan.family import read_spec
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.runs.proof import Evaluation
@@ -116,6 +126,79 @@ def test_a_single_code_that_differs_is_found(mobile: Bundle, tmp_path: Path) -> 
     (tmp_path / "x.litertlm").write_bytes(data)
     result = verify(mobile.packed, tmp_path / "x.litertlm")
     assert (result.differing_codes, result.differing_scales, result.exact) == (1, 0, False)
+
+
+def test_what_lies_beside_the_weights_is_compared(mobile: Bundle) -> None:
+    result = verify(mobile.packed, mobile.path)
+    assert result.compared == "weights, config, tokenizer, texts, template, generation settings"
+    assert result.facts["texts"] >= 300
+
+
+def ropes(kind: str) -> np.ndarray:
+    """float32 angles of the bundled model's layers."""
+    return np.array(rope.ropes(read_spec(MODEL_DIR).layer_config)[f"{kind}_attention"].angles, np.float32)
+
+
+# Bytes of the bundle, what takes their place, and what is said of it. A length stays as it is.
+FACTS = {
+    "eps": (np.float32(1e-6), np.float32(1e-5), "eps of all norms is"),
+    "cap": (np.float32(30), np.float32(29), "cap of the logits is"),
+    "share of the cap": (np.float32(1 / 30), np.float32(1 / 29), "share of the cap is"),
+    "rope of sliding layers": (ropes("sliding"), ropes("sliding") * np.float32(1.01), "angles of the rotary"),
+    "rope of full layers": (ropes("full"), ropes("full") * np.float32(1.01), "angles of the rotary"),
+    "template": (b"<|turn>model", b"<|turn>robot", "fixed chats are written otherwise"),
+    "an operator": (b"odml.rms_norm", b"odml.rms_nerm", "intaglio.graphs is"),
+    "start token": (b"\n\x05\n\x03\n\x01\x02", b"\n\x05\n\x03\n\x01\x03", "bos_token_id is 3"),
+    "end token": (b"\x12\x05\n\x03\n\x01\x01", b"\x12\x05\n\x03\n\x01\x07", "end tokens is"),
+    "tokens that fit": (b"\x28\x80\x01", b"\x28\x81\x01", "tokens that fit is 129"),
+    "plan": (b"intaglio.plan", b"intaglio.plon", "intaglio.plan is None"),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_another_fact_is_noticed(name: str, mobile: Bundle, tmp_path: Path) -> None:
+    old, new, said = FACTS[name]
+    before, after = (value if isinstance(value, bytes) else value.tobytes() for value in (old, new))
+    data = mobile.path.read_bytes()
+    assert before in data
+    (tmp_path / "x.litertlm").write_bytes(data.replace(before, after))
+    result = verify(mobile.packed, tmp_path / "x.litertlm")
+    assert not result.exact
+    assert any(said in text for text in result.differing_facts), result.differing_facts
+
+
+def change_merges(tokenizer: dict[str, Any]) -> None:
+    tokenizer["model"]["merges"].reverse()
+
+
+def change_normalizer(tokenizer: dict[str, Any]) -> None:
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+
+
+@pytest.mark.parametrize("change", [change_merges, change_normalizer])
+def test_another_tokenizer_is_noticed(change: Callable[[dict[str, Any]], None], mobile: Bundle) -> None:
+    found = read_bundle(mobile.path)
+    tokenizer = json.loads(unzip_tokenizer(found.other[TOKENIZER_SECTION][0]))
+    change(tokenizer)
+    text = json.dumps(tokenizer).encode()
+    section = np.frombuffer(len(text).to_bytes(8, "little") + zlib.compress(text), np.uint8)
+    tally = Tally()
+    compare_litert_facts(mobile.packed, replace(found, other=found.other | {TOKENIZER_SECTION: [section]}), tally)
+    said = " ".join(tally.unlike_facts)
+    assert "vocabulary, merges and steps is" in said and "fixed texts have other tokens" in said
+
+
+def test_litert_lm_reads_the_fixed_texts_as_transformers_does(mobile: Bundle, tmp_path: Path) -> None:
+    speech = read_speech(mobile.packed.path, {})
+    assert speech is not None
+    texts = [text for text in speech.texts() if "\0" not in text]  # where its Python interface ends a text
+    (tmp_path / "texts.json").write_text(json.dumps(texts), "utf-8")
+    command = [python_of(ENVIRONMENT), HERE / "litert_lm_tokens.py", mobile.path, tmp_path / "texts.json"]
+    subprocess.run([*map(str, command), str(tmp_path / "out")], check=True, capture_output=True, text=True)
+    found = json.loads((tmp_path / "out").read_text("utf-8"))
+    expected = speech.tokens(texts, add_special=False)
+    wrong = [(text, a, b) for text, a, b in zip(texts, expected, found, strict=True) if a != b]
+    assert not wrong, wrong[:5]
 
 
 def test_two_exports_are_the_same_file(mobile: Bundle, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +47,28 @@ def intaglio(*arguments: object) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+# Training that says "held" after the log's line of a step and stands still, until a signal goes on with it.
+HELD = """
+import json, signal
+from intaglio.train import loop
+plain = loop.append_line
+def append_line(log, line):
+    plain(log, line)
+    if json.loads(line)["step"] == {step}:
+        print("held", flush=True)
+        signal.pause()
+loop.append_line = append_line
+"""
+
+
 @contextmanager
-def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """`intaglio ARGUMENTS` as a process, with as many threads as this one, so that it computes the same bits."""
-    command = [sys.executable, "-c", "from intaglio.cli import main; main()", *map(str, arguments)]
+def started(*arguments: object, hold_at: int | None = None) -> Iterator[subprocess.Popen[str]]:
+    """`intaglio ARGUMENTS` as a process, with as many threads as this one, so that it computes the same bits.
+
+    hold_at: a step of training; the process is handed over once it stands still there.
+    """
+    held = HELD.format(step=hold_at) if hold_at else ""
+    command = [sys.executable, "-c", f"{held}from intaglio.cli import main; main()", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with subprocess.Popen(
         command,
@@ -61,9 +80,20 @@ def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
+            if hold_at:
+                assert process.stdout is not None
+                assert any(line == "held\n" for line in process.stdout), process.communicate()
             yield process
         finally:
             process.kill()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    """Return as soon as a condition holds. The limit is far beyond what any machine takes, however busy it is."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not after {seconds} s"
+        time.sleep(0.01)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

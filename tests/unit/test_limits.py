@@ -42,9 +42,9 @@ NAME = "model.layers.0.self_attn.q_proj.weight" + ".weight" * 40
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    began = time.perf_counter()
+    began = time.process_time()
     yield
-    assert time.perf_counter() - began < seconds
+    assert time.process_time() - began < seconds
 
 
 def recipe_with(match: str) -> str:
@@ -188,7 +188,7 @@ def bundle(count: int) -> bytes:
 def test_a_bundle_whose_pointers_repeat(tmp_path: Path) -> None:
     path = tmp_path / "x.litertlm"
     path.write_bytes(bundle(3))
-    (signatures,) = read_bundle(path).values()
+    (signatures,) = read_bundle(path).models.values()
     assert [len(signature.tensors) for signature in signatures] == [3, 3, 3]
     path.write_bytes(bundle(20_000))  # 4 x 10^8 tensors in 160 kB
     with within(20), pytest.raises(ConfigError, match="its lists repeat"):

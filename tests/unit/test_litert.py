@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 from intaglio.errors import ConfigError, InputError, RecipeError, RuntimeFailureError
+from intaglio.formats.litert import read_tflite as tflite
 from intaglio.formats.litert import write as litert
 from intaglio.formats.litert.converter import ERROR_MARK
 from intaglio.formats.litert.converter.worker import check_versions
-from intaglio.formats.litert.read_tflite import Budget, Table
+from intaglio.formats.litert.read_tflite import Budget, Table, read_message, unzip_tokenizer
 from intaglio.formats.litert.write import export_litert, find_python
 from intaglio.formats.verify import verify
 from intaglio.numerics.fit import fit_absmax, fit_mse
@@ -166,3 +168,31 @@ def test_a_flatbuffer_is_read_as_flatbuffers_are_written() -> None:
     assert read.number(1, "<i") == 0
     assert read.vector(2, "<f4").tolist() == [1.5, -2.0]
     assert read.number(9, "<i") == 0
+
+
+def test_a_message_is_read_as_protobuf_writes_it() -> None:
+    # 1: 300, 2: "ab", 3: float32 0.5, 1 again: 1
+    assert read_message(b"\x08\xac\x02\x12\x02ab\x1d\x00\x00\x00\x3f\x08\x01") == {
+        1: [300, 1],
+        2: [b"ab"],
+        3: [b"\x00\x00\x00\x3f"],
+    }
+
+
+@pytest.mark.parametrize("data", [b"\x12\x05ab", b"\x0b", b"\x08\xff", b"\x12" + b"\xff" * 8 + b"\x7f"])
+def test_a_damaged_message_is_an_error(data: bytes) -> None:
+    with pytest.raises((ValueError, IndexError)):
+        read_message(data)
+
+
+def test_a_tokenizer_that_would_fill_the_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tflite, "LARGEST_TOKENIZER", 1000)
+    for size in (100, 100_000):
+        section = np.frombuffer(size.to_bytes(8, "little") + zlib.compress(bytes(size)), np.uint8)
+        if size == 100:
+            assert unzip_tokenizer(section) == bytes(size)
+        else:
+            with pytest.raises(ValueError, match="1000 bytes of a tokenizer of 100000"):
+                unzip_tokenizer(section)
+    with pytest.raises(ValueError, match="no zlib stream"):
+        unzip_tokenizer(np.zeros(100, np.uint8))

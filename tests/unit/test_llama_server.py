@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from intaglio.errors import ConfigError, InputError, RuntimeFailureError
 from intaglio.measure import llama_server, process
 from intaglio.measure.llama_server import LlamaServer
+from tests.support.cli import wait_until
 from tests.support.llama import is_alive
 
 STAND_IN = r"""#!{python}
@@ -201,10 +201,7 @@ def test_the_server_ends_with_its_parent(files: tuple[Path, Path], program: Path
         pid = int(parent.stdout.readline())
         parent.kill()
         parent.wait()
-        deadline = time.monotonic() + 10
-        while is_alive(pid) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert not is_alive(pid)
+        wait_until(lambda: not is_alive(pid))
 
 
 def environment() -> dict[str, str]:

@@ -12,6 +12,7 @@ from intaglio.errors import WeightError
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.model import write_packed
 from intaglio.plan.plan import PlannedTensor
+from intaglio.train.forward_check import check_forward
 from intaglio.train.grid_optimizer import check_trainable
 from intaglio.train.latents import Latents
 from intaglio.train.sharding import gather_rows, is_main, settle
@@ -30,11 +31,13 @@ def pack_model(
 
     latents: as `prepare` returned them. assets: the source model's folder, for tokenizer and generation files. LoRA
     adapters are part of the decoded weights, and so of the codes. Raises MismatchError for a model whose weights are
-    not what its latents decode to, and InputError for parameters that the plan does not hold. Of several processes all
+    not what its latents decode to, or that computes something else with them than transformers' own modules would, and
+    InputError for parameters that the plan does not hold. Of several processes all
     must call this, and the main one writes.
     """
     settle(latents.model)
     check_trainable(latents)
+    check_forward(latents)
     plan = latents.plan
     if not is_main():
         for tensor in plan:

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from intaglio.formats.litert.read_facts import compare_litert_facts
 from intaglio.formats.litert.read_tflite import Bytes, Signature, TfliteTensor, read_bundle
 from intaglio.formats.tally import Tally
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.model import PackedModel
+from intaglio.plan.files import reading
 from intaglio.plan.plan import HEAD, PlannedTensor
 
 DEQUANTIZE, FULLY_CONNECTED = 6, 9  # builtin operators
@@ -29,7 +31,8 @@ CACHE_NAME = re.compile(r"kv_cache_(k|v)_(\d+)")
 def compare_litert(packed: PackedModel, path: Path, tally: Tally) -> None:
     """Count into `tally` what the bundle holds and what of it differs from the packed model's text model."""
     packed = packed.text_only()
-    models = read_bundle(path)
+    bundle = read_bundle(path)
+    models = bundle.models
     expected = {name: (tensor, column) for tensor, name, column in _expected(packed)}
     found: dict[str, TfliteTensor] = {}
     for tensor in (tensor for signatures in models.values() for s in signatures for tensor in s.tensors):
@@ -47,7 +50,8 @@ def compare_litert(packed: PackedModel, path: Path, tally: Tally) -> None:
         linears |= _compare_static(signature, static, tally)
     planned = {tensor.name for tensor in packed.plan if tensor.quantized_linear}
     tally.missing += sorted(f"{name} as a linear" for name in planned - linears)
-    tally.unsaid.append("config, tokenizer, template and end tokens of the bundle are not read back")
+    with reading(path, "not a valid bundle", "export it again"):
+        compare_litert_facts(packed, bundle, tally)
 
 
 def _same(one: TfliteTensor, other: TfliteTensor) -> bool:

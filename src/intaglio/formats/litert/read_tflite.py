@@ -7,9 +7,12 @@ tensorflow/lite/schema/schema.fbs and schema/core/litertlm_header_schema.fbs of 
 
 from __future__ import annotations
 
+import hashlib
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import field as of
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,12 @@ from intaglio.plan.files import reading
 
 MAGIC = b"LITERTLM"
 HEADER_START = 32  # of the bundle's flatbuffer
-TFLITE_SECTION = 3
+TFLITE_SECTION, LLM_METADATA_SECTION, TOKENIZER_SECTION = 3, 5, 6
+LARGEST_TOKENIZER = 1 << 27  # bytes of tokenizer.json; Gemma's has 2^25
+PLAN_KEY, GRAPHS_KEY = "intaglio.plan", "intaglio.graphs"  # of the metadata that an export adds
 TYPES = {0: "float32", 1: "float16", 2: "int32", 4: "int64", 9: "int8", 17: "int4", 19: "int2"}
 # Field numbers of the tables that are read.
-SECTION_METADATA, SECTIONS = 1, 0
+SYSTEM_METADATA, SECTION_METADATA, SECTIONS = 0, 1, 0
 ITEMS, BEGIN, END, DATA_TYPE = 0, 1, 2, 3
 KEY, VALUE = 0, 2
 OPERATOR_CODES, SUBGRAPHS, BUFFERS, SIGNATURES = 1, 2, 4, 7
@@ -31,7 +36,9 @@ TENSORS, OPERATORS = 0, 3
 SHAPE, TYPE, BUFFER, NAME, QUANTIZATION = 0, 1, 2, 3, 4
 SCALE, ZERO_POINT, DETAILS, DIMENSION = 2, 3, 5, 6
 DATA, OFFSET, SIZE = 0, 1, 2
-OPCODE, INPUTS, OUTPUTS = 0, 1, 2
+OPCODE, INPUTS, OUTPUTS, OPTIONS_2 = 0, 1, 2, 12
+COMPOSITE = 206  # a builtin operator that stands for a subgraph
+COMPOSITE_NAME, DECOMPOSITION, ATTRIBUTES = 0, 1, 2
 BUILTIN_CODE = 3
 SIGNATURE_INPUTS, SIGNATURE_OUTPUTS, SIGNATURE_KEY, SUBGRAPH = 0, 1, 2, 4
 MAP_NAME, MAP_TENSOR = 0, 1
@@ -153,7 +160,8 @@ class TfliteTensor:
 class Signature:
     """A function of a model: its subgraph's tensors and operators, and the tensors of its inputs and outputs by name.
 
-    operators: builtin code, inputs and outputs, in order.
+    operators: builtin code, inputs and outputs, in order. composites: of operators that stand for a subgraph their
+    name, their attributes as they are stored, and the subgraph.
     """
 
     key: str
@@ -161,6 +169,20 @@ class Signature:
     operators: list[tuple[int, list[int], list[int]]]
     inputs: dict[str, int]
     outputs: dict[str, int]
+    composites: list[tuple[str, bytes, Signature]] = of(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """All of a bundle. said: its system metadata. other: bytes of sections that are no models, by their type.
+
+    digest: of the models' graphs, as `graph_digest` makes it.
+    """
+
+    models: dict[str, list[Signature]]
+    said: dict[str, str]
+    other: dict[int, list[Bytes]]
+    digest: str
 
 
 def holds_bundle(path: Path) -> bool:
@@ -177,8 +199,8 @@ def bundle_in(path: Path) -> Path:
     return next(iter(sorted(path.glob("*.litertlm"))), path) if path.is_dir() else path
 
 
-def read_bundle(path: Path) -> dict[str, list[Signature]]:
-    """The signatures of each model of a bundle, by its type: "tf_lite_prefill_decode". Data is mapped, not read.
+def read_bundle(path: Path) -> Bundle:
+    """A bundle's models by their type, "tf_lite_prefill_decode", and what lies beside them. Data is mapped, not read.
 
     ConfigError for a file that is truncated or malformed.
     """
@@ -187,44 +209,120 @@ def read_bundle(path: Path) -> dict[str, list[Signature]]:
             raise ValueError("no regular file")
         data: Bytes = np.memmap(path, np.uint8, "r").view(np.ndarray)
         header = _root(data[HEADER_START:])
-        sections = header.table(SECTION_METADATA)
-        found = {}
+        system, sections = header.table(SYSTEM_METADATA), header.table(SECTION_METADATA)
+        said = dict(_items(system)) if system else {}
+        models, other, graphs = dict[str, list[Signature]](), dict[int, list[Bytes]](), list[Bytes]()
         for section in sections.tables(SECTIONS) if sections else []:
-            if section.number(DATA_TYPE, "B") == TFLITE_SECTION:
-                begin, end = section.number(BEGIN, "<Q"), section.number(END, "<Q")
-                if not HEADER_START < begin < end <= len(data):
-                    raise ValueError(f"a model in bytes {begin} to {end} of {len(data)}")
-                found[_model_type(section)] = list(_signatures(data[begin:end]))
-        if not found:
+            kind, begin, end = section.number(DATA_TYPE, "B"), section.number(BEGIN, "<Q"), section.number(END, "<Q")
+            if not HEADER_START < begin < end <= len(data):
+                raise ValueError(f"a section in bytes {begin} to {end} of {len(data)}")
+            if kind != TFLITE_SECTION:
+                other.setdefault(kind, []).append(data[begin:end])
+                continue
+            models[_model_type(section)] = list(_signatures(data[begin:end]))
+            graphs.append(data[begin:end])
+        if not models:
             raise ValueError("it has no models")
-        return found
+        return Bundle(models, said, other, graph_digest(graphs))
+
+
+def graph_digest(models: list[Bytes]) -> str:
+    """A digest of all of some models but the stored tensors, which lie behind each model's flatbuffer."""
+    found = hashlib.sha256()
+    for data in models:
+        starts = [buffer.number(OFFSET, "<Q") for buffer in _root(data).tables(BUFFERS) if buffer.number(SIZE, "<Q")]
+        found.update(data[: min(starts, default=len(data))].data)
+    return found.hexdigest()
+
+
+def unzip_tokenizer(data: Bytes) -> bytes:
+    """The tokenizer.json of its section: the length in 8 bytes, and a zlib stream. ValueError for anything else."""
+    size = int.from_bytes(data[:8].tobytes(), "little")
+    stream = zlib.decompressobj()
+    try:
+        text = stream.decompress(data[8:].tobytes(), LARGEST_TOKENIZER)
+    except zlib.error as error:
+        raise ValueError(f"no zlib stream: {error}") from None
+    if len(text) != size or not stream.eof:
+        raise ValueError(f"{len(text)} bytes of a tokenizer of {size}")
+    return text
+
+
+def read_message(data: bytes) -> dict[int, list[int | bytes]]:
+    """The fields of a protobuf message by their numbers: integers, and bytes for all else."""
+    found: dict[int, list[int | bytes]] = {}
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        key = varint()
+        value: int | bytes
+        if key & 7 == 0:
+            value = varint()
+        else:
+            size = {1: 8, 5: 4}.get(key & 7) or (varint() if key & 7 == 2 else -1)
+            value = data[at : at + size]
+            if size < 0 or len(value) != size:
+                raise ValueError("a field that is no protobuf")
+            at += size
+        found.setdefault(key >> 3, []).append(value)
+    return found
 
 
 def _model_type(section: Table) -> str:
-    for item in section.tables(ITEMS):
+    said = dict(_items(section))
+    if "model_type" not in said:
+        raise ValueError("a model without a type")
+    return said["model_type"]
+
+
+def _items(table: Table) -> Iterator[tuple[str, str]]:
+    """Keys and texts of metadata, in field 0 of both kinds of tables that have them."""
+    for item in table.tables(ITEMS):
         value = item.table(VALUE)
-        if item.text(KEY) == "model_type" and value is not None:
-            return value.text(0)
-    raise ValueError("a model without a type")
+        if value is not None:
+            yield item.text(KEY), value.text(0)
 
 
 def _signatures(data: Bytes) -> Iterator[Signature]:
     model = _root(data)
     buffers, subgraphs = model.tables(BUFFERS), model.tables(SUBGRAPHS)
     codes = [code.number(BUILTIN_CODE, "<i") for code in model.tables(OPERATOR_CODES)]
-    for signature in model.tables(SIGNATURES):
-        subgraph = subgraphs[signature.number(SUBGRAPH, "<I")]
-        tables = subgraph.tables(TENSORS)
-        yield Signature(
-            key=signature.text(SIGNATURE_KEY),
+
+    def part(subgraph: Table, key: str, inputs: dict[str, int], outputs: dict[str, int], *, inside: bool) -> Signature:
+        tables, operators = subgraph.tables(TENSORS), subgraph.tables(OPERATORS)
+        kinds = [codes[op.number(OPCODE, "<I")] for op in operators]
+        stand_ins = [op.table(OPTIONS_2) for op, kind in zip(operators, kinds, strict=True) if kind == COMPOSITE]
+        return Signature(
+            key=key,
             tensors=[_tensor(table, tables, data, buffers) for table in tables],
             operators=[
-                (codes[op.number(OPCODE, "<I")], op.numbers(INPUTS), op.numbers(OUTPUTS))
-                for op in subgraph.tables(OPERATORS)
+                (kind, op.numbers(INPUTS), op.numbers(OUTPUTS)) for op, kind in zip(operators, kinds, strict=True)
             ],
-            inputs={m.text(MAP_NAME): m.number(MAP_TENSOR, "<I") for m in signature.tables(SIGNATURE_INPUTS)},
-            outputs={m.text(MAP_NAME): m.number(MAP_TENSOR, "<I") for m in signature.tables(SIGNATURE_OUTPUTS)},
+            inputs=inputs,
+            outputs=outputs,
+            composites=[] if inside else [composite(options) for options in stand_ins if options is not None],
         )
+
+    def composite(options: Table) -> tuple[str, bytes, Signature]:
+        name, attributes = options.text(COMPOSITE_NAME), options.vector(ATTRIBUTES, "u1").tobytes()
+        return name, attributes, part(subgraphs[options.number(DECOMPOSITION, "<i")], name, {}, {}, inside=True)
+
+    for signature in model.tables(SIGNATURES):
+        inputs, outputs = (
+            {entry.text(MAP_NAME): entry.number(MAP_TENSOR, "<I") for entry in signature.tables(field)}
+            for field in (SIGNATURE_INPUTS, SIGNATURE_OUTPUTS)
+        )
+        subgraph = subgraphs[signature.number(SUBGRAPH, "<I")]
+        yield part(subgraph, signature.text(SIGNATURE_KEY), inputs, outputs, inside=False)
 
 
 def _tensor(table: Table, tables: list[Table], data: Bytes, buffers: list[Table]) -> TfliteTensor:

@@ -12,9 +12,13 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from litert_lm_builder import litertlm_builder as builder_module
 from litert_lm_builder.litertlm_builder import DType, LitertLmFileBuilder, Metadata, TfLiteModelType
 from litert_lm_builder.runtime.proto import llm_metadata_pb2, sampler_params_pb2
+
+from intaglio.formats.litert.read_tflite import GRAPHS_KEY, PLAN_KEY, graph_digest
+from intaglio.formats.speech import read_speech
 
 MODEL_TYPES = {
     "prefill_decode": TfLiteModelType.PREFILL_DECODE,
@@ -25,17 +29,27 @@ NAMESPACE = uuid.UUID("6f1d7b4e-5a0c-4a53-9a55-0f6f5b3f6c11")  # any fixed one, 
 
 
 def write_bundle(
-    models: dict[str, Path], assets: Path, config: dict[str, Any], path: Path, *, context_tokens: int, identity: str
+    models: dict[str, Path],
+    assets: Path,
+    config: dict[str, Any],
+    path: Path,
+    *,
+    context_tokens: int,
+    identity: str,
+    plan_digest: str,
 ) -> None:
     """Join the models, by their keys in MODEL_TYPES, with what `assets` holds beside a model's weights.
 
-    config: of the text model. identity: what the uuid follows from.
+    config: of the text model. identity: what the uuid follows from. plan_digest: kept for `verify`, with the digest of
+    the models' graphs.
     """
+    digest = graph_digest([np.memmap(model, np.uint8, "r").view(np.ndarray) for model in models.values()])
+    said = {"Authors": "intaglio", "uuid": str(uuid.uuid5(NAMESPACE, identity)), PLAN_KEY: plan_digest}
     metadata_path = path.with_name("llm_metadata.pb")
     metadata_path.write_bytes(llm_metadata(assets, config, context_tokens).SerializeToString(deterministic=True))
     builder_module.populate_system_metadata = lambda metadata: metadata  # it would add the time and a random uuid
     builder = LitertLmFileBuilder()
-    for key, value in (("Authors", "intaglio"), ("uuid", str(uuid.uuid5(NAMESPACE, identity)))):
+    for key, value in (said | {GRAPHS_KEY: digest}).items():
         builder.add_system_metadata(Metadata(key=key, value=value, dtype=DType.STRING))
     builder.add_llm_metadata(str(metadata_path))
     builder.add_hf_tokenizer(str(assets / "tokenizer.json"))
@@ -47,19 +61,22 @@ def write_bundle(
 
 def llm_metadata(assets: Path, config: dict[str, Any], context_tokens: int) -> llm_metadata_pb2.LlmMetadata:
     """Start and stop tokens, sampling, chat template and thinking channel, as Google's Gemma 4 bundles have them."""
-    generation, tokenizer = _json(assets / "generation_config.json"), _json(assets / "tokenizer_config.json")
+    speech = read_speech(assets, config)
+    assert speech is not None  # the export looked for tokenizer.json
+    generation, tokenizer = speech.settings, _json(assets / "tokenizer_config.json")
     metadata = llm_metadata_pb2.LlmMetadata(max_num_tokens=context_tokens)
-    metadata.start_token.token_ids.ids.append(config["bos_token_id"])
-    metadata.pad_token.token_ids.ids.append(config.get("pad_token_id") or 0)
-    stops = generation.get("eos_token_id", config["eos_token_id"])
-    stops = [*(stops if isinstance(stops, list) else [stops]), _token_id(assets, _text(tokenizer.get("eos_token")))]
-    for stop in dict.fromkeys(stop for stop in stops if stop is not None):
+    metadata.start_token.token_ids.ids.append(speech.tokenizer.bos_token_id)
+    metadata.pad_token.token_ids.ids.append(speech.tokenizer.pad_token_id or 0)
+    for stop in speech.end_ids:
         metadata.stop_tokens.add().token_ids.ids.append(stop)
+    if generation.get("suppress_tokens"):
+        metadata.suppress_tokens.ids.extend(generation["suppress_tokens"])
     if generation.get("do_sample"):
         parameters = metadata.sampler_params
         parameters.type = sampler_params_pb2.SamplerParameters.TOP_P
-        parameters.k, parameters.p = generation.get("top_k", 64), generation.get("top_p", 0.95)
-        parameters.temperature = generation.get("temperature", 1.0)
+        # where nothing is said, what transformers does
+        parameters.k, parameters.p = generation.get("top_k") or 50, generation.get("top_p") or 1.0
+        parameters.temperature = generation.get("temperature") or 1.0
     gemma4 = metadata.llm_model_type.gemma4
     special = {key: value for key, value in tokenizer.items() if key.endswith("_token") and isinstance(value, str)}
     gemma4.code_fence_start, gemma4.code_fence_end = special.get("stc_token", ""), special.get("etc_token", "")
@@ -70,12 +87,10 @@ def llm_metadata(assets: Path, config: dict[str, Any], context_tokens: int) -> l
         f"{special.get('soc_token', '<|channel>')}thought\n",
         special.get("eoc_token", "<channel|>"),
     )
-    file, template = assets / "chat_template.jinja", tokenizer.get("chat_template")
-    template = file.read_text("utf-8") if file.is_file() else template
-    if isinstance(template, str):
-        metadata.jinja_prompt_template = _for_minijinja(template)
+    if "default" in speech.templates:
+        metadata.jinja_prompt_template = _for_minijinja(speech.templates["default"])
         turn_end = _token_id(assets, "<turn|>")
-        if turn_end is not None and turn_end not in [i for stop in metadata.stop_tokens for i in stop.token_ids.ids]:
+        if turn_end is not None and turn_end not in speech.end_ids:
             metadata.stop_tokens.add().token_ids.ids.append(turn_end)
     return metadata
 
@@ -89,11 +104,6 @@ def _for_minijinja(template: str) -> str:
 def _token_id(assets: Path, content: str) -> int | None:
     tokens = _json(assets / "tokenizer.json").get("added_tokens", [])
     return next((token["id"] for token in tokens if token["content"] == content), None)
-
-
-def _text(token: Any) -> str:
-    """A special token of tokenizer_config.json, which is its text or an object with it."""
-    return str(token.get("content")) if isinstance(token, dict) else str(token)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -73,7 +73,10 @@ def build(packed_path: Path, out: Path, *, context_tokens: int, prefill_tokens: 
     for name, path in paths.items():
         files.write_tflite(models[name], source, path)
     identity = f"{packed.sha256()} {context_tokens} {prefill_tokens}"
-    bundle.write_bundle(paths, packed.path, config, out, context_tokens=context_tokens, identity=identity)
+    digest = packed.plan.digest
+    bundle.write_bundle(
+        paths, packed.path, config, out, context_tokens=context_tokens, identity=identity, plan_digest=digest
+    )
 
 
 if __name__ == "__main__":
