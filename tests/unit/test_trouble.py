@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from intaglio.drafter.run import run as train_a_drafter
 
 from intaglio import cli
 from intaglio.errors import InputError, TrainingError
@@ -15,6 +14,7 @@ from intaglio.plan.bundled import bundled_config
 from intaglio.plan.memory import training_memory
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
+from intaglio.runs.drafter import run as train_a_drafter
 from intaglio.train import sharding
 from intaglio.train.grid_optimizer import GridOptimizer
 from intaglio.train.loop import Options, train

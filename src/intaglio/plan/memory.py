@@ -122,7 +122,7 @@ def training_memory(plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool =
         optimizer=0 if schedule.offload_moments else _moment_bytes(schedule, trained, gpus),
         gathered=GATHERED_LAYER * max(_layer_values(plan).values()) + GATHERED_HEAD * head if gpus > 1 else 0,
         activations=activation_bytes(plan.model, tokens, gradient_checkpointing),
-        loss=_loss_bytes(plan, tokens, head),
+        loss=_loss_bytes(plan, tokens, head, gradient_checkpointing),
     )
 
 
@@ -187,12 +187,18 @@ def _layer_values(plan: Plan) -> dict[str, int]:
     return layers
 
 
-def _loss_bytes(plan: Plan, tokens: int, head: int) -> int:
-    """Chunks of logits in bfloat16, the gradient of the hidden states, and that of a head which is trained."""
+def _loss_bytes(plan: Plan, tokens: int, head: int, gradient_checkpointing: bool) -> int:
+    """Chunks of logits in bfloat16, the gradient of the hidden states, and that of a head which is trained.
+
+    Logits are gone before checkpointed layers are computed again, so only what they exceed such a layer by counts.
+    """
     config = plan.model.layer_config
     chunk = min(tokens, max(LOSS_CHUNK_TOKENS, LOSS_CHUNK_LOGITS // config.vocab_size))
     trained = any(t.rule.trainable for t in plan if t.name == HEAD or t.spec.role == "token_embedding")
-    return HALF * (LOGITS_AT_ONCE * chunk * config.vocab_size + tokens * config.hidden_size + head * trained)
+    logits = HALF * LOGITS_AT_ONCE * chunk * config.vocab_size
+    if gradient_checkpointing:
+        logits = max(0, logits - tokens * max(layer_bytes(plan.model, n) for n in range(config.num_hidden_layers)))
+    return logits + HALF * (tokens * config.hidden_size + head * trained)
 
 
 def activation_bytes(model: ModelSpec, tokens: int, gradient_checkpointing: bool) -> int:
@@ -201,7 +207,7 @@ def activation_bytes(model: ModelSpec, tokens: int, gradient_checkpointing: bool
     layers = [layer_bytes(model, layer) for layer in range(config.num_hidden_layers)]
     width, per_layer = config.hidden_size, getattr(config, "hidden_size_per_layer_input", 0) or 0
     outside = 2 * FLOAT * width + per_layer * len(layers) * (3 * FLOAT) + (HALF * width if per_layer else 0)
-    kept = FLOAT * width * len(layers) + max(layers) if gradient_checkpointing else sum(layers)
+    kept = HALF * width * len(layers) + max(layers) if gradient_checkpointing else sum(layers)
     return tokens * (outside + kept)
 
 
