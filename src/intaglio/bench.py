@@ -13,14 +13,14 @@ import torch
 from intaglio.errors import IntaglioError, MismatchError
 from intaglio.formats import Export, Format, format_of
 from intaglio.numerics.device import device_for
-from intaglio.packed.checkpoint import TextModel, load_model
+from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.model import PackedModel
 from intaglio.packed.verify import Verification, verify
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.progress import Progress
 from intaglio.train.corpus import Corpus
+from intaglio.train.layerwise import quantize_on_text
 from intaglio.train.loop import Options
-from intaglio.train.ptq import quantize_on_text
 from intaglio.train.quantize import quantize
 
 # kind -> folder of the run, in the order of the report
@@ -134,8 +134,6 @@ def with_references(
                 bench = bench.opened(kind)  # training left it
                 continue
             progress.stage(f"Making {bench.labels[kind]}")
-            if bench.given is None and bench.plan.static_scales:
-                bench = dataclasses.replace(bench, given=load_model(bench.model_dir, device=bench.device))
             _make_reference(bench, kind, corpus, options, replace=replace)
             bench = bench.opened(kind)
             make_files(bench, kind, replace=replace)
@@ -149,7 +147,7 @@ def _make_reference(bench: Bench, kind: str, corpus: Corpus, options: Options | 
     if kind == "stock":
         plan = make_plan(bench.model_dir, format_of(plan).stock_recipe(plan.recipe))
     if plan.static_scales:
-        quantize_on_text(bench.given, plan, corpus, path, assets=bench.model_dir, options=options, replace=replace)
+        quantize_on_text(bench.model_dir, plan, corpus, path, options=options, device=bench.device, replace=replace)
     else:
         quantize(bench.model_dir, plan, path, replace=replace, device=bench.device)
 

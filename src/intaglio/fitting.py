@@ -10,15 +10,15 @@ import torch
 
 from intaglio.errors import InputError
 from intaglio.numerics.device import Device, device_for
-from intaglio.packed.checkpoint import load_model, load_tokenizer, model_name
+from intaglio.packed.checkpoint import load_tokenizer, model_name
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import scratch_folder
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.progress import Progress
 from intaglio.train.corpus import load_corpus
 from intaglio.train.data.sources import Data
+from intaglio.train.layerwise import quantize_on_text
 from intaglio.train.media import audio_samples, image_samples
-from intaglio.train.ptq import quantize_on_text
 from intaglio.train.quantize import quantize
 from intaglio.train.towers import Towers
 
@@ -89,29 +89,30 @@ def _fit_on_text(
     progress: Progress,
 ) -> None:
     schedule = plan.recipe.schedule
-    if not plan.static_scales and not schedule.gptq_tokens:
+    gptq, layers = bool(schedule.gptq_tokens), "layers" in schedule.stages
+    if not (plan.static_scales or gptq or layers):
         raise InputError(
             f"recipe {plan.recipe.name} has no static scales to calibrate: leave out the text, or give it to GPTQ with "
-            "--set schedule.gptq_tokens=32768"
+            "--set schedule.gptq_tokens=32768, or to the training of layers with --set schedule.stages=['layers']"
         )
-    progress.stage("Loading the original")
-    tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir, device=device)
+    progress.stage("Reading text")
     corpus = load_corpus(
         data,
-        tokenizer,
+        load_tokenizer(model_dir),
         sequence_length=schedule.sequence_length,
         vocab_size=plan.model.layer_config.vocab_size,
-        max_tokens=max(schedule.gptq_tokens, schedule.calibration_tokens if plan.static_scales else 0),
+        max_tokens=schedule.tokens_by_layers(bool(plan.static_scales)),
     )
-    progress.stage("Fitting on text")
+    progress.stage("Quantizing layer by layer")
     quantize_on_text(
-        teacher,
+        model_dir,
         plan,
         corpus,
         out,
-        assets=model_dir,
-        gptq=bool(schedule.gptq_tokens),
+        gptq=gptq,
+        layers=layers,
+        device=device,
         provenance={"name": model_name(model_dir)},
         replace=replace,
-        on_progress=lambda done, total: progress.part(done, total, "tokens"),
+        on_window=lambda info: progress.part(info.last + 1, info.layers, info.figures),
     )
