@@ -22,9 +22,10 @@ from intaglio.train.corpus import Corpus
 from intaglio.train.layerwise import quantize_on_text
 from intaglio.train.loop import Options
 from intaglio.train.quantize import quantize
+from intaglio.train.run_folder import START
 
 # kind -> folder of the run, in the order of the report
-PACKED = {"stock": "stock", "fitted": "fitted", "start": "start", "trained": "packed"}
+PACKED = {"stock": "stock", "fitted": "fitted", "start": START, "trained": "packed"}
 FAILURES = (IntaglioError, torch.OutOfMemoryError)  # of references and measurements, which take no run down
 FIT_LABELS = {"mse": "MSE fit", "stock": "Stock fit", "absmax": "Absmax fit"}
 REFERENCES = {"none": (), "stock": ("stock",), "all": ("stock", "fitted", "start")}
@@ -63,7 +64,14 @@ class Bench:
     @property
     def labels(self) -> dict[str, str]:
         fit = FIT_LABELS[self.plan.recipe.fit]
-        return {"stock": self.format.stock_label, "fitted": fit, "start": "GPTQ start", "trained": "QAT"}
+        start = "Layers" if "layers" in self.plan.recipe.schedule.stages else "GPTQ start"
+        return {"stock": self.format.stock_label, "fitted": fit, "start": start, "trained": "QAT"}
+
+    @property
+    def has_start(self) -> bool:
+        """Whether training began with something else than the recipe's fit."""
+        schedule = self.plan.recipe.schedule
+        return bool(schedule.gptq_tokens) or "layers" in schedule.stages
 
     def opened(self, kind: str) -> Bench:
         """The bench with the packed model of one more kind."""
@@ -127,7 +135,7 @@ def with_references(
     "start" is where training began, which training itself has packed. Without GPTQ that is the recipe's fit.
     """
     for kind in REFERENCES[references]:
-        if kind in bench.failures or (kind == "start" and not bench.plan.recipe.schedule.gptq_tokens):
+        if kind in bench.failures or (kind == "start" and not bench.has_start):
             continue
         try:
             if kind == "start":

@@ -32,9 +32,9 @@ class Schedule:
         leftovers move; tail_lr: multiple of the learning rates in it.
     stages: what is trained, in this order. "layers": the layers one after the other, each to give the original's
         outputs; "scales": the scales of all weights, with codes that stand still; "model": everything.
-    layer_tokens: of the text that the stage "layers" learns from, layer_epochs times. layer_batch: sequences that pass a
-        layer together, there and in GPTQ and calibration by layers. layer_lr: as `lr`, in that stage. layer_window: layers
-        that are trained together.
+    layer_tokens: of the text that the stage "layers" learns from, layer_epochs times.
+    layer_batch: sequences that pass a layer together, in that stage and in what else `quantize` does with a text.
+    layer_lr: as `lr`, in that stage. layer_window: layers that are trained together.
     gptq_tokens: tokens of the text from which GPTQ chooses the first codes (0: rounding to nearest).
     calibration_tokens: of the text on which static scales of activations and KV cache get first values.
     seed: of the data order.
@@ -117,7 +117,8 @@ def _stages(value: Any, where: str) -> tuple[str, ...]:
 def _check_schedule(schedule: Schedule, where: str) -> None:
     if schedule.loss not in LOSSES:
         raise RecipeError(f"{where}: loss = {schedule.loss!r}: expected one of {', '.join(LOSSES)}")
-    counts = ("tokens", "batch_size", "calibration_tokens", "layer_tokens", "layer_epochs", "layer_batch", "layer_window")
+    by_layers = ("layer_tokens", "layer_epochs", "layer_batch", "layer_window")
+    counts = ("tokens", "batch_size", "calibration_tokens", *by_layers)
     for key, least in (("sequence_length", 2), *((key, 1) for key in counts)):
         if getattr(schedule, key) < least:
             raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected {least} or more")

@@ -1,4 +1,4 @@
-"""Quantization that looks at text, on a model that need not fit in memory: it is read, moved, trained and packed by layers.
+"""Quantization that looks at text, of a model that need not fit in memory: layer by layer, from disk to packed model.
 
 For each decoder layer, from the first to the last:
 
@@ -9,25 +9,20 @@ For each decoder layer, from the first to the last:
     train     the latents of a window of layers to give the original's outputs (stage "layers")
     pack      codes and scales, into the file of the packed model
 
-On the device are at most the layers of a window, quantized, and one original. Embeddings are fitted a few rows at a time,
-and the rows that the text looks up are kept on the host, with the activations of the text.
-
-Training after Li et al. 2021 (BRECQ, arXiv:2102.05426) and the first phase of Chen et al. 2024 (EfficientQAT,
-arXiv:2407.11062), on the inputs that the quantized layers before give.
+On the device are at most the layers of a window, quantized, and one original. Embeddings are fitted a few rows at a
+time, and the rows that the text looks up are kept on the host, with the activations of the text.
 """
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,11 +38,12 @@ from intaglio.train.calibrate import Observers
 from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.gptq import NOTHING_LEARNED, first_half_by, move_in_passes
 from intaglio.train.latents import Latents, prepare
+from intaglio.train.layer_training import Training
 from intaglio.train.loop import Options, dtype_of
-from intaglio.train.optimizer import Phases, make_optimizer, set_lr
+from intaglio.train.parts import filled, merged, rooted
 from intaglio.train.quantize import fit_tensor
 from intaglio.train.sharding import without_memory, world_size
-from intaglio.train.static import put_scales, read_scales, use_static_attention
+from intaglio.train.static import use_static_attention
 from intaglio.train.streams import Batch, Recorder, Table, at_home
 
 TABLES = {"token_embedding": "embed_tokens", "ple_embedding": "embed_tokens_per_layer"}  # roles, and their modules
@@ -92,7 +88,7 @@ def quantize_on_text(
     gptq: let GPTQ choose the codes, on the schedule's share of the corpus. layers: train each window of layers, on the
     schedule's `layer_tokens`. device: where the layers are at work; None picks a GPU if there is one. on_window: called
     as each window of layers is packed. Raises ConfigError for a damaged checkpoint, WeightError for values or
-    activations that are not finite, InputError for several processes and for a recipe with nothing that GPTQ could move.
+    activations that are not finite, InputError for several processes and for a recipe that leaves GPTQ nothing to move.
     """
     if world_size() > 1:
         raise InputError("layers are quantized one after the other in one process: start one")
@@ -119,8 +115,8 @@ def quantize_on_text(
 class Walk:
     """The way of a text through a model's layers; see the head of this file.
 
-    model: transformers' text model, whose layers stay without memory. batches: of the text; moving, learning: those that
-    GPTQ and training see. scales: static scales found so far, by owner.
+    model: transformers' text model, whose layers stay without memory. batches: of the text; moving, learning: those
+    that GPTQ and training see. scales: static scales found so far, by owner.
     """
 
     def __init__(self, source: Path, plan: Plan, device: torch.device, dtype: torch.dtype, gptq: bool, layers: bool):
@@ -159,7 +155,9 @@ class Walk:
         original, front = self._front()
         moving, learning, counting = shares
         # a batch ends where GPTQ's share does: its sums are then those of the same tokens as in `start_from_gptq`
-        ends = sorted({moving, len(rows), *range(self.schedule.layer_batch, len(rows), self.schedule.layer_batch)} - {0})
+        ends = sorted(
+            {moving, len(rows), *range(self.schedule.layer_batch, len(rows), self.schedule.layer_batch)} - {0}
+        )
         for start, end in zip([0, *ends], ends, strict=False):
             batch = Batch(tokens[start:end], positions[start:end], self.sides, self.device)
             batch.watched[max(0, counting - start) :] = False
@@ -242,12 +240,15 @@ class Walk:
 
     def window(self, numbers: range, writer: PackedWriter) -> WindowInfo:
         """Quantize and pack these layers, and bring the text behind them."""
-        starts = [batch.hidden for batch in self.batches]
+        starts = {batch: batch.hidden for batch in self.batches}
         parts = [self._advance(number) for number in numbers]
         latents = merged(parts, self.plan.under(*(f"model.layers.{number}" for number in numbers)))
         errors: tuple[float, ...] = ()
         if self.layers:
-            errors = Training(self, latents, numbers, starts).run()
+            training = Training(latents, numbers, starts, self.learning, self.scales)
+            errors = training.run()
+            self.scales |= training.scales()
+            del training
         self._pack(latents, writer)
         del latents, parts
         gc.collect()  # a module and its hooks may hold each other, and a GPU's memory with them
@@ -274,96 +275,3 @@ class Walk:
     def _pack(self, latents: Latents, writer: PackedWriter) -> None:
         for tensor in latents.plan:
             writer.add(tensor.name, latents.pack(tensor))
-
-
-class Training:
-    """The stage "layers" of one window: AdamW over its latents, on the squared error of its outputs."""
-
-    def __init__(self, walk: Walk, latents: Latents, numbers: range, starts: list[Tensor]):
-        self.walk, self.latents, self.numbers = walk, latents, numbers
-        self.starts = dict(zip(walk.batches, starts, strict=True))
-        self.layers = {number: latents.model.get_submodule(f"model.layers.{number}") for number in numbers}
-        self.schedule = replace(walk.schedule, lr=walk.schedule.layer_lr, clip=0.0)
-        if latents.plan.static_scales:
-            put_scales(latents.model, latents.plan, walk.scales)
-
-    def run(self) -> tuple[float, float]:
-        """Train, and bring the text behind the window anew; the error before and after."""
-        walk, latents = self.walk, self.latents
-        sizes = torch.stack([self._size(batch) for batch in walk.learning])
-        before = torch.stack([self._missed(b, b.hidden[b.quantized].to(walk.device)) for b in walk.learning])
-        self._train(sizes.mean())
-        after = []
-        for batch in walk.batches:
-            output = self._output(batch, keep=True)
-            if batch in walk.learning:
-                after.append(self._missed(batch, output))
-            batch.hidden[batch.quantized].copy_(output, non_blocking=True)
-        found = read_scales(latents.model, latents.plan)
-        walk.scales |= {s.name: found[s.name] for s in latents.plan.static_scales if s.owned}
-        return float(before.sum() / sizes.sum()), float(torch.stack(after).sum() / sizes.sum())
-
-    def _train(self, size: Tensor) -> None:
-        """size: mean square sum of the original's outputs in a batch, by which losses are divided."""
-        schedule, learning = self.schedule, self.walk.learning
-        optimizer = make_optimizer(self.latents, schedule)
-        steps = schedule.layer_epochs * len(learning)
-        phases = Phases(steps, steps, max(1, int(steps * schedule.warmup)))
-        for step in range(steps):
-            epoch, at = divmod(step, len(learning))
-            if at == 0:
-                order = np.random.default_rng((schedule.seed, self.numbers[0], epoch)).permutation(len(learning))
-            batch = learning[order[at]]
-            set_lr(optimizer, phases.lr_factor(step, 1.0))
-            with torch.enable_grad():
-                (self._missed(batch, self._output(batch)) / size).backward()
-            optimizer.step()
-
-    def _output(self, batch: Batch, *, keep: bool = False) -> Tensor:
-        return batch.run(self.layers, self.starts[batch][batch.quantized], batch.quantized, keep=keep)
-
-    def _missed(self, batch: Batch, output: Tensor) -> Tensor:
-        """Sum of squares of what the outputs differ by from the original's, without first tokens; float32 scalar."""
-        target = batch.hidden[batch.original].to(output.device, non_blocking=True)
-        return ((output.float() - target.float()).square().sum(-1) * batch.counted).sum()
-
-    def _size(self, batch: Batch) -> Tensor:
-        target = batch.hidden[batch.original].to(batch.device, non_blocking=True)
-        return (target.float().square().sum(-1) * batch.counted).sum()
-
-
-def merged(parts: list[Latents], plan: Plan) -> Latents:
-    """The latents of several modules of a model as one."""
-    if len(parts) == 1:
-        return parts[0]
-    paths = {f"model.layers.{number}": layer for p in parts for number, layer in p.model.model.layers.named_children()}
-    latents = Latents(rooted(paths), plan)
-    for part in parts:
-        latents.trained |= part.trained
-        latents.still |= part.still
-    return latents
-
-
-def rooted(modules: dict[str, nn.Module]) -> nn.Module:
-    """A module that has these under their paths, as the whole model has."""
-    root = nn.Module()
-    for path, module in modules.items():
-        *parents, name = path.split(".")
-        at = root
-        for parent in parents:
-            if parent not in at._modules:
-                at.add_module(parent, nn.Module())
-            at = at.get_submodule(parent)
-        at.add_module(name, module)
-    return root
-
-
-def filled(template: nn.Module, path: str, values: dict[str, Tensor], dtype: torch.dtype | None) -> nn.Module:
-    """A copy of a module without memory, with values of its own; of floats in `dtype`, or in their own."""
-    module = copy.deepcopy(template)
-    state = {
-        name: values[f"{path}.{name}"].to(dtype if value.is_floating_point() else None, copy=True)
-        for name, value in module.state_dict().items()
-    }
-    module.load_state_dict(state, assign=True)
-    return module

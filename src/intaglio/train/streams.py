@@ -1,7 +1,7 @@
 """A text on its way through the layers of a model that is not in memory: what each layer is given, kept on the host.
 
-transformers' own forward runs over each batch once, with a recorder in the place of each decoder layer. So masks, rotary
-tables and inputs from per-layer embeddings are its own. From there on the layers run one by one.
+transformers' own forward runs over each batch once, with a recorder in the place of each decoder layer. So masks,
+rotary tables and inputs from per-layer embeddings are its own. From there on the layers run one by one.
 
 A batch has its sequences twice where an original runs beside the quantized model, the original's first.
 
