@@ -38,6 +38,7 @@ from intaglio.train.corpus import Corpus, load_corpus
 from intaglio.train.layerwise import WindowInfo, quantize_on_text
 from intaglio.train.loop import Options, train
 from intaglio.train.pack import pack_model
+from intaglio.train.quantize import quantize
 from intaglio.train.sharding import load_own_rows
 from intaglio.workflow import compare
 
@@ -163,12 +164,14 @@ def make(options: argparse.Namespace, case: str, seed: int, folder: Path) -> Pat
     corpus = corpus_of(plan, model, options.data, schedule.tokens)
     whole = "model" in case or "scales" in case
     start = None
-    if case != "gptq, model":
+    if case == "fit":
+        quantize(model, plan, folder / "start")
+    elif case != "gptq, model":
         quantize_on_text(
             model, plan, corpus, folder / "start", gptq=bool(schedule.gptq_tokens), layers="layers" in schedule.stages
         )
         start = PackedModel.open(folder / "start")
-    if not whole:
+    if not whole:  # fit and layers alone
         return folder / "start"
     device = device_for()
     dtype = torch.float32 if device.type == "cpu" else stored_dtype(model, plan.model)

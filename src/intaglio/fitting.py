@@ -38,13 +38,16 @@ def quantize_model(
 ) -> dict[str, float]:
     """Write a PackedModel without training; return what calibrated activations change in each tower's output.
 
-    data: text to calibrate static scales on, and for GPTQ where the schedule has gptq_tokens; None leaves the scales
-    off. images, audio: folders, likewise for the towers' scales. trained: as `quantize` takes it, a text model that is
-    packed already. device: where tensors are fitted; None picks a GPU if there is one. Raises InputError for samples of
-    what the recipe does not quantize, and for GPTQ without text.
+    data: text to calibrate static scales on, for GPTQ where the schedule has gptq_tokens, and for the training of
+    layers where that is one of its stages; None leaves the scales off. images, audio: folders, likewise for the towers'
+    scales. trained: as `quantize` takes it, a text model that is packed already. device: where tensors are fitted; None
+    picks a GPU if there is one. Raises InputError for samples of what the recipe does not quantize, and for GPTQ or
+    layers without text.
     """
     if plan.recipe.schedule.gptq_tokens and data is None and trained is None:
         raise InputError("schedule.gptq_tokens: GPTQ needs text, and there is none: give --data")
+    if "layers" in plan.recipe.schedule.stages and data is None and trained is None:
+        raise InputError("schedule.stages: the stage 'layers' learns from text, and there is none: give --data")
     progress, out, device = progress or Progress(), Path(out), device_for(device)
     samples = [image_samples(model_dir, images)] if images is not None else []
     samples += [audio_samples(model_dir, audio)] if audio is not None else []

@@ -62,7 +62,7 @@ class Schedule:
     layer_tokens: int = 262_144
     layer_epochs: int = 2
     layer_batch: int = 8
-    layer_lr: float = 1e-4
+    layer_lr: float = 3e-4
     layer_window: int = 1
     gptq_tokens: int = 0
     calibration_tokens: int = 16_384

@@ -92,6 +92,8 @@ def quantize_on_text(
     """
     if world_size() > 1:
         raise InputError("layers are quantized one after the other in one process: start one")
+    if not (gptq or layers or plan.static_scales):
+        raise InputError(f"recipe {plan.recipe.name}: nothing in it looks at text: leave the text out")
     if gptq and not (plan.recipe.schedule.learn_scales and any(learns_scales(t) and t.quantized_linear for t in plan)):
         raise InputError(NOTHING_LEARNED)
     method = [f"fit {plan.recipe.fit}"]
@@ -181,6 +183,8 @@ class Walk:
         for name, rows, values in stream_chunks(self.source, self.plan.model, only=names):
             value = fit_tensor(values.to(self.device), self.plan, name, rows)
             writer.add(name, value, rows)
+            if names[name] is None:  # the head is behind the layers
+                continue
             start = rows.start if rows else 0
             own = ids[(ids >= start) & (ids < start + len(values))] - start
             kept[name][0].append(values[own].to(self.dtype))
