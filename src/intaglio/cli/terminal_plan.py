@@ -20,6 +20,11 @@ from intaglio.sizing.published import LEFT_OUT
 console = Printer(highlight=False)
 BAR_WIDTH = 20
 WIDE = 100  # columns of a terminal that has room for grids and bits too
+STAGE_LABELS = {
+    "layers": "layers, one after the other",
+    "scales": "scales, with frozen codes",
+    "model": "model, everything",
+}
 
 
 def print_survey(survey: Survey) -> None:
@@ -43,6 +48,8 @@ def print_survey(survey: Survey) -> None:
         _print_training(survey)
     if survey.wishes.budget_bytes is not None:
         _show(f"What fits {size(survey.wishes.budget_bytes)}", fits_table(survey))
+        if survey.stages:
+            _show(f"Stages of training in {size(survey.wishes.budget_bytes)}", stages_table(survey))
     console.print()
 
 
@@ -172,6 +179,17 @@ def fits_table(survey: Survey) -> Table:
             _or_none(fit.mapped_bytes),
             *(_context(fit.longest[bits], survey.plan) for bits in KV_BITS),
         )
+    return table
+
+
+def stages_table(survey: Survey) -> Table:
+    """The peak of each stage on each GPU, and whether it is within the budget."""
+    budget = survey.wishes.budget_bytes
+    assert budget is not None
+    table = _table("stage", "at the peak", "fits")
+    for name, peak in survey.stages.items():
+        fits = Text("yes", style="green") if peak <= budget else Text("no", style="red")
+        table.add_row(STAGE_LABELS[name], size(peak), fits)
     return table
 
 

@@ -19,7 +19,7 @@ from intaglio.drafter.accept import softcap_of
 from intaglio.drafter.clusters import cluster_loss
 from intaglio.drafter.model import check_fits
 from intaglio.drafter.unroll import TargetStates, inside, steps, target_states
-from intaglio.errors import CorpusError
+from intaglio.errors import CorpusError, InputError
 from intaglio.packed.checkpoint import TextModel
 from intaglio.plan.drafting import Drafting
 from intaglio.plan.plan import Plan
@@ -88,6 +88,8 @@ def train_drafter(
         )
     if not bool(inside(torch.from_numpy(corpus.positions).long(), count).any()):
         raise CorpusError(f"{corpus.source}: no document is long enough for {count} draft steps: add longer text")
+    if plan.recipe.schedule.stages != ("model",):
+        raise InputError("schedule.stages: a drafter is trained as a whole: leave it out")
     identity = run_identity(plan, None, options) | {"corpus": corpus.digest, "target": target_digest}
     check_run_dir(run_dir, identity, resume)
     device = start_processes()

@@ -33,12 +33,15 @@ def _error_weights(moments_CC: Tensor) -> Tensor:
     moments = moments_CC.double()
     diagonal = moments.diagonal()
     diagonal[diagonal == 0] = 1.0  # an input that is always zero: any code will do
-    unit = torch.eye(len(moments), dtype=moments.dtype, device=moments.device) * diagonal.mean()
+    plain, unit = diagonal.clone(), diagonal.mean()
     for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
-        lower, failed = torch.linalg.cholesky_ex(moments + damping * unit)
+        diagonal.copy_(plain + damping * unit)
+        lower, failed = torch.linalg.cholesky_ex(moments)
         if not failed:
             break
+    del moments, diagonal  # 2 GB each for the widest linears
     inverse = torch.cholesky_inverse(lower)
+    del lower
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
@@ -51,14 +54,15 @@ def gptq_codes(weight_RC: Tensor, step_RC: Tensor, moments_CC: Tensor, grid: Blo
     order = moments_CC.diagonal().argsort(descending=True)  # what matters most is rounded while most can still help
     factor = _error_weights(moments_CC[order][:, order])
     left, step, keep = weight_RC[:, order], step_RC[:, order], keep_RC[:, order]
-    nearest = _round(left, step, grid)
+    divisor = torch.where(step == 0, torch.ones_like(step), step)
+    nearest = _round(left, divisor, grid)
     codes = torch.empty_like(left)
     for start in range(0, left.shape[1], COLUMNS_AT_ONCE):
         stop = min(start + COLUMNS_AT_ONCE, left.shape[1])
         errors = torch.empty_like(left[:, start:stop])
         for j in range(start, stop):
             column = left[:, j]
-            codes[:, j] = torch.where(keep[:, j], nearest[:, j], _round(column, step[:, j], grid))
+            codes[:, j] = torch.where(keep[:, j], nearest[:, j], _round(column, divisor[:, j], grid))
             error = (column - codes[:, j] * step[:, j]) / factor[j, j]
             left[:, j:stop] -= error.unsqueeze(1) * factor[j, j:stop]
             errors[:, j - start] = error
@@ -66,9 +70,8 @@ def gptq_codes(weight_RC: Tensor, step_RC: Tensor, moments_CC: Tensor, grid: Blo
     return codes[:, order.argsort()]
 
 
-def _round(values: Tensor, step: Tensor, grid: BlockGrid) -> Tensor:
-    position = values / torch.where(step == 0, torch.ones_like(step), step)
-    return position.round().clamp(grid.code_min, grid.code_max)
+def _round(values: Tensor, divisor: Tensor, grid: BlockGrid) -> Tensor:
+    return (values / divisor).round_().clamp_(grid.code_min, grid.code_max)
 
 
 def ridge_of(columns: int, tokens: int) -> float:
@@ -90,9 +93,11 @@ def corrected_weight(weight_RC: Tensor, cross_CC: Tensor, moments_CC: Tensor, to
     ridge = ridge_of(len(moments), tokens) * moments.diagonal().mean()
     if ridge == 0:  # no input but zeros
         return weight_RC
-    unit = ridge * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    factor = torch.linalg.cholesky(moments + unit)
-    return torch.cholesky_solve((cross + unit) @ weight_RC.T.double(), factor).T.float()
+    moments.diagonal().add_(ridge)
+    cross.diagonal().add_(ridge)
+    factor = torch.linalg.cholesky(moments)
+    del moments
+    return torch.cholesky_solve(cross @ weight_RC.T.double(), factor).T.float()
 
 
 def gptq_latents(weight_RC: Tensor, wanted_RC: Tensor, step_RS: Tensor, moments_CC: Tensor, grid: BlockGrid) -> Tensor:

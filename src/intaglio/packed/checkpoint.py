@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,19 +229,39 @@ def stored_dtype(model_dir: str | Path, spec: ModelSpec) -> torch.dtype:
 
 
 def stream_chunks(
-    model_dir: Path, spec: ModelSpec, *, carried_only: bool = False
+    model_dir: Path, spec: ModelSpec, *, only: Container[str] | None = None
 ) -> Iterator[tuple[str, slice | None, Tensor]]:
     """Each tensor of the model and of what is carried with it, a few rows at a time: name, rows and values.
 
-    carried_only: leave out the text model. The rows are None where they are all. Order and errors as in
-    `stream_tensors`.
+    only: names of the tensors that are wanted, if not all. The rows are None where they are all. Order and errors as
+    in `stream_tensors`.
     """
-    text = {tensor.name for tensor in spec.tensors} if carried_only else set()
     for shard, entries in _entries(model_dir, spec.tensors + spec.carried, spec).items():
         with SafetensorsReader(shard) as file:
             for tensor, stored_name in entries:
-                for rows in row_slices(tensor.shape) if tensor.name not in text else ():
+                for rows in row_slices(tensor.shape) if only is None or tensor.name in only else ():
                     yield tensor.name, rows, file.read(stored_name, rows)
+
+
+class TensorReader:
+    """Tensors of a folder's text model by name. Where each lies is looked up once. Errors as in `stream_tensors`."""
+
+    def __init__(self, model_dir: Path, spec: ModelSpec):
+        entries = _entries(model_dir, spec.tensors, spec)
+        self.places = {tensor.name: (shard, name) for shard, found in entries.items() for tensor, name in found}
+
+    def read(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, Tensor]:
+        """These tensors, in memory of their own, from which a GPU copies faster where it is pinned."""
+        found: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            files: dict[Path, SafetensorsReader] = {}
+            for name in names:
+                shard, stored_name = self.places[name]
+                if shard not in files:
+                    files[shard] = stack.enter_context(SafetensorsReader(shard))
+                tensor = files[shard].read(stored_name)
+                found[name] = tensor.pin_memory() if pinned else tensor.clone()
+        return found
 
 
 def _entries(

@@ -18,7 +18,7 @@ Gradients come as activations go, so the two are not in memory as a whole togeth
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from intaglio.errors import InputError
@@ -48,6 +48,8 @@ LABELS = {  # of the rows, for people
 GATHERED_HEAD = 3 * HALF
 # Of the largest sharded layer, whole: it and the next one, its gradient, and the gradient in float32 as it is summed
 GATHERED_LAYER = 3 * HALF + FLOAT
+GPTQ_SQUARES = 5 * FLOAT + 3 * 8  # bytes for each pair of inputs: moments and their copies, three factors in float64
+GPTQ_WEIGHTS = 8 * FLOAT + 2 * 8  # and for each weight of the linear
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class TrainingMemory:
     """Bytes on each GPU.
 
     teacher, student: bfloat16 weights; the student's hold decoded values, those of tables that are not trained too.
-    masters: float32 latents. scales: learned and fitted ones of weights that are trained, with their first values and
-        present steps.
+    masters: float32 latents, or codes that stand still. scales: learned and fitted ones of weights that are trained, with their
+        first values and present steps.
     gradients: bfloat16, of weights, and what one part of the optimizer step takes beside them.
     gathered: the largest layer and the head, whole, where weights are sharded.
     micro_tokens: tokens of a forward; what they cost is in activations and loss.
@@ -92,8 +94,13 @@ class TrainingMemory:
         return {name: size for name, size in rows.items() if name not in gone}
 
 
-def training_memory(plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool = False) -> TrainingMemory:
-    """Of `train` by the plan's own schedule: its micro-batch, or each GPU's share of the batch."""
+def training_memory(
+    plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool = False, scales_alone: bool = False
+) -> TrainingMemory:
+    """Of `train` by the plan's own schedule: its micro-batch, or each GPU's share of the batch.
+
+    scales_alone: in the stage "scales", where codes of a byte stand in the place of masters, and only scales learn.
+    """
     schedule = plan.recipe.schedule
     if not 1 <= gpus <= schedule.batch_size:
         raise InputError(
@@ -101,9 +108,11 @@ def training_memory(plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool =
         )
     sequences = schedule.micro_batch or -(-schedule.batch_size // gpus)
     tokens = sequences * schedule.sequence_length
-    trained = [t for t in plan if t.rule.trainable and not t.spec.buffer]
+    trained = [t for t in plan if (learns_scales(t) if scales_alone else t.rule.trainable) and not t.spec.buffer]
     weights = sum(t.spec.numel for t in plan)
     trained_weights = sum(t.spec.numel for t in trained)
+    learning = [_scales(t) for t in trained if learns_scales(t)]
+    learning += [] if scales_alone else [t.spec.numel for t in trained]
     head = _head_values(plan)
     tables = sum(t.spec.numel for t in plan if t.spec.role == "ple_embedding")
 
@@ -116,10 +125,10 @@ def training_memory(plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool =
         gradient_checkpointing=gradient_checkpointing,
         teacher=shared(HALF * (weights - tables)) + HALF * tables,
         student=shared(HALF * (weights - tables)) + HALF * tables,
-        masters=shared(FLOAT * trained_weights),
+        masters=shared((1 if scales_alone else FLOAT) * trained_weights),
         scales=shared(sum(_scale_bytes(t) for t in trained)),
         gradients=shared(HALF * trained_weights) + _step_bytes(schedule, trained, gpus),
-        optimizer=0 if schedule.offload_moments else _moment_bytes(schedule, trained, gpus),
+        optimizer=0 if schedule.offload_moments else _moment_bytes(schedule, learning, gpus),
         gathered=GATHERED_LAYER * max(_layer_values(plan).values()) + GATHERED_HEAD * head if gpus > 1 else 0,
         activations=activation_bytes(plan.model, tokens, gradient_checkpointing),
         loss=_loss_bytes(plan, tokens, head, gradient_checkpointing),
@@ -135,9 +144,8 @@ def _step_bytes(schedule: Schedule, trained: list[PlannedTensor], gpus: int) -> 
     return bucket * (2 * HALF + moments)  # gradients and decoded values
 
 
-def _moment_bytes(schedule: Schedule, trained: list[PlannedTensor], gpus: int) -> int:
-    """AdamW's two moments of weights and learned scales, as they are kept."""
-    sizes = [t.spec.numel for t in trained] + [_scales(t) for t in trained if learns_scales(t)]
+def _moment_bytes(schedule: Schedule, sizes: list[int], gpus: int) -> int:
+    """AdamW's two moments, as they are kept. sizes: numbers of values of each tensor that learns."""
     if schedule.moments == "int8":
         return 2 * sum(_int8_bytes(-(-size // gpus)) for size in sizes)
     return -(-2 * (HALF if schedule.moments == "bfloat16" else FLOAT) * sum(sizes) // gpus)
@@ -234,3 +242,64 @@ def layer_bytes(model: ModelSpec, layer: int) -> int:
 
 def _mlp_width(model: ModelSpec, layer: int) -> int:
     return model.tensor(f"model.layers.{layer}.mlp.gate_proj.weight").shape[0]
+
+
+@dataclass(frozen=True)
+class LayersMemory:
+    """Bytes of quantization layer by layer, with GPTQ and the stage "layers" as far as the schedule asks for them.
+
+    weights: on the GPU, the window's layers in bfloat16 and one original. masters: latents and scales. gptq: second
+    moments of the widest linear's inputs, their factors, and what is as large as its weights. training: gradients,
+    AdamW's moments and activations of the window. forward: of a layer and a batch, without gradients.
+    host: activations of the text between two layers, and the rows of embeddings that it looks up.
+    """
+
+    weights: int
+    masters: int
+    gptq: int
+    training: int
+    forward: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """On the GPU, at the peak."""
+        return self.weights + self.masters + max(self.gptq, self.training, self.forward)
+
+
+def layers_memory(plan: Plan) -> LayersMemory:
+    """Of `quantize --data`, or the stage "layers" of `train`, at the window of layers that takes most."""
+    schedule, learning = plan.recipe.schedule, "layers" in plan.recipe.schedule.stages
+    window = schedule.layer_window if learning else 1
+    sides = 2 if learning or schedule.gptq_tokens else 1
+    values = list(_layer_values(plan).values())
+    largest = max(sum(values[i : i + window]) for i in range(0, len(values), window))
+    tokens = schedule.layer_batch * schedule.sequence_length
+    layers = [t for t in plan if t.name.startswith("model.layers.")]
+    scales = max(_scale_bytes(t) / t.spec.numel for t in layers)
+    linears = [t.spec.shape for t in layers if t.quantized_linear and len(t.spec.shape) == 2]
+    rows, columns = max(linears, key=lambda shape: (shape[1], shape[0]), default=(0, 0))
+    activations = max(layer_bytes(plan.model, layer) for layer in range(len(values)))
+    width, config = plan.model.layer_config.hidden_size, plan.model.layer_config
+    per_layer = (getattr(config, "hidden_size_per_layer_input", 0) or 0) * len(values)
+    text = schedule.tokens_by_layers(bool(plan.static_scales))
+    state = largest * (HALF + 2 * FLOAT) + 2 * HALF * min(BUCKET_VALUES, largest)
+    return LayersMemory(
+        weights=HALF * (largest + max(values) * (sides - 1)),
+        masters=round(largest * (FLOAT + scales)),
+        gptq=(GPTQ_SQUARES * columns**2 + GPTQ_WEIGHTS * rows * columns) * bool(schedule.gptq_tokens),
+        training=(state + tokens * activations * window) * learning,
+        forward=tokens * sides * activations,
+        host=text * sides * HALF * (3 * width + 2 * per_layer + schedule.sequence_length),
+    )
+
+
+def stage_peaks(plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool = False) -> dict[str, int]:
+    """Bytes on each GPU at the peak of each stage that a recipe may have; "layers" runs on one."""
+    how: dict[str, Any] = {"gpus": gpus, "gradient_checkpointing": gradient_checkpointing}
+    by_layers = replace(plan, recipe=plan.recipe.with_schedule(stages=("layers",)))
+    return {
+        "layers": layers_memory(by_layers).total,
+        "scales": training_memory(plan, scales_alone=True, **how).total,
+        "model": training_memory(plan, **how).total,
+    }

@@ -97,6 +97,11 @@ class Plan:
     def everything(self) -> tuple[PlannedTensor, ...]:
         return self.tensors + self.carried
 
+    def under(self, *modules: str) -> Plan:
+        """The plan of the text model's tensors under these modules alone, with the static scales that are there."""
+        prefixes = tuple(f"{module}." for module in modules)
+        return replace(self, tensors=tuple(t for t in self.tensors if t.name.startswith(prefixes)), carried=())
+
     def text_only(self) -> Plan:
         """The plan without towers and their embedders."""
         carried = tuple(t for t in self.carried if t.spec.role not in TOWER_ROLES)
@@ -127,7 +132,8 @@ class Plan:
         linears = [t.spec for t in self.tensors if t.spec.role in roles and isinstance(t.grid, BlockGrid)]
         scales = activation_scales(linears)
         if self.recipe.kv_cache is not None:
-            scales += kv_scales(self.model)
+            attention = {t.name.rpartition(".q_proj.")[0] for t in self.tensors}
+            scales += [scale for scale in kv_scales(self.model) if scale.module in attention]
         return tuple(scales)
 
     @functools.cached_property

@@ -122,7 +122,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """What `to_toml` writes: every rule and the whole schedule, defaults included."""
         schedule = asdict(self.schedule)
-        schedule["betas"] = list(self.schedule.betas)
+        schedule |= {"betas": list(self.schedule.betas), "stages": list(self.schedule.stages)}
         table: dict[str, Any] = {"name": self.name, "summary": self.summary, "fit": self.fit}
         if self.families:
             table["families"] = list(self.families)

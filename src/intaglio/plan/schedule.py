@@ -11,6 +11,7 @@ from intaglio.plan.checks import check_keys
 
 LOSSES = ("kl", "cross_entropy")
 MOMENTS = ("float32", "bfloat16", "int8")
+STAGES = (("model",), ("layers",), ("scales",), ("layers", "model"), ("layers", "scales"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,11 @@ class Schedule:
     warmup: share of the steps. betas, weight_decay, clip: AdamW and gradient norm, as usual.
     frozen_tail: last share of the steps, in which codes stand still and only scales and float
         leftovers move; tail_lr: multiple of the learning rates in it.
+    stages: what is trained, in this order. "layers": the layers one after the other, each to give the original's
+        outputs; "scales": the scales of all weights, with codes that stand still; "model": everything.
+    layer_tokens: of the text that the stage "layers" learns from, layer_epochs times.
+    layer_batch: sequences that pass a layer together, in that stage and in what else `quantize` does with a text.
+    layer_lr: as `lr`, in that stage. layer_window: layers that are trained together.
     gptq_tokens: tokens of the text from which GPTQ chooses the first codes (0: rounding to nearest).
     calibration_tokens: of the text on which static scales of activations and KV cache get first values.
     seed: of the data order.
@@ -38,6 +44,7 @@ class Schedule:
     """
 
     loss: str = "kl"
+    stages: tuple[str, ...] = ("model",)
     learn_scales: bool = True
     assistant_only: bool = False
     lora_rank: int = 0
@@ -55,11 +62,21 @@ class Schedule:
     clip: float = 1.0
     frozen_tail: float = 0.7
     tail_lr: float = 1.0
+    layer_tokens: int = 262_144
+    layer_epochs: int = 2
+    layer_batch: int = 8
+    layer_lr: float = 3e-4
+    layer_window: int = 1
     gptq_tokens: int = 0
     calibration_tokens: int = 16_384
     seed: int = 0
     moments: str = "float32"
     offload_moments: bool = False
+
+    def tokens_by_layers(self, static: bool) -> int:
+        """Tokens of the text that go through a model layer by layer; static: whether static scales are calibrated."""
+        learning = self.layer_tokens if "layers" in self.stages else 0
+        return max(self.gptq_tokens, learning, self.calibration_tokens if static else 0)
 
 
 def parse_schedule(body: Any, source: str) -> Schedule:
@@ -72,8 +89,10 @@ def parse_schedule(body: Any, source: str) -> Schedule:
     values: dict[str, Any] = {}
     for key, value in body.items():
         kind = type(getattr(defaults, key))
-        if kind is tuple:
+        if key == "betas":
             value = _pair_of_shares(value, f"{where}: {key}")
+        if key == "stages":
+            value = _stages(value, f"{where}: {key}")
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if kind is int and isinstance(value, float) and value.is_integer():
@@ -93,6 +112,13 @@ def _pair_of_shares(value: Any, where: str) -> tuple[float, float]:
     return float(value[0]), float(value[1])
 
 
+def _stages(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or tuple(value) not in STAGES:
+        known = ", ".join(str(list(stages)) for stages in STAGES)
+        raise RecipeError(f"{where} = {value!r}: expected one of {known}")
+    return tuple(value)
+
+
 def _check_schedule(schedule: Schedule, where: str) -> None:
     if schedule.loss not in LOSSES:
         raise RecipeError(f"{where}: loss = {schedule.loss!r}: expected one of {', '.join(LOSSES)}")
@@ -100,11 +126,14 @@ def _check_schedule(schedule: Schedule, where: str) -> None:
         raise RecipeError(f"{where}: moments = {schedule.moments!r}: expected one of {', '.join(MOMENTS)}")
     if schedule.moments == "int8" and schedule.offload_moments:
         raise RecipeError(f"{where}: offload_moments with moments = 'int8': expected float32 or bfloat16 moments")
-    for key, least in (("tokens", 1), ("batch_size", 1), ("sequence_length", 2), ("calibration_tokens", 1)):
+    by_layers = ("layer_tokens", "layer_epochs", "layer_batch", "layer_window")
+    counts = ("tokens", "batch_size", "calibration_tokens", *by_layers)
+    for key, least in (("sequence_length", 2), *((key, 1) for key in counts)):
         if getattr(schedule, key) < least:
             raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected {least} or more")
     for key in (
         "lr",
+        "layer_lr",
         "scale_lr",
         "embedding_lr",
         "float_lr",
@@ -121,3 +150,7 @@ def _check_schedule(schedule: Schedule, where: str) -> None:
     for key in ("warmup", "frozen_tail"):
         if not 0 <= getattr(schedule, key) < 1:
             raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected a share in [0, 1)")
+    if "scales" in schedule.stages and not schedule.learn_scales:
+        raise RecipeError(f"{where}: the stage 'scales' trains scales alone, and learn_scales = false: leave out one")
+    if schedule.lora_rank and schedule.stages != ("model",):
+        raise RecipeError(f"{where}: lora_rank trains adapters in the stage 'model' alone: expected stages = ['model']")

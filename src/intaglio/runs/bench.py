@@ -14,17 +14,18 @@ from intaglio.errors import IntaglioError, MismatchError
 from intaglio.formats.table import Export, Format, format_of
 from intaglio.formats.verify import Verification, verify
 from intaglio.numerics.device import device_for
-from intaglio.packed.checkpoint import TextModel, load_model
+from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.progress import Progress
 from intaglio.train.corpus import Corpus
+from intaglio.train.layerwise import quantize_on_text
 from intaglio.train.loop import Options
-from intaglio.train.ptq import quantize_on_text
 from intaglio.train.quantize import quantize
+from intaglio.train.run_folder import START
 
 # kind -> folder of the run, in the order of the report
-PACKED = {"stock": "stock", "fitted": "fitted", "start": "start", "trained": "packed"}
+PACKED = {"stock": "stock", "fitted": "fitted", "start": START, "trained": "packed"}
 FAILURES = (IntaglioError, torch.OutOfMemoryError)  # of references and measurements, which take no run down
 FIT_LABELS = {"mse": "MSE fit", "stock": "Stock fit", "absmax": "Absmax fit"}
 REFERENCES = {"none": (), "stock": ("stock",), "all": ("stock", "fitted", "start")}
@@ -63,7 +64,14 @@ class Bench:
     @property
     def labels(self) -> dict[str, str]:
         fit = FIT_LABELS[self.plan.recipe.fit]
-        return {"stock": self.format.stock_label, "fitted": fit, "start": "GPTQ start", "trained": "QAT"}
+        start = "Layers" if "layers" in self.plan.recipe.schedule.stages else "GPTQ start"
+        return {"stock": self.format.stock_label, "fitted": fit, "start": start, "trained": "QAT"}
+
+    @property
+    def has_start(self) -> bool:
+        """Whether training began with something else than the recipe's fit."""
+        schedule = self.plan.recipe.schedule
+        return bool(schedule.gptq_tokens) or "layers" in schedule.stages
 
     def opened(self, kind: str) -> Bench:
         """The bench with the packed model of one more kind."""
@@ -127,15 +135,13 @@ def with_references(
     "start" is where training began, which training itself has packed. Without GPTQ that is the recipe's fit.
     """
     for kind in REFERENCES[references]:
-        if kind in bench.failures or (kind == "start" and not bench.plan.recipe.schedule.gptq_tokens):
+        if kind in bench.failures or (kind == "start" and not bench.has_start):
             continue
         try:
             if kind == "start":
                 bench = bench.opened(kind)  # training left it
                 continue
             progress.stage(f"Making {bench.labels[kind]}")
-            if bench.given is None and bench.plan.static_scales:
-                bench = dataclasses.replace(bench, given=load_model(bench.model_dir, device=bench.device))
             _make_reference(bench, kind, corpus, options, replace=replace)
             bench = bench.opened(kind)
             make_files(bench, kind, replace=replace)
@@ -149,7 +155,7 @@ def _make_reference(bench: Bench, kind: str, corpus: Corpus, options: Options | 
     if kind == "stock":
         plan = make_plan(bench.model_dir, format_of(plan).stock_recipe(plan.recipe))
     if plan.static_scales:
-        quantize_on_text(bench.given, plan, corpus, path, assets=bench.model_dir, options=options, replace=replace)
+        quantize_on_text(bench.model_dir, plan, corpus, path, options=options, device=bench.device, replace=replace)
     else:
         quantize(bench.model_dir, plan, path, replace=replace, device=bench.device)
 

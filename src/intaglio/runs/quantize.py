@@ -10,15 +10,15 @@ import torch
 
 from intaglio.errors import InputError
 from intaglio.numerics.device import Device, device_for
-from intaglio.packed.checkpoint import load_model, load_tokenizer, model_name
+from intaglio.packed.checkpoint import load_tokenizer, model_name
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import scratch_folder
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.progress import Progress
 from intaglio.train.corpus import load_corpus
 from intaglio.train.data.sources import Data
+from intaglio.train.layerwise import quantize_on_text
 from intaglio.train.media import audio_samples, image_samples
-from intaglio.train.ptq import quantize_on_text
 from intaglio.train.quantize import quantize
 from intaglio.train.towers import Towers
 
@@ -38,13 +38,16 @@ def quantize_model(
 ) -> dict[str, float]:
     """Write a PackedModel without training; return what calibrated activations change in each tower's output.
 
-    data: text to calibrate static scales on, and for GPTQ where the schedule has gptq_tokens; None leaves the scales
-    off. images, audio: folders, likewise for the towers' scales. trained: as `quantize` takes it, a text model that is
-    packed already. device: where tensors are fitted; None picks a GPU if there is one. Raises InputError for samples of
-    what the recipe does not quantize, and for GPTQ without text.
+    data: text to calibrate static scales on, for GPTQ where the schedule has gptq_tokens, and for the training of
+    layers where that is one of its stages; None leaves the scales off. images, audio: folders, likewise for the towers'
+    scales. trained: as `quantize` takes it, a text model that is packed already. device: where tensors are fitted; None
+    picks a GPU if there is one. Raises InputError for samples of what the recipe does not quantize, and for GPTQ or
+    layers without text.
     """
     if plan.recipe.schedule.gptq_tokens and data is None and trained is None:
         raise InputError("schedule.gptq_tokens: GPTQ needs text, and there is none: give --data")
+    if "layers" in plan.recipe.schedule.stages and data is None and trained is None:
+        raise InputError("schedule.stages: the stage 'layers' learns from text, and there is none: give --data")
     progress, out, device = progress or Progress(), Path(out), device_for(device)
     samples = [image_samples(model_dir, images)] if images is not None else []
     samples += [audio_samples(model_dir, audio)] if audio is not None else []
@@ -89,29 +92,30 @@ def _fit_on_text(
     progress: Progress,
 ) -> None:
     schedule = plan.recipe.schedule
-    if not plan.static_scales and not schedule.gptq_tokens:
+    gptq, layers = bool(schedule.gptq_tokens), "layers" in schedule.stages
+    if not (plan.static_scales or gptq or layers):
         raise InputError(
             f"recipe {plan.recipe.name} has no static scales to calibrate: leave out the text, or give it to GPTQ with "
-            "--set schedule.gptq_tokens=32768"
+            "--set schedule.gptq_tokens=32768, or to the training of layers with --set schedule.stages=['layers']"
         )
-    progress.stage("Loading the original")
-    tokenizer, teacher = load_tokenizer(model_dir), load_model(model_dir, device=device)
+    progress.stage("Reading text")
     corpus = load_corpus(
         data,
-        tokenizer,
+        load_tokenizer(model_dir),
         sequence_length=schedule.sequence_length,
         vocab_size=plan.model.layer_config.vocab_size,
-        max_tokens=max(schedule.gptq_tokens, schedule.calibration_tokens if plan.static_scales else 0),
+        max_tokens=schedule.tokens_by_layers(bool(plan.static_scales)),
     )
-    progress.stage("Fitting on text")
+    progress.stage("Quantizing layer by layer")
     quantize_on_text(
-        teacher,
+        model_dir,
         plan,
         corpus,
         out,
-        assets=model_dir,
-        gptq=bool(schedule.gptq_tokens),
+        gptq=gptq,
+        layers=layers,
+        device=device,
         provenance={"name": model_name(model_dir)},
         replace=replace,
-        on_progress=lambda done, total: progress.part(done, total, "tokens"),
+        on_window=lambda info: progress.part(info.last + 1, info.layers, info.figures),
     )

@@ -10,7 +10,7 @@ Every stage is a public function of its own; this file only puts them in order. 
     report.html report.md report.json     the proof
 
 in this order, so that a user has the files before anything is measured. start/ is there where GPTQ chose the
-first codes.
+first codes, or where layers were trained before the whole model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from intaglio.errors import CorpusError, InputError
+from intaglio.errors import CorpusError, InputError, OutputError
 from intaglio.formats.table import format_of
 from intaglio.formats.verify import Verification
 from intaglio.measure.candidates import artifact_candidate, packed_candidate
@@ -60,7 +60,8 @@ from intaglio.runs.proof import Evaluation, missing_runtime, prove
 from intaglio.train.corpus import Corpus, held_out_windows, load_corpus, sample_corpus
 from intaglio.train.data.sources import Data, path_of
 from intaglio.train.latents import Latents
-from intaglio.train.loop import Options, run_identity, train
+from intaglio.train.layerwise import quantize_on_text
+from intaglio.train.loop import Options, check_stages, run_identity, train
 from intaglio.train.pack import pack_model
 from intaglio.train.run_folder import check_run_dir, hold
 from intaglio.train.sharding import dismiss_processes, is_main, load_own_rows, start_processes, world_size
@@ -118,6 +119,10 @@ def _run(
     check_runs_alone(spec, model_dir)
     plan = make_plan(spec, recipe)
     make_plan(spec, format_of(plan).stock_recipe(recipe))  # a reference that cannot be made is known now
+    by_layers = "layers" in plan.recipe.schedule.stages
+    check_stages(plan.recipe.schedule, by_layers)
+    if by_layers and world_size() > 1:
+        raise InputError("the stage 'layers' runs in one process: start one, or take it out of schedule.stages")
     check_run_dir(out, run_identity(plan, None, options), resume)
     format_of(plan).check(plan, Path(model_dir))
     if missing := missing_runtime(format_of(plan)):
@@ -126,18 +131,22 @@ def _run(
     progress.stage("Reading text")
     corpus = training_text(plan, data, tokenizer, teacher, progress)
     corpus, windows_NT = held_out(corpus, evaluation, plan, tokenizer)
+    start = _layers(model_dir, plan, corpus, out, options, device, progress) if by_layers else None
     progress.stage("Training")
     failures: dict[str, str] = {}
+    keeps = world_size() == 1 and start is None
     latents = train(
-        teacher,
+        teacher if start is None else _teacher(model_dir, spec, device),  # the student is then what is given
         plan,
         corpus,
         out,
+        teacher=teacher,
+        start=start,
         options=options,
         resume=resume,
         on_step=progress.step,
         on_calibration=lambda done, total: progress.part(done, total, "tokens calibrated"),
-        on_start=_keep_start(model_dir, plan, out, evaluation, failures) if world_size() == 1 else lambda latents: None,
+        on_start=_keep_start(model_dir, plan, out, evaluation, failures) if keeps else lambda latents: None,
     )
     progress.stage("Packing")
     pack_model(latents, out / "packed", assets=model_dir, provenance=_provenance(model_dir, data), replace=resume)
@@ -156,6 +165,37 @@ def _run(
     verified = _files(bench, replace=resume, progress=progress)
     bench = with_references(bench, evaluation.references, corpus, options, progress, replace=resume)
     return _measure(bench, windows_NT, evaluation, verified, progress, began=began, replace=resume)
+
+
+def _layers(
+    model_dir: Path,
+    plan: Plan,
+    corpus: Corpus,
+    out: Path,
+    options: Options | None,
+    device: torch.device,
+    progress: Progress,
+) -> PackedModel:
+    """What the stage "layers" makes, in the run's folder; a run that was cut after it has it already."""
+    path = out / PACKED["start"]
+    if not path.is_dir():
+        progress.stage("Training layers")
+        quantize_on_text(
+            model_dir,
+            plan,
+            corpus,
+            path,
+            gptq=bool(plan.recipe.schedule.gptq_tokens),
+            layers=True,
+            options=options,
+            device=device,
+            provenance={"name": model_name(model_dir), "corpus": corpus.digest},
+            on_window=lambda info: progress.part(info.last + 1, info.layers, info.figures),
+        )
+    start = PackedModel.open(path)
+    if start.plan.digest != plan.digest or start.provenance.get("corpus") != corpus.digest:
+        raise OutputError(f"{path}: was made by another recipe or from other text: remove it, or choose another folder")
+    return start
 
 
 def _keep_start(
@@ -256,7 +296,7 @@ def training_text(plan: Plan, data: Data | None, tokenizer: Any, teacher: TextMo
             tokenizer,
             sequence_length=length,
             vocab_size=plan.model.layer_config.vocab_size,
-            max_tokens=schedule.tokens,
+            max_tokens=max(schedule.tokens, schedule.layer_tokens if "layers" in schedule.stages else 0),
             assistant_only=schedule.assistant_only,
         )
         for line in corpus.reading.lines() if corpus.reading is not None else []:

@@ -13,7 +13,7 @@ from intaglio.packed.identity import CHECKPOINT, COMPRESSED, CONFIG, MOBILE, loo
 from intaglio.plan.bundled import DRAFTER, MODELS, bundled_config, bundled_name, find_config
 from intaglio.plan.carried import describe_whole
 from intaglio.plan.family import ModelSpec
-from intaglio.plan.memory import TrainingMemory, training_memory
+from intaglio.plan.memory import TrainingMemory, stage_peaks, training_memory
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe, preset_names
 from intaglio.sizing.components import kv_cache_bytes, parameters
@@ -78,6 +78,14 @@ class Survey:
         """What towers and their embedders add to that, or are part of it in a mobile folder."""
         return self.footprint.total("resident_bytes") - self.footprint.total("resident_bytes", text_only=True)
 
+    @property
+    def stages(self) -> dict[str, int]:
+        """Bytes on each GPU at the peak of each stage of training; none of a drafter."""
+        if self.training is None:
+            return {}
+        checkpointing = self.wishes.gradient_checkpointing
+        return stage_peaks(self.plan, gpus=self.wishes.gpus, gradient_checkpointing=checkpointing)
+
     def needed_bytes(self, bits: int, *, text_only: bool = False) -> int:
         """Resident weights, the drafter's too, and the KV cache at so many bits."""
         drafter = self.drafter[1].total("resident_bytes") if self.drafter else 0
@@ -97,6 +105,7 @@ class Survey:
             "drafter": {"model": self.drafter[0]} | self.drafter[1].to_dict() if self.drafter else None,
             "needed_bytes": {f"bits_{bits}": self.needed_bytes(bits) for bits in self.kv},
             "training": asdict(self.training) | {"total": self.training.total} if self.training else None,
+            "stages": self.stages,
             "budget": {"bytes": self.wishes.budget_bytes, "recipes": [asdict(fit) for fit in self.fits]}
             if self.wishes.budget_bytes
             else None,

@@ -22,8 +22,8 @@ from intaglio.train.static import modules_by_name, put_scales, switch_static
 Batch = tuple[Tensor, Tensor]  # input_ids and positions, int64 [B, T]
 
 
-class _Observers:
-    """Histograms of what each owner of a scale sees, but for the tokens that `counted` leaves out."""
+class Observers:
+    """Histograms of what each owner of a scale sees, of the tokens that `counted` marks; of none where it is None."""
 
     def __init__(self, model: nn.Module, plan: Plan):
         device = next(model.parameters()).device
@@ -35,8 +35,12 @@ class _Observers:
 
     def see(self, module: str, kind: str, x_BT: Tensor) -> None:
         name = self.names.get((module, kind))
-        if name is not None:
+        if name is not None and self.counted is not None:
             self.counts[name] += magnitude_counts(x_BT[self.counted])
+
+    def fitted(self, reduce: Callable[[Tensor], Tensor] = lambda counts: counts) -> dict[str, float]:
+        """The owners' scales by name, of least squared error. WeightError as `calibrate` raises it."""
+        return {name: fit_static_scale(reduce(counts), name) for name, counts in self.counts.items()}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -79,7 +83,7 @@ def calibrate(
     a tensor over processes. on_progress: tokens done and in all. Raises WeightError for activations
     that are not finite, and for a scale whose tensor the text never reached.
     """
-    observers = _Observers(model, plan)
+    observers = Observers(model, plan)
     total, done = sum(ids.numel() for ids, _ in batches), 0
     switch_static(model, activations=False, kv_cache=False)
     with observers.watching():
@@ -90,6 +94,6 @@ def calibrate(
             on_progress(done, total)
     settle(model)
     switch_static(model, activations=True, kv_cache=True)
-    values = {name: fit_static_scale(reduce(counts), name) for name, counts in observers.counts.items()}
+    values = observers.fitted(reduce)
     put_scales(model, plan, values)
     return values

@@ -221,6 +221,8 @@ class BlockBucket(Bucket):
         self.codes_views = _views(self.codes, [latent.codes for latent in latents]) if self.mode == "frozen" else []  # type: ignore[misc]
         for latent, view in zip(latents, self.codes_views, strict=False):
             latent.codes = view
+            if not latent.latent.is_floating_point():  # its codes are all that it is
+                latent.latent.data = view
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:

@@ -124,6 +124,19 @@ class Latents:
                 if latent.adapter is not None:
                     latent.adapter.freeze()
 
+    def leave_scales(self) -> None:
+        """Fix all but scales that are learned, for good; of these weights no float masters are kept."""
+        self.freeze_codes()
+        for name, latent in list(self.trained.items()):
+            if isinstance(latent, BlockLatent) and latent.mode == "frozen":
+                assert latent.codes is not None
+                latent.latent = nn.Parameter(latent.codes, requires_grad=False)
+                continue
+            if isinstance(latent, BlockLatent):
+                self.still[name] = latent.pack()
+            latent.weight.requires_grad_(False)
+            del self.trained[name]
+
     def is_sharded(self, name: str) -> bool:
         """Whether each process owns only some rows of a planned tensor."""
         return isinstance(getattr(*self.owners[name]), DTensor)

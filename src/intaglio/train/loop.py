@@ -24,6 +24,7 @@ from intaglio.errors import InputError, TrainingError
 from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
+from intaglio.plan.schedule import Schedule
 from intaglio.train import checkpoint
 from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.latents import Latents
@@ -114,6 +115,7 @@ def train(
     options = options or Options()
     run_dir = Path(run_dir)
     device = start_processes()
+    check_stages(plan.recipe.schedule, start is not None)
     if plan.recipe.schedule.lora_rank and start is None:
         raise InputError("schedule.lora_rank is for training that goes on from a packed model: quantize it first")
     identity = run_identity(plan, start, options) | {"corpus": corpus.digest}
@@ -147,6 +149,20 @@ def train(
         session.run(saved, on_step)
         switch_static(student, activations=True, kv_cache=True)
         return latents
+
+
+def check_stages(schedule: Schedule, started: bool) -> None:
+    """Raise InputError for stages with nothing to train over the whole model, and where layers were to come before.
+
+    started: whether training goes on from a packed model, as that of layers leaves one.
+    """
+    if schedule.stages == ("layers",):
+        raise InputError(
+            "schedule.stages = ['layers'] trains nothing over the whole model: use `intaglio quantize --data`, or add "
+            "'scales' or 'model'"
+        )
+    if "layers" in schedule.stages and not started:
+        raise InputError("the stage 'layers' comes first, and leaves a packed model: give that as `start`")
 
 
 def _teacher(

@@ -30,7 +30,8 @@ class Phases:
         """The phases of a schedule: shares become whole steps."""
         tokens_per_step = schedule.batch_size * schedule.sequence_length
         total = max(1, round(schedule.tokens / tokens_per_step))
-        tail = total - int(total * schedule.frozen_tail)
+        frozen = 0.0 if "scales" in schedule.stages else schedule.frozen_tail  # there codes stand still anyway
+        tail = total - int(total * frozen)
         return cls(total, tail, max(1, int(total * schedule.warmup)))
 
     def lr_factor(self, step: int, tail_lr: float) -> float:

@@ -78,7 +78,8 @@ def quantize(
         writer.leave_static_off()
         if trained is not None:
             _copy(trained, writer, on_tensor)
-        for name, rows, values in stream_chunks(source, plan.model, carried_only=trained is not None):
+        wanted = None if trained is None else {tensor.name for tensor in plan.carried}
+        for name, rows, values in stream_chunks(source, plan.model, only=wanted):
             value = fit_tensor(values.to(device), plan, name, rows)
             writer.add(name, value, rows)
             if towers is not None:

@@ -24,7 +24,8 @@ LOSSES_FILE = "losses.jsonl"
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
 LOG_FILE = "run.log"
-OF_THE_PROCESS = (LOCK_FILE, LOG_FILE)  # there before a run has begun
+START = "start"  # folder of the packed model that training begins with, where it is not the recipe's fit
+OF_THE_PROCESS = (LOCK_FILE, LOG_FILE, START)  # there before a run has begun
 LONGEST_LOG = 1 << 30  # bytes
 
 

@@ -112,11 +112,7 @@ def load_own_rows(model_dir: str | Path, spec: ModelSpec, dtype: torch.dtype, de
     No process and no host ever holds the whole model in floats: it is built without memory, sharded where there are
     several processes, and filled tensor by tensor. Raises ConfigError as `load_model` does.
     """
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(transformers_config(spec.config), dtype=dtype)
-    model.tie_weights()
+    model = without_memory(transformers_config(spec.config), dtype)
     model.requires_grad_(False).eval()
     if world_size() > 1:
         shard(model, device)
@@ -125,6 +121,16 @@ def load_own_rows(model_dir: str | Path, spec: ModelSpec, dtype: torch.dtype, de
     with torch.no_grad():
         for name, values in stream_rows(model_dir, spec, {name: own_slice(t) for name, t in targets.items()}):
             local(targets[name]).copy_(values)
+    return model
+
+
+def without_memory(config: Any, dtype: torch.dtype) -> TextModel:
+    """transformers' model of its own config object, without memory behind its parameters; buffers have their values."""
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
     return model
 
 
@@ -140,11 +146,7 @@ def allocate(model: nn.Module, device: torch.device) -> None:
 
 def like(model: TextModel, device: torch.device) -> TextModel:
     """A model of the same shape and dtype, sharded likewise, with the same values in memory of its own."""
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        other = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
-    other.tie_weights()
+    other = without_memory(model.config, model.dtype)
     shard(other, device)
     allocate(other, device)
     values = dict(model.named_parameters()) | dict(model.named_buffers())

@@ -14,8 +14,16 @@ from intaglio.train.latent import BlockLatent
 
 
 def plan_to_go_on(packed: PackedModel, overrides: tuple[str, ...] | list[str] = ()) -> Plan:
-    """The plan of a packed model's text, with overrides of its recipe. RecipeError for grids that do not hold it."""
-    recipe = Recipe.from_toml(packed.plan.recipe.to_toml(), source="recipe of the packed model", overrides=overrides)
+    """The plan of a packed model's text, with overrides of its recipe. RecipeError for grids that do not hold it.
+
+    The stage "layers" of its own recipe is behind it; one that the overrides ask for is a RecipeError too.
+    """
+    packed_by = packed.plan.recipe
+    stages = tuple(stage for stage in packed_by.schedule.stages if stage != "layers") or ("model",)
+    text = packed_by.with_schedule(stages=stages).to_toml()
+    recipe = Recipe.from_toml(text, source="recipe of the packed model", overrides=overrides)
+    if "layers" in recipe.schedule.stages:
+        raise RecipeError("schedule.stages: the stage 'layers' begins with a checkpoint of floats, not a packed model")
     whole = make_plan(packed.plan.model, recipe)
     for tensor in whole.everything:
         before = packed.plan[tensor.name].grid

@@ -279,7 +279,9 @@ def use_static_attention(model: Any) -> None:
     Raises InputError for a model with another attention than sdpa: its numbers would change.
     """
     kind = model.config._attn_implementation
-    if kind not in ("sdpa", ATTENTION):
+    if kind == ATTENTION:
+        return
+    if kind != "sdpa":
         raise InputError(
             f"[kv_cache]: the model attends by {kind!r}, expected 'sdpa': load it with attn_implementation='sdpa'"
         )
