@@ -6,6 +6,7 @@
 A case is model:sequences:tokens, then any of these flags:
 
     checkpointing, compiled, mobile    how it is trained; `tail`: with frozen codes
+    gathered                           of several GPUs: weights stay whole from forward to backward, the teacher's for good
     plain, ours                        only this of the two
     turns                              both in memory, a step of each in turn: a busy host then disturbs both alike
     profile                            name the kernels that take most of a step
@@ -127,6 +128,8 @@ class Training:
         student, self.optimizer = self.prepared(original) if kind == "ours" else self.plain(original)
         synchronize(device)
         self.build_s = time.perf_counter() - began
+        for model in (student, original) if "gathered" in flags else ():
+            model.set_reshard_after_forward(False)
         set_layers(student, checkpointing="checkpointing" in flags, compiled="compiled" in flags)
         set_layers(original, compiled="compiled" in flags)
         softcap = getattr(student.config, "final_logit_softcapping", None)
