@@ -93,7 +93,10 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
     def note(info: WindowInfo) -> None:
         windows.append({"layers": [info.first, info.last], "at_seconds": round(now(device) - began, 2)})
-        print(f"layer {info.last + 1} of {info.layers}, {windows[-1]['at_seconds']} s, {info.figures}", flush=True)
+        peak = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device.type == "cuda" else ""
+        print(
+            f"layer {info.last + 1} of {info.layers}, {windows[-1]['at_seconds']} s{peak}, {info.figures}", flush=True
+        )
 
     quantize_on_text(
         folder / "checkpoint",

@@ -118,7 +118,7 @@ def test_layers_are_recomputed_and_compiled_within_shards(tmp_path: Path) -> Non
     ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-3000:]
     plain, both = json.loads((tmp_path / "losses.json").read_text())
-    assert both == pytest.approx(plain, rel=1e-6)
+    assert both == pytest.approx(plain, rel=1e-4)  # compiled layers attend in chunks, whose sums have another order
     assert plain == pytest.approx(layers.train()[0], rel=1e-5)
 
 

@@ -57,8 +57,8 @@ class TrainingMemory:
     """Bytes on each GPU.
 
     teacher, student: bfloat16 weights; the student's hold decoded values, those of tables that are not trained too.
-    masters: float32 latents, or codes that stand still. scales: learned and fitted ones of weights that are trained, with their
-        first values and present steps.
+    masters: float32 latents, or codes that stand still.
+    scales: learned and fitted ones of weights that are trained, with their first values and present steps.
     gradients: bfloat16, of weights, and what one part of the optimizer step takes beside them.
     gathered: the largest layer and the head, whole, where weights are sharded.
     micro_tokens: tokens of a forward; what they cost is in activations and loss.

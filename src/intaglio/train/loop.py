@@ -134,6 +134,8 @@ def train(
         saved = checkpoint.latest(run_dir)
         if start is None:  # else its codes and static scales are the packed model's
             _first_values(latents, original, corpus, device, saved, on_calibration)
+        if "scales" in plan.recipe.schedule.stages:
+            latents.leave_scales()
         compile_layers = compiled and device.type == "cuda"
         set_layers(student, checkpointing=options.gradient_checkpointing, compiled=compile_layers)
         if teacher is not None:
