@@ -218,7 +218,9 @@ def run_case(case: str, steps: int, device: torch.device, changes: list[str]) ->
     config = json.loads(path.read_text()) if path.suffix == ".json" else bundled_config(f"gemma-4-{model}")
     schedule = [f"schedule.batch_size={int(sequences) * world_size()}", f"schedule.sequence_length={tokens}", *changes]
     plan = make_plan(text_config(config), Recipe.load("mobile" if "mobile" in flags else "q4_0", schedule))
-    planned = training_memory(plan, gpus=world_size(), gradient_checkpointing="checkpointing" in flags)
+    planned = training_memory(
+        plan, gpus=world_size(), gradient_checkpointing="checkpointing" in flags, compiled="compiled" in flags
+    )
     found: dict[str, Any] = {
         "case": case,
         "gpus": world_size(),

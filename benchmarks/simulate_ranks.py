@@ -234,7 +234,9 @@ def simulate(case: str, gpus: int) -> dict[str, Any]:
     config = bundled_config(f"gemma-4-{model}") if "/" not in model else model
     schedule = [f"schedule.batch_size={int(sequences) * gpus}", f"schedule.sequence_length={tokens}"]
     plan = make_plan(text_config(config) if isinstance(config, dict) else config, Recipe.load("q4_0", schedule))
-    planned = training_memory(plan, gpus=gpus, gradient_checkpointing="checkpointing" in flags)
+    planned = training_memory(
+        plan, gpus=gpus, gradient_checkpointing="checkpointing" in flags, compiled="compiled" in flags
+    )
     with fake_ranks(gpus):
         assert world_size() == gpus
         found = measure(plan, int(sequences), int(tokens), "checkpointing" in flags)

@@ -18,6 +18,7 @@ Gradients come as activations go, so the two are not in memory as a whole togeth
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -48,6 +49,7 @@ LABELS = {  # of the rows, for people
 GATHERED_HEAD = 3 * HALF
 # Of the largest sharded layer, whole: it and the next one, its gradient, and the gradient in float32 as it is summed
 GATHERED_LAYER = 3 * HALF + FLOAT
+SMALLEST_CHUNK, MOST_CHUNKS = 512, 8  # of queries in attention; smaller chunks skip more keys, and take more kernels
 GPTQ_SQUARES = 5 * FLOAT + 3 * 8  # bytes for each pair of inputs: moments and their copies, three factors in float64
 GPTQ_WEIGHTS = 8 * FLOAT + 2 * 8  # and for each weight of the linear
 
@@ -95,10 +97,16 @@ class TrainingMemory:
 
 
 def training_memory(
-    plan: Plan, *, gpus: int = 1, gradient_checkpointing: bool = False, scales_alone: bool = False
+    plan: Plan,
+    *,
+    gpus: int = 1,
+    gradient_checkpointing: bool = False,
+    compiled: bool = True,
+    scales_alone: bool = False,
 ) -> TrainingMemory:
     """Of `train` by the plan's own schedule: its micro-batch, or each GPU's share of the batch.
 
+    compiled: decoder layers are, as `train` does by default on a GPU. It counts where layers are recomputed.
     scales_alone: in the stage "scales", where codes of a byte stand in the place of masters, and only scales learn.
     """
     schedule = plan.recipe.schedule
@@ -130,7 +138,8 @@ def training_memory(
         gradients=shared(HALF * trained_weights) + _step_bytes(schedule, trained, gpus),
         optimizer=0 if schedule.offload_moments else _moment_bytes(schedule, learning, gpus),
         gathered=GATHERED_LAYER * max(_layer_values(plan).values()) + GATHERED_HEAD * head if gpus > 1 else 0,
-        activations=activation_bytes(plan.model, tokens, gradient_checkpointing),
+        activations=activation_bytes(plan.model, tokens, gradient_checkpointing)
+        + (attention_bytes(plan.model, tokens, schedule.sequence_length) if gradient_checkpointing and compiled else 0),
         loss=_loss_bytes(plan, tokens, head, gradient_checkpointing),
     )
 
@@ -217,6 +226,30 @@ def activation_bytes(model: ModelSpec, tokens: int, gradient_checkpointing: bool
     outside = 2 * FLOAT * width + per_layer * len(layers) * (3 * FLOAT) + (HALF * width if per_layer else 0)
     kept = HALF * width * len(layers) + max(layers) if gradient_checkpointing else sum(layers)
     return tokens * (outside + kept)
+
+
+def attention_bytes(model: ModelSpec, tokens: int, length: int) -> int:
+    """What a compiled layer keeps of its attention in chunks although it is recomputed (see `train.attention`).
+
+    Queries, output and probabilities in bfloat16: torch 2.11's compiler saves what an autograd function inside of a
+    checkpoint computes twice. torch 2.13 does not.
+    """
+    config: Any = model.layer_config
+    size = 0
+    for layer, kind in enumerate(config.layer_types):
+        window = config.sliding_window if kind == "sliding_attention" else None
+        pairs = sum((q.stop - q.start) * (k.stop - k.start) for q, k in attention_chunks(length, window))
+        width = config.per_layer_config[layer].head_dim
+        size += HALF * config.num_attention_heads * (2 * width * tokens + pairs * tokens // length)
+    return size
+
+
+def attention_chunks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Slices of queries that attend together, and of the keys that any of these may see."""
+    size = max(SMALLEST_CHUNK, -(-length // MOST_CHUNKS))
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        yield slice(start, stop), slice(0 if window is None else max(0, start - window + 1), stop)
 
 
 def layer_bytes(model: ModelSpec, layer: int) -> int:

@@ -3,7 +3,8 @@
 torch's fused kernels compute whole squares once they are given a mask, and packed documents and sliding windows need
 one. For the 512-wide heads of Gemma 4's full layers torch has only a slow kernel: its backward took 11 ms for 4 x 2048
 tokens on an H200, ten times its forward. Here a chunk of queries meets only the keys that it may see. The backward
-computes the probabilities again, so nothing is kept but queries, keys, values and the output.
+computes the probabilities again, so nothing is kept but queries, keys, values and the output. A compiler may decide
+otherwise: that of torch 2.11 keeps probabilities in bfloat16, which `plan.memory.attention_bytes` counts.
 
 Shape suffixes: B sequences, H heads of queries, G heads of keys and values, R = H / G, T positions, D width of a head;
 N = R x queries of a chunk, K keys that they may see.
@@ -12,7 +13,7 @@ N = R x queries of a chunk, K keys that they may see.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,18 +22,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from intaglio.plan.memory import attention_chunks
 from intaglio.train.static import ATTENTION, static_attention
 
 CHUNKED = "intaglio_chunked"  # as transformers' registry of attention functions knows it
-SMALLEST_CHUNK, MOST_CHUNKS = 512, 8  # smaller chunks skip more keys, and take more kernels
-
-
-def _chunks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """Slices of queries, and of the keys that any of these may see."""
-    size = max(SMALLEST_CHUNK, -(-length // MOST_CHUNKS))
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        yield slice(start, stop), slice(0 if window is None else max(0, start - window + 1), stop)
 
 
 def _rows(x_BHTD: Tensor, queries: slice, groups: int) -> Tensor:
@@ -67,7 +60,7 @@ class ChunkedAttention(torch.autograd.Function):
         ctx: Any, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, mask: Tensor | None, scale: float, window: int | None
     ) -> Tensor:
         outputs = []
-        for queries, keys in _chunks(q_BHTD.shape[2], window):
+        for queries, keys in attention_chunks(q_BHTD.shape[2], window):
             seen = _seen(mask, queries, keys, window, q_BHTD.device)
             rows = _rows(q_BHTD, queries, k_BGTD.shape[1])
             output = _probabilities(rows, k_BGTD[:, :, keys], seen, scale) @ v_BGTD[:, :, keys]
@@ -81,7 +74,7 @@ class ChunkedAttention(torch.autograd.Function):
         (grad_BHTD,), (q_BHTD, k_BGTD, v_BGTD, mask) = grads, ctx.saved_tensors
         grad_q = []
         grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k_BGTD, v_BGTD))
-        for queries, keys in _chunks(q_BHTD.shape[2], ctx.window):
+        for queries, keys in attention_chunks(q_BHTD.shape[2], ctx.window):
             rows, grad = (_rows(x, queries, k_BGTD.shape[1]) for x in (q_BHTD, grad_BHTD))
             key, value = k_BGTD[:, :, keys], v_BGTD[:, :, keys]
             seen = _seen(mask, queries, keys, ctx.window, q_BHTD.device)
