@@ -42,7 +42,7 @@ from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
 from intaglio.train.sharding import load_own_rows
 
-# What each case sets; the first part of its name says what is done before the last.
+# Settings of each case. Its name lists what is done, in order.
 CASES: dict[str, dict[str, Any]] = {
     "fit": {"gptq_tokens": 0},
     "gptq": {},

@@ -42,7 +42,7 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How a plan ends.
+    """The files that a run exports, and the baseline that it is compared with.
 
     label: what the report calls the rounding. stock_label, stock_recipe: what anyone's tool would do
     without training, for a recipe. exports: what a run writes. check: raises before training what an
@@ -61,7 +61,7 @@ def _check_gguf(plan: Plan, model_dir: Path) -> None:
     check_exportable(plan.model, model_dir)
 
 
-# What llama.cpp's quantizer writes into the tensor types of portable grids.
+# llama.cpp's quantizer writes these grids into the tensor types of portable ones.
 STOCK_GRIDS: dict[Grid, Grid] = {Q4_0: Q4_0_FREE, Q6_K: Q6_K_FREE, Q8_0: Q8_0_FREE}
 
 
@@ -116,7 +116,7 @@ def format_of(plan: Plan) -> Format:
     return LITERT if any(tensor.grid == Q4_0_POSITIVE for tensor in plan) else MOBILE
 
 
-# What `intaglio export` writes, by the name of the target.
+# Exporters by the target's name in `intaglio export --to`.
 EXPORTERS: dict[str, Callable[..., Any]] = {
     "gguf": export_gguf,
     "hf": export_hf,

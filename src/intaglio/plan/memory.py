@@ -45,9 +45,9 @@ LABELS = {  # of the rows, for people
     "activations": "activations",
     "loss": "loss, by chunks",
 }
-# Of a sharded head, whole: teacher's, student's and the gradient in bfloat16
+# A sharded head is held whole three times in bfloat16: teacher's, student's, gradient
 GATHERED_HEAD = 3 * HALF
-# Of the largest sharded layer, whole: it and the next one, its gradient, and the gradient in float32 as it is summed
+# The largest sharded layer, whole: it, the next one and its gradient, and the gradient in float32 as it is summed
 GATHERED_LAYER = 3 * HALF + FLOAT
 SMALLEST_CHUNK, MOST_CHUNKS = 512, 8  # of queries in attention; smaller chunks skip more keys, and take more kernels
 GPTQ_SQUARES = 5 * FLOAT + 3 * 8  # bytes for each pair of inputs: moments and their copies, three factors in float64
@@ -104,7 +104,7 @@ def training_memory(
     compiled: bool = True,
     scales_alone: bool = False,
 ) -> TrainingMemory:
-    """Of `train` by the plan's own schedule: its micro-batch, or each GPU's share of the batch.
+    """Memory of `train` by the plan's own schedule: its micro-batch, or each GPU's share of the batch.
 
     compiled: decoder layers are, as `train` does by default on a GPU. It counts where layers are recomputed.
     scales_alone: in the stage "scales", where codes of a byte stand in the place of masters, and only scales learn.
@@ -145,7 +145,7 @@ def training_memory(
 
 
 def _step_bytes(schedule: Schedule, trained: list[PlannedTensor], gpus: int) -> int:
-    """What the optimizer step holds of one bucket, or with 8-bit moments of one weight, beside all gradients."""
+    """Bytes that the optimizer step holds of one bucket, or with 8-bit moments of one weight, beside all gradients."""
     if schedule.moments == "int8":  # the latent's gradient in float32, a copy of the weight's, and decoded values
         return max(-(-t.spec.numel // gpus) for t in trained) * (FLOAT + 2 * HALF)
     bucket = min(BUCKET_VALUES, -(-sum(t.spec.numel for t in trained) // gpus))
@@ -229,7 +229,7 @@ def activation_bytes(model: ModelSpec, tokens: int, gradient_checkpointing: bool
 
 
 def attention_bytes(model: ModelSpec, tokens: int, length: int) -> int:
-    """What a compiled layer keeps of its attention in chunks although it is recomputed (see `train.attention`).
+    """Bytes that compiled layers keep of attention in chunks although they are recomputed (see `train.attention`).
 
     Queries, output and probabilities in bfloat16: torch 2.11's compiler saves what an autograd function inside of a
     checkpoint computes twice. torch 2.13 does not.

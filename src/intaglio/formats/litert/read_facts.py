@@ -83,7 +83,7 @@ def _expected_constants(expected: Facts) -> Facts:
 
 
 def _constants(signature: Signature) -> Facts:
-    """What a graph computes with, as facts."""
+    """Facts of a graph: the constants that it computes with."""
     makers = {output: (code, inputs) for code, inputs, outputs in signature.operators for output in outputs}
     read = {code: [inputs for kind, inputs, _ in signature.operators if kind == code] for code in (COS, SUB, TANH)}
     angles = {tuple(_angles(signature, inputs[0], makers)) for inputs in read[COS]}
@@ -128,7 +128,7 @@ def _angles(signature: Signature, tensor: int, makers: dict[int, tuple[int, list
 
 
 def _eps(graph: Signature) -> Iterator[float]:
-    """What is added before a reciprocal square root, also where the sum is given another shape between them."""
+    """Constant added before a reciprocal square root, also where the sum is reshaped between the two."""
     makers = {output: (code, inputs) for code, inputs, outputs in graph.operators for output in outputs}
     for code, inputs, _ in graph.operators:
         if code == RSQRT:
