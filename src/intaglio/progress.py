@@ -1,4 +1,4 @@
-"""What a run says of its progress: bars on a terminal, lines in a log, and the same lines in its folder."""
+"""Progress of a run: bars on a terminal, lines in a log, and the same lines in its folder."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Lines:
 
 
 def _sizes_of_logs(run_dir: Path) -> dict[Path, int]:
-    """Of a run folder, and of the runs in it where it has several."""
+    """Log of a run folder, or of the runs in it where it has several."""
     return {path: path.stat().st_size for path in (*run_dir.glob(LOG_FILE), *run_dir.glob(f"*/{LOG_FILE}"))}
 
 

@@ -1,4 +1,4 @@
-"""What the verbs share: the application, options that several have, and how they print JSON."""
+"""Shared parts of the verbs: the application, options that several have, and how they print JSON."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ References = Annotated[
 def evaluation_of(
     text: str | Path | None, tokens: int, prompts: list[str], columns: list[str], references: str | None = None
 ) -> Evaluation:
-    """What to measure on, as the options say it."""
+    """The text to measure on, as the options say it."""
     from intaglio.runs.proof import Evaluation
 
     held_out = source_of(text, columns)

@@ -26,7 +26,7 @@ def write_page(survey: Survey, path: Path, *, replace: bool = False) -> None:
 
 
 def page_values(survey: Survey) -> dict[str, Any]:
-    """What the template prints."""
+    """Values that the template prints."""
     plan, total = survey.plan, survey.footprint.total
     training = survey.training
     return {

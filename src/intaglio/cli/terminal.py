@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: progress bars and tables."""
+"""Output on a terminal: progress bars and tables."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def print_report(report: Report, out: Path) -> None:
 
 
 def print_comparison(name: str, comparison: Comparison) -> None:
-    """What was measured of one artifact, as a table."""
+    """Print the measurement of one artifact as a table."""
     table = new_table(f"{name} in {comparison.runtime}, {comparison.tokens:,} tokens", _headers())
     table.add_row(*_figures(comparison))
     console.print(table)
@@ -196,7 +196,7 @@ def _share(count: int, total: int) -> str:
 
 
 def print_conversion(result: Conversion) -> None:
-    """What was taken over, what was fitted because it had no trained grid, and what was lost."""
+    """Print what was taken over, what was fitted because it had no trained grid, and what was lost."""
     packed = result.packed
     for grid, count in result.grids.items():
         console.print(f"{count:5} tensors: {grid}", highlight=False)

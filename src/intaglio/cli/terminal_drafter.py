@@ -1,4 +1,4 @@
-"""What a person sees of a drafter in the terminal."""
+"""Output for drafters on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `intaglio plan` shows in a terminal."""
+"""Output of `intaglio plan` on a terminal."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def print_survey(survey: Survey) -> None:
 
 
 def file_kind(survey: Survey) -> str:
-    """What the file is, and where towers go."""
+    """Kind of the file, and where towers go."""
     if survey.plan.mobile:
         return "Gemma mobile folder" + ", towers included" * survey.footprint.towers
     return "GGUF with its tokenizer" + "; towers in an mmproj beside it" * survey.footprint.towers
 
 
 def towers_note(survey: Survey) -> str:
-    """How much of what is resident are towers, or how much they come to beside it."""
+    """Share of the resident bytes that towers take, or their bytes beside it."""
     if not survey.tower_bytes:
         return ""
     return (
@@ -168,7 +168,7 @@ def training_title(training: TrainingMemory) -> str:
 
 
 def fits_table(survey: Survey) -> Table:
-    """Which recipes fit the budget, and the longest context of each."""
+    """Print the recipes that fit the budget, with the longest context of each."""
     contexts = (f"with {bits}-bit KV" for bits in KV_BITS)
     table = _table("recipe", "on disk", "resident", "mapped", *contexts)
     for fit in survey.fits:

@@ -1,4 +1,4 @@
-"""How many drafts a target accepts, worked out from one pass over text that the target wrote.
+"""Numbers of drafts that a target accepts, computed from one pass over text that the target wrote.
 
 Greedy: a draft is accepted if it is the target's own next token, and drafts end at the first that is not. What the
 target writes does not depend on the drafter, so drafts from every place of its text can be made side by side, and
@@ -33,7 +33,7 @@ LONGEST = 8  # drafts of a round
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What rounds of one draft length came to.
+    """Result of the rounds of one draft length.
 
     by_position: share of the rounds in which the first, second, ... draft was accepted. accepted: drafts that were,
     of all that were made. length: tokens that a round adds, its own token included. rounds: how many there were.

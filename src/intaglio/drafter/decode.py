@@ -24,7 +24,7 @@ from intaglio.train.distill import cap
 
 @dataclass
 class Written:
-    """What a loop wrote: tokens after the prompt, and of each round how many drafts were accepted."""
+    """Output of a decoding loop: tokens after the prompt, and of each round how many drafts were accepted."""
 
     tokens: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
@@ -137,7 +137,7 @@ class Costs:
     drafter: float
 
     def speed_up(self, length: float, draft_length: int) -> float:
-        """How much faster rounds that add `length` tokens are than a token at a time."""
+        """Speed of rounds that add `length` tokens, as a multiple of one token at a time."""
         return length * self.target[0] / (self.target[draft_length] + draft_length * self.drafter)
 
 

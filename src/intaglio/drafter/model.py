@@ -35,7 +35,7 @@ TAKEN = (
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What a new drafter's layers are like, and how many clusters its head has (0: none).
+    """Shape of a new drafter's layers, and the number of clusters in its head (0: none).
 
     width: of the hidden states. mlp: of the MLP. heads: of the queries. top_clusters: how many of the clusters
     are looked into for each token.

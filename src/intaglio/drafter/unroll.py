@@ -1,4 +1,4 @@
-"""What a drafter reads of its target, and its draft steps, for all places of a text at once.
+"""Inputs that a drafter takes from its target, and its draft steps, for all places of a text at once.
 
 After token x[t + 1] is known, the target has read the text up to x[t]. A drafter's first step takes the embedding of
 x[t + 1] and the target's hidden state h[t], attends to the target's keys and values up to t, and predicts
@@ -57,7 +57,7 @@ def cached(target: Any, kind: str, key: Tensor, value: Tensor) -> tuple[Tensor, 
 
 
 def masks(positions: Tensor, window: int) -> dict[str, Tensor]:
-    """Which keys [B, 1, T, T] a draft that begins at each token may attend to, by type of layer; bool.
+    """Keys [B, 1, T, T] that a draft which begins at each token may attend to, by type of layer; bool.
 
     The keys are those of its document up to it; where the window applies, those that the token after it, whose
     position the drafter has, would see.
@@ -113,7 +113,7 @@ def window_of(model: Any) -> int:
 
 
 def inside(positions: Tensor, count: int) -> Tensor:
-    """Which drafts [B, T - count, count] stay in the document that they began in; bool."""
+    """True for drafts [B, T - count, count] that stay in the document that they began in."""
     document = (positions == 0).cumsum(1)
     places = positions.shape[1] - count
     later = torch.stack([document[:, step : step + places] for step in range(1, count + 1)], -1)

@@ -59,7 +59,7 @@ def config_facts(config: dict[str, Any], *, text_only: bool = False) -> Facts:
 
 
 def spelled_twice(layers: Any) -> Facts:
-    """What fields of OTHER_SPELLINGS have to say for a text config, under the names that `config_facts` gives them."""
+    """Values that the fields of OTHER_SPELLINGS need for a text config, under the names that `config_facts` gives them."""
     full = layers.layer_types.index("full_attention") if "full_attention" in layers.layer_types else 0
     each, known = layers.per_layer_config[full], ropes(layers)
     return {
@@ -72,7 +72,7 @@ def spelled_twice(layers: Any) -> Facts:
 
 
 def _spelled(said: Facts, layers: Any) -> Facts:
-    """What fields of OTHER_SPELLINGS say, as far as a config has them."""
+    """Values of the fields of OTHER_SPELLINGS, as far as a config has them."""
     facts = {name: said[name] for name in OTHER_SPELLINGS[:2] if said.get(name) is not None}
     pairs = layers.per_layer_config[0].head_dim // 2
     if "rope_theta" in said:

@@ -28,7 +28,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 @dataclass(frozen=True)
 class Speech:
-    """What stands between a model and text.
+    """The tokenizer, template and settings that stand between a model and text.
 
     tokenizer: transformers' own. templates: by name, a single one as "default". settings: of
     generation_config.json. end_ids: every token that ends an answer, by the settings, the config and the tokenizer.
@@ -104,7 +104,7 @@ def _templates(tokenizer: Any) -> dict[str, str]:
 
 
 def read_settings(folder: Path) -> Facts:
-    """What generation_config.json says, without who wrote it; empty where there is none."""
+    """Settings of generation_config.json, without its author; empty where there is none."""
     path = folder / GENERATION_FILE
     said = read_json(path) if path.is_file() else {}
     return {key: value for key, value in said.items() if key not in SETTINGS_LEFT_OUT}
@@ -211,6 +211,6 @@ def compare_folder_speech(expected: Speech | None, folder: Path, config: dict[st
 
 
 def _backend(speech: Speech) -> Facts:
-    """What the tokenizer does in the words of tokenizer.json, as transformers has it."""
+    """Steps of the tokenizer as transformers has it, in the words of tokenizer.json."""
     found: Facts = json.loads(speech.tokenizer.backend_tokenizer.to_str())
     return {name: value for name, value in found.items() if name not in ("version", "truncation", "padding")}

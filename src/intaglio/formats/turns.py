@@ -85,7 +85,7 @@ def _turns(folder: str, template: str, bos: str) -> Turns | None:
 
 
 def modelfile_facts(speech: Speech | None, architecture: str) -> Facts:
-    """What a Modelfile has to say, so that Ollama talks to a model by the model's own template, stops and settings.
+    """Lines of a Modelfile, so that Ollama talks to a model by the model's own template, stops and settings.
 
     stop: texts of all end tokens. Raises ConfigError for a template that Ollama would not use, and for settings that
     are no numbers.

@@ -46,7 +46,7 @@ def _words(kind: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was compared and what differs.
+    """Result of a comparison: the facts compared, and those that differ.
 
     codes, scales, static_scales, values: how many were compared; static scales are those of activations
         and KV cache, values are floats outside of blocks, or all weights of an artifact that stores
@@ -82,7 +82,7 @@ class Verification:
 
     @property
     def compared(self) -> str:
-        """What was compared, for a person: "weights, config, tokenizer"."""
+        """The compared facts, for a person: "weights, config, tokenizer"."""
         return ", ".join(["weights", *(group for group, count in self.facts.items() if count)])
 
     def summary(self) -> str:

@@ -1,4 +1,4 @@
-"""What is compared with the original: packed models, and artifacts in their own runtimes."""
+"""Models that are compared with the original: packed models, and artifacts in their own runtimes."""
 
 from __future__ import annotations
 

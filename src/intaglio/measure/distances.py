@@ -1,4 +1,4 @@
-"""How far each weight tensor of packed models is from the original's."""
+"""Distance of each weight tensor of packed models from the original's."""
 
 from __future__ import annotations
 

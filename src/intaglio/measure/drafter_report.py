@@ -1,4 +1,4 @@
-"""What pairs of a target and a drafter came to: acceptance by position and draft length, and what it is worth."""
+"""Results of pairs of a target and a drafter: acceptance by position and draft length, and what it is worth."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ OnProgress = Callable[[int, int, dict[str, float]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What is compared, and how honest a stand-in it is for the shipped file.
+    """A model to compare, and whether it is the shipped file or stands in for it.
 
     runtime: what computes the logits, with its version. simulated: whether it is a fake-quantized
     model rather than the artifact in its runtime.
@@ -154,7 +154,7 @@ def _stream(name: str, source: LogitSource, windows_NT: Tensor) -> Iterator[Tens
 
 @torch.no_grad()
 def greedy(model: Any, tokenizer: Any, prompts: Iterable[str], tokens: int) -> list[str]:
-    """What the model continues each prompt with, always taking the likeliest token; without the prompt.
+    """The model's continuation of each prompt, always taking the likeliest token; without the prompt.
 
     Ends after `tokens` tokens or at the model's end-of-text token.
     """

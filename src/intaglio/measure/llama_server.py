@@ -49,7 +49,7 @@ except OSError as error:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the server wrote after a prompt, and its statistics.
+    """The server's text after a prompt, and its statistics.
 
     tokens: ids, those of the prompt not among them. seconds: of generating, without the prompt. drafted, accepted:
     tokens that the drafter proposed, and those of them that the model would have written. checks: forwards of the

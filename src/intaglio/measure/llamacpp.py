@@ -165,7 +165,7 @@ class LlamaCpp:
         return tokens
 
     def _pieces(self, tokens: list[int]) -> Iterator[tuple[int, list[int]]]:
-        """What llama.cpp takes at once, with its position."""
+        """A batch that llama.cpp takes at once, with its position."""
         for start in range(0, len(tokens), BATCH_TOKENS):
             yield start, tokens[start : start + BATCH_TOKENS]
 

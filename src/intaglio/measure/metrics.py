@@ -1,4 +1,4 @@
-"""How far a candidate's next-token distributions are from a reference's, token by token.
+"""Distance of a candidate's next-token distributions from a reference's, token by token.
 
 Shape suffixes: T tokens of a window, V vocabulary.
 

@@ -44,7 +44,7 @@ class Original:
 
     @property
     def note(self) -> str:
-        """How exact figures are that were measured with it."""
+        """Noise floor of figures that were measured with it."""
         dtype = str(self.model.dtype).removeprefix("torch.")
         return (
             f"The original and the rows named “simulated” compute in {dtype} on {self.model.device.type}. Noise floor "
@@ -97,7 +97,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _room(model: TextModel, windows_NT: Tensor, device: torch.device) -> tuple[int, int]:
-    """How many windows may share a forward, and how many bytes of logits may be kept."""
+    """Number of windows that share a forward, and bytes of logits that may be kept."""
     if device.type == "cpu":
         return 1, KEEP_BYTES_CPU
     parameters = sum(parameter.nbytes for parameter in model.parameters())

@@ -57,7 +57,7 @@ class ComparisonRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """What training won back: 1 - KL(trained) / KL(baseline), both in the same runtime.
+    """Recovered share of the baseline's KL: 1 - KL(trained) / KL(baseline), both in the same runtime.
 
     measured: the trained row's comparison.
     """
@@ -85,7 +85,7 @@ class TrainingPath:
 
     @property
     def summary(self) -> str:
-        """What the start gave, and what training added to it."""
+        """Shares of the recovery that the start gave and that training added."""
         stock, start, trained = self.kls
         change = recovered_share(trained, start) if start > 0 else 0.0
         turn = "took off" if change >= 0 else "added"
@@ -115,7 +115,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """How it was made: versions by package, the command, seconds of work and training tokens."""
+    """Provenance: versions by package, the command, seconds of work and training tokens."""
 
     versions: dict[str, str]
     command: str = ""
@@ -270,7 +270,7 @@ def _by_weight(pair: Recovery) -> tuple[bool, bool, int]:
 
 
 def _share(path: TrainingPath) -> str:
-    """What the start recovers of stock rounding's loss."""
+    """Share of stock rounding's loss that the start recovers."""
     stock, start, _ = path.kls
     share = recovered_share(start, stock)
     return f"recovers {percent(share)}" if share >= 0 else f"is {percent(-share)} further"

@@ -1,4 +1,4 @@
-"""Which device works on tensors: a GPU where there is one."""
+"""The device that works on tensors: a GPU where there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What llama.cpp's quantizer makes of a tensor, bit for bit, on a CPU and on a GPU.
+"""The result of llama.cpp's quantizer on a tensor, bit for bit, on a CPU and on a GPU.
 
 A fused multiply-add would change some codes. PyTorch's eager kernels do one operation each, and IEEE 754 says what each
 gives, so both devices find the same bits. Three rules keep it so: never compile this file, divide by a number with
@@ -21,7 +21,7 @@ Q6_K_EMPTY = 1e-15  # ggml: GROUP_MAX_EPS
 
 
 def fit_stock(values_RC: Tensor, grid: BlockGrid) -> Quantized:
-    """What llama.cpp's quantizer would write, bit for bit (without an importance matrix).
+    """The codes and scales that llama.cpp's quantizer would write, bit for bit (without an importance matrix).
 
     Source of the rules: ggml-quants.c, quantize_row_{q4_0,q8_0,q6_K}_ref.
     """

@@ -75,7 +75,7 @@ def _round(values: Tensor, divisor: Tensor, grid: BlockGrid) -> Tensor:
 
 
 def ridge_of(columns: int, tokens: int) -> float:
-    """How strongly corrected weights are held where they were, in mean second moments of the inputs.
+    """Ridge that holds corrected weights where they were, in mean second moments of the inputs.
 
     The more weights have to be found from a token, the more: else the sample's noise is fitted. Tried on the bundled
     model with 2 to 64 thousand tokens (docs/experiments.md).

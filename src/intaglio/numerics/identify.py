@@ -1,4 +1,4 @@
-"""Which grid some rows of a tensor lie on, judged from a sample; `recover` then says it of every block.
+"""The grid that some rows of a tensor lie on, judged from a sample; `recover` then says it of every block.
 
 Blocks of 32 with few bits leave the quantizer's fingerprint: which code the extremum has, and whether scales may
 be negative. A scale that clips its block cannot be told from absmax / 8 for certain: it leaves more codes
@@ -99,7 +99,7 @@ def _row_grid(rows_RK: Tensor) -> tuple[float, Hypothesis] | None:
 
 
 def _telling(values_NK: Tensor) -> Tensor:
-    """Which blocks are more than one number over and over, or a few among zeros: these are on any grid."""
+    """Mask of informative blocks. One number repeated, or a few among zeros, fits every grid."""
     return ((values_NK != 0).sum(1) >= TELLING) & (values_NK.amin(1) != values_NK.amax(1))
 
 

@@ -32,7 +32,7 @@ def row_chunks(quantized: Quantized) -> Iterator[tuple[slice, Quantized]]:
 
 
 def map_chunks(function: Callable[[slice, Quantized], Result], quantized: Quantized) -> Iterator[Result]:
-    """What `function` makes of each of the `row_chunks`, in their order, several computed at a time.
+    """Results of `function` for each of the `row_chunks`, in their order, several computed at a time.
 
     NumPy computes in one thread and lets others run meanwhile, so there is a thread for each that torch may use.
     """

@@ -1,4 +1,4 @@
-"""Which codes and scales explain stored floats bit for bit: the grid that a checkpoint was trained on, found again.
+"""Codes and scales that explain stored floats bit for bit: the grid that a checkpoint was trained on, found again.
 
 Shape suffixes: N blocks, K the values under one scale. Work is done on [K, N], so that a block's
 reductions run over whole rows of memory.
@@ -37,7 +37,7 @@ GUESSED_AT_ONCE = 1 << 19  # values whose guesses are tried together: temporarie
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What a quantizer may have done to a block.
+    """A rule by which a quantizer may have rounded a block.
 
     code_min, code_max: inclusive. signed: the extremum's code is negative whatever its sign, as ggml has
     it, so that scales may be negative; else they are positive. peaks: magnitudes of the extremum's code,
@@ -100,7 +100,7 @@ def _quick_attempt(stored_KN: Tensor, x_KN: Tensor, extremum: Tensor, guess: Ten
 
 
 def guesses_that_hold(values_NK: Tensor, rule: Rule) -> Tensor:
-    """Which of the rule's peaks explain each block: bool [number of peaks, N]. All of them do with zeros."""
+    """True for the rule's peaks that explain each block: bool [number of peaks, N]. All of them do with zeros."""
     stored_KN = values_NK.t().contiguous()
     x_KN = _computed(stored_KN)
     extremum = _extremum(x_KN)
@@ -175,7 +175,7 @@ def _checked(
 
 
 def _differs(first_KN: Tensor, second_KN: Tensor) -> Tensor:
-    """Which blocks have a value whose bits differ: bool [N]. Of `first_KN` nothing is left."""
+    """True for blocks that have a value whose bits differ: bool [N]. Of `first_KN` nothing is left."""
     bits = torch.int32 if first_KN.dtype == torch.float32 else torch.int16
     difference = first_KN.view(bits).bitwise_xor_(second_KN.view(bits))
     return (difference.amax(0) != 0) | (difference.amin(0) != 0)

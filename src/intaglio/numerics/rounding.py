@@ -53,5 +53,5 @@ def power_of_two_below(x: Tensor) -> Tensor:
 
 
 def is_normal_positive(scales: Tensor) -> Tensor:
-    """Which float32 scales a runtime can divide by: neither zero, subnormal, negative, infinite nor NaN."""
+    """True for float32 scales that a runtime can divide by: neither zero, subnormal, negative, infinite nor NaN."""
     return (scales >= FLOAT_SMALLEST) & torch.isfinite(scales)

@@ -38,7 +38,7 @@ NAMELESS = ("model", "hf", "packed", "checkpoint", "merged", "final")
 
 
 def model_name(model_dir: str | Path) -> str:
-    """What a person calls the model of a folder: the folder's name, or its parent's where that says nothing."""
+    """Name of the model of a folder: the folder's name, or its parent's where that says nothing."""
     path = Path(model_dir).resolve()
     return path.parent.name if path.name in NAMELESS and path.parent.name else path.name
 

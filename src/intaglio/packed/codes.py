@@ -27,7 +27,7 @@ FIELDS: dict[int, tuple[str, tuple[int, ...], int]] = {4: ("<u2", (4,), 0x0F0F),
 
 
 def unpack_codes(packed: Tensor, grid: BlockGrid) -> Tensor:
-    """What `pack_codes` stored, back to int8 [R, C] on the same device."""
+    """The codes that `pack_codes` stored, back to int8 [R, C] on the same device."""
     if grid.code_bits not in FIELDS:
         return packed
     if packed.device.type != "cpu":

@@ -23,7 +23,7 @@ ADVICE = "restore the file from a copy, or make it again"
 
 
 class Hashes:
-    """What a file says of its tensors: SHA-256 and place of each, checked against the bytes one by one.
+    """Index of a file's tensors: SHA-256 and place of each, checked against the bytes one by one.
 
     Raises ConfigError for a header that is not the one that was written, and for hashes that are missing.
     """

@@ -43,7 +43,7 @@ FLOATS_INSTEAD = "its codes are no weights to train or to fit: take the checkpoi
 
 @dataclass(frozen=True)
 class Quantizer:
-    """How the weights of someone's quantizer are recognised.
+    """Marks by which the weights of someone's quantizer are recognised.
 
     title: its name. methods: values of quant_method in config.json. names: of tensors beside the codes.
     """
@@ -76,7 +76,7 @@ QUANTIZERS = (
 
 @dataclass(frozen=True)
 class Found:
-    """What a path holds. kind: one of the constants above. what, advice: how an error says it."""
+    """Contents of a path. kind: one of the constants above. what, advice: how an error says it."""
 
     path: Path
     kind: str
@@ -89,7 +89,7 @@ class Found:
 
 
 def expect(path: str | Path, *kinds: str) -> Found:
-    """What a path holds, if it is of one of these kinds; else raise the ConfigError that says what it is."""
+    """Contents of a path, of one of these kinds. Raises a ConfigError that says what it is instead."""
     found = look(path)
     if found.kind not in kinds:
         raise found.error()
@@ -97,7 +97,7 @@ def expect(path: str | Path, *kinds: str) -> Found:
 
 
 def look(path: str | Path) -> Found:
-    """What a file or folder holds. ConfigError for safetensors, an index or a config that cannot be read."""
+    """Contents of a file or folder. Raises ConfigError for safetensors, an index or a config that cannot be read."""
     path = Path(path)
     if path.is_file():
         return _look_at_file(path)
@@ -143,7 +143,7 @@ Headers = dict[str, tuple[str, tuple[int, ...]]]  # dtype, as safetensors spells
 
 
 def _judge(path: Path, config: dict[str, Any], found: Headers, adapter: str | None, plain: str) -> Found:
-    """What whole weights are, by their names and dtypes; `plain` if they are floats and nothing else."""
+    """Kind of whole weights, by their names and dtypes; `plain` if they are floats and nothing else."""
     prepared = _first(PREPARED_NAMES, found)
     if prepared is not None:
         return Found(
@@ -167,7 +167,7 @@ def _judge(path: Path, config: dict[str, Any], found: Headers, adapter: str | No
 
 
 def _quantized(path: Path, config: dict[str, Any], found: Headers) -> Found | None:
-    """Whose codes these weights are; None for floats."""
+    """Name of the quantizer that wrote these weights; None for floats."""
     key = "quantization" if "quantization" in config else "quantization_config"  # the first is MLX's
     table = config.get(key)
     table = table if isinstance(table, dict) else {}

@@ -199,7 +199,7 @@ class PackedWriter:
 
 
 def metadata_of(plan: Plan, provenance: dict[str, Any]) -> dict[str, str]:
-    """What makes a plan again, as a file's metadata; `read_plan` reads it."""
+    """Metadata of a file from which `read_plan` makes the plan again."""
     return {
         "format": FORMAT,
         "recipe": plan.recipe.to_toml(),
@@ -303,13 +303,13 @@ class PackedModel:
 
     @property
     def lossy_blocks(self) -> int:
-        """How many blocks a conversion fitted anew, because their trained codes could not be had."""
+        """Number of blocks that a conversion fitted anew, because their trained codes could not be had."""
         lossy = self.provenance.get("lossy")
         return int(lossy["blocks"]) if isinstance(lossy, dict) else 0
 
     @property
     def file_metadata(self) -> dict[str, str]:
-        """What a safetensors file made of this model says of itself."""
+        """Metadata of a safetensors file made of this model."""
         lossy = {"intaglio_lossy_blocks": str(self.lossy_blocks)} if self.lossy_blocks else {}
         return {"format": "pt"} | lossy
 
@@ -328,7 +328,7 @@ class PackedModel:
     def chunks(
         self, name: str, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[slice | None, Quantized | Tensor]]:
-        """What `read` gives, a few rows at a time, with their numbers; None and all of a tensor that is small."""
+        """Values of `read`, a few rows at a time, with their numbers; None and all of a tensor that is small."""
         tensor = self.plan[name]
         with self._reader() as file:
             for rows in row_slices(tensor.spec.shape):
@@ -391,7 +391,7 @@ class PackedModel:
         return value.decode() if isinstance(value, Quantized) else value.float()
 
     def sha256(self) -> str:
-        """Of packed.safetensors."""
+        """SHA-256 of packed.safetensors."""
         return file_sha256(self.path / FILE_NAME)
 
 
@@ -410,6 +410,6 @@ def join_packed(text: PackedModel, carrying: PackedModel, path: Path, *, replace
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal, read in pieces."""
+    """SHA-256 of a file's bytes, in hexadecimal, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -30,7 +30,7 @@ SHOWN = 3  # names in a message
 
 
 def missing(wanted: dict[str, TensorSpec], names: list[str]) -> str:
-    """What to say of tensors that no file has, whose first reason a person can mend."""
+    """Message for tensors that no file has, whose first reason a person can mend."""
     first = wanted[min(wanted)]
     text = f"{len(wanted)} tensors are missing, the first is {first.name}"
     prefix = next((n.removesuffix(first.name) for n in names if n.endswith("." + first.name)), "")

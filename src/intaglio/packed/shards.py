@@ -1,4 +1,4 @@
-"""Which safetensors files hold a checkpoint's weights, and which tensor is in which of them."""
+"""The safetensors files of a checkpoint, and the tensors in each."""
 
 from __future__ import annotations
 

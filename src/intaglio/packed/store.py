@@ -109,7 +109,7 @@ NO_DIGEST = "0" * 64
 
 
 def safetensors_header(specs: Specs, metadata: dict[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """What a file begins with, and where each tensor's data is, counted from there."""
+    """Header of a file, and the offset of each tensor's data behind it."""
     header: dict[str, object] = {"__metadata__": metadata}
     offsets: dict[str, tuple[int, int]] = {}
     position = 0

@@ -79,7 +79,7 @@ def joined(content: Any) -> Any:
 
 
 def assistant_spans(template: Template, messages: list[Any], text: str) -> Iterator[tuple[int, int] | None]:
-    """What each assistant turn wrote, as a span of `text` with the token that ends the turn; None where it is unclear.
+    """Text of each assistant turn, as a span of `text` with the token that ends the turn; None where it is unclear.
 
     Templates without {% generation %} do not say it, so the chat is rendered again: with a sentinel in the turn's
     place, which shows where its own words begin, and cut off behind the turn, which shows where they end.

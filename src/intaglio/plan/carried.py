@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside its text model: towers with their embedders, and keys and values nobody reads.
+"""Tensors that a checkpoint holds beside its text model: towers with their embedders, and keys and values nobody reads.
 
 A multimodal Gemma 4 nests its text model; vision and audio towers stand beside it and are carried
 along: planned and quantized by the recipe, never trained. The k_proj and v_proj of KV-shared layers
@@ -34,7 +34,7 @@ SHARED_NORM = re.compile(r"model\.layers\.(\d+)\.self_attn\.(k_norm|v_norm)\.wei
 
 
 def whole_name(name: str) -> str:
-    """What a multimodal checkpoint calls a tensor, module or static scale that we call `name`."""
+    """Name in a multimodal checkpoint of the tensor, module or static scale that we call `name`."""
     inside = name.startswith("model.") and not name.startswith(TOWERS)
     return TEXT_PREFIX + name.removeprefix("model.") if inside else name
 

@@ -1,4 +1,4 @@
-"""What every table of a recipe is checked for: keys that are known, values of the right type."""
+"""Checks of every table of a recipe: keys that are known, values of the right type."""
 
 from __future__ import annotations
 

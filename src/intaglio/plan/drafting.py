@@ -1,4 +1,4 @@
-"""How a drafter is trained: the table [drafter] of a recipe."""
+"""Training of a drafter: the table [drafter] of a recipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLUSTERS = ("train", "keep")
 
 @dataclass(frozen=True, kw_only=True)
 class Drafting:
-    """What a drafter learns.
+    """Settings of a drafter's training.
 
     step_weights: weight of the loss of each draft step; as many steps are unrolled. clusters: whether the centroids
         of a clustered head are trained, or kept as they are; a head without clusters has none.

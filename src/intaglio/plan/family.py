@@ -1,4 +1,4 @@
-"""Which model families there are, and what their tensors are for.
+"""The model families, and the role of each of their tensors.
 
 A new family is a new row in `FAMILIES` and, where its modules have new names, new rows in `ROLES`.
 Everything else in intaglio speaks of roles. What llama.cpp calls the tensors is in `names_gguf`, what a

@@ -1,4 +1,4 @@
-"""How much memory training takes on each GPU: what `train` allocates, counted from the plan.
+"""Memory of training on each GPU: the allocations of `train`, counted from the plan.
 
 Weights are counted exactly, for a forward in bfloat16: the teacher, the student with its decoded weights, float32
 latents, scales, gradients, and AdamW's two moments. Codes of a table that is not trained are on the host.
@@ -219,7 +219,7 @@ def _loss_bytes(plan: Plan, tokens: int, head: int, gradient_checkpointing: bool
 
 
 def activation_bytes(model: ModelSpec, tokens: int, gradient_checkpointing: bool) -> int:
-    """What autograd keeps of a forward. With checkpointing: the input of each layer, and one layer in full."""
+    """Bytes that autograd keeps of a forward. With checkpointing: the input of each layer, and one layer in full."""
     config = model.layer_config
     layers = [layer_bytes(model, layer) for layer in range(config.num_hidden_layers)]
     width, per_layer = config.hidden_size, getattr(config, "hidden_size_per_layer_input", 0) or 0
@@ -253,7 +253,7 @@ def attention_chunks(length: int, window: int | None) -> Iterator[tuple[slice, s
 
 
 def layer_bytes(model: ModelSpec, layer: int) -> int:
-    """Of one layer and token, part by part. A norm keeps its input and the normed values in float32."""
+    """Bytes that autograd keeps of one layer and token. A norm keeps its input and the normed values in float32."""
     config: Any = model.layer_config
     own, width = config.per_layer_config[layer], config.hidden_size
     norm = 2 * FLOAT
@@ -301,7 +301,7 @@ class LayersMemory:
 
 
 def layers_memory(plan: Plan) -> LayersMemory:
-    """Of `quantize --data`, or the stage "layers" of `train`, at the window of layers that takes most."""
+    """Memory of `quantize --data`, or the stage "layers" of `train`, at the window of layers that takes most."""
     schedule, learning = plan.recipe.schedule, "layers" in plan.recipe.schedule.stages
     window = schedule.layer_window if learning else 1
     sides = 2 if learning or schedule.gptq_tokens else 1

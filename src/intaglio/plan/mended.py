@@ -1,4 +1,4 @@
-"""What one release of transformers gets wrong, mended in one place. To be removed with that release.
+"""Faults of one release of transformers, mended in one place. To be removed with that release.
 
 5.23 (and no other: 5.22 has no such property, 5.24 is right) computes which layers share keys and values
 by `kv_sharing_modes` of the text configs of Gemma 4. It raises where all layers share, as those of every

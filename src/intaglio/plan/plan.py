@@ -61,7 +61,7 @@ class PlannedTensor:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of values that are no codes: int64 for numbers of tokens, bfloat16 for floats that are rounded to it."""
+        """Dtype of values that are no codes: int64 for numbers of tokens, bfloat16 for floats rounded to it."""
         if isinstance(self.grid, IndexGrid):
             return torch.int64
         return torch.float32 if self.full_floats else torch.bfloat16
@@ -73,7 +73,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe makes of a model. Frozen; iterate for the text model's tensors in state-dict order.
+    """A recipe resolved against a model. Frozen; iterate for the text model's tensors in state-dict order.
 
     carried: what the checkpoint holds beside these: towers, and unused tensors of KV-shared layers.
     """
@@ -217,7 +217,7 @@ def _check_family(recipe: Recipe, model: ModelSpec) -> None:
 
 
 def _tied_head_rule(recipe: Recipe, model: ModelSpec, tensors: tuple[PlannedTensor, ...]) -> WeightRule | None:
-    """What the recipe says of a head that is tied; RecipeError if it is not what it says of the embedding."""
+    """The rule of a tied head. Raises RecipeError unless it is that of the embedding."""
     rule = recipe.rule_for(HEAD, "head") if model.tied_head else None
     if rule is None or ("head" not in rule.roles and "lm_head" not in rule.match):
         return None  # nothing, or only what it says of any tensor without a rule of its own

@@ -120,7 +120,7 @@ class Recipe:
         return tomli_w.dumps(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """What `to_toml` writes: every rule and the whole schedule, defaults included."""
+        """The table that `to_toml` writes: every rule and the whole schedule, defaults included."""
         schedule = asdict(self.schedule)
         schedule |= {"betas": list(self.schedule.betas), "stages": list(self.schedule.stages)}
         table: dict[str, Any] = {"name": self.name, "summary": self.summary, "fit": self.fit}

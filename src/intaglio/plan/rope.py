@@ -76,7 +76,7 @@ def ropes(config: Any) -> dict[str, Rope]:
 
 
 def _in_mlx(said: dict[str, Any], width: int) -> Rope | None:
-    """What mlx-lm computes (rope_utils.py, of 0.32.2); None for types that are not known to be transformers'."""
+    """Angles that mlx-lm computes (rope_utils.py, of 0.32.2); None for types that are not known to be transformers'."""
     base, factor = said["rope_theta"], said.get("factor") or 1.0
     if said["rope_type"] in ("default", "linear"):
         return plain_rope(base, width // 2, factor if said["rope_type"] == "linear" else 1.0)
@@ -85,7 +85,7 @@ def _in_mlx(said: dict[str, Any], width: int) -> Rope | None:
 
 
 def _in_vllm(said: dict[str, Any], width: int) -> Rope | None:
-    """What vLLM computes (rotary_embedding/, which knows no factor of proportional ones); None as for `_in_mlx`."""
+    """Angles that vLLM computes (rotary_embedding/, without a factor of proportional ones); None as for `_in_mlx`."""
     base, rotary = said["rope_theta"], int(width * (said.get("partial_rotary_factor") or 1.0))
     if said["rope_type"] == "proportional":
         return _first_turned(base, width, rotary // 2, 1.0)

@@ -1,4 +1,4 @@
-"""How long, how fast and on what a model is trained: the table [schedule] of a recipe."""
+"""Length, rates and stages of training: the table [schedule] of a recipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STAGES = (("model",), ("layers",), ("scales",), ("layers", "model"), ("layers", 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How a model is trained to its grids.
+    """Settings of a model's training to its grids.
 
     loss: "kl" to a teacher's next-token distribution, or "cross_entropy" with the text's next tokens, which
         needs no teacher.

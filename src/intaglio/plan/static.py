@@ -1,4 +1,4 @@
-"""What runtimes scale by constants: activations of linears and the KV cache. Recipe tables and names.
+"""Static scales, of the activations of linears and of the KV cache. Recipe tables and names.
 
 Such a scale is one float32 number for all tokens, found by training or calibration and stored beside
 the weights. 0 stands for a scale that is not known: there nothing is quantized.

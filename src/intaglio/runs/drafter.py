@@ -153,7 +153,7 @@ def open_target(path: str | Path) -> tuple[TextModel, str]:
 def _texts(
     target: TextModel, plan: Plan, tokenizer: Any, data: Data | None, texts: Texts, progress: Progress
 ) -> tuple[Corpus, Tensor]:
-    """What to train on, and prompts int64 [N, P] that it does not hold."""
+    """Training text, and prompts int64 [N, P] that it does not hold."""
     if plan.recipe.schedule.assistant_only:
         raise InputError(
             "schedule.assistant_only: a drafter guesses every token of its target: --set schedule.assistant_only=false"

@@ -1,4 +1,4 @@
-"""What a run made, read back, measured, and put into a report.
+"""Read a run's files back, measure them, and make the report.
 
 A run folder holds packed models of up to four kinds: "trained", and the references "stock", "fitted" and "start", which
 are not trained. The decoded weights of each are measured in transformers, and the files that were exported in their own
@@ -50,7 +50,7 @@ FLOAT_ACTIVATIONS = "float activations"  # the variant without quantized activat
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is measured after training. tokens, window: of held-out text; prompts: for samples.
+    """Settings of the measurement after training. tokens, window: of held-out text; prompts: for samples.
 
     references: the models without training that are made and measured too: "none"; "stock", which is anyone's rounding;
     or "all", which adds the recipe's fit and the start that GPTQ gave. InputError for another word.
@@ -248,7 +248,7 @@ class _Measuring:
             self.texts[label] = [f"(none: {failure_of(error)})"] * len(self.prompts)
 
     def samples(self) -> list[Sample]:
-        """What every model continued each prompt with."""
+        """Continuation of each prompt by every model."""
         return [
             Sample(prompt=prompt, continuations={label: lines[i] for label, lines in self.texts.items()})
             for i, prompt in enumerate(self.prompts)

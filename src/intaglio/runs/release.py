@@ -43,7 +43,7 @@ def parse_targets(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Release:
-    """What was written: of each runtime what reading back said, and why others were left out.
+    """Result of a release: the verification of each runtime's files, and why others were left out.
 
     mismatched: of those left out, the ones that did not hold what was packed.
     """
@@ -168,7 +168,7 @@ def _plain(text: str) -> str:
 
 
 def _grids(plan: Plan) -> str:
-    """Which grids the plan puts weights on: "Weights: mlp on q4_0; norm on f32"."""
+    """The grids that the plan puts weights on: "Weights: mlp on q4_0; norm on f32"."""
     names: dict[str, list[str]] = {}
     for tensor in plan:
         grids = names.setdefault(tensor.spec.role.replace("_", " "), [])

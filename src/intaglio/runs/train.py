@@ -176,7 +176,7 @@ def _layers(
     device: torch.device,
     progress: Progress,
 ) -> PackedModel:
-    """What the stage "layers" makes, in the run's folder; a run that was cut after it has it already."""
+    """The packed model of the stage "layers", in the run's folder; a run that was cut after it has it already."""
     path = out / PACKED["start"]
     if not path.is_dir():
         progress.stage("Training layers")
@@ -287,7 +287,7 @@ def _saved_windows(path: Path, vocab_size: int) -> NDArray[np.int32]:
 
 
 def training_text(plan: Plan, data: Data | None, tokenizer: Any, teacher: TextModel, progress: Progress) -> Corpus:
-    """What a run trains on: a user's text, or without any the teacher's own. `progress` hears what was read."""
+    """Training text of a run: a user's text, or without any the teacher's own. `progress` hears what was read."""
     schedule = plan.recipe.schedule
     length = schedule.sequence_length
     if data is not None:

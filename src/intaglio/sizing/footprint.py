@@ -1,4 +1,4 @@
-"""What a plan takes on disk and in memory, part by part, and what fits a budget.
+"""Bytes of a plan on disk and in memory, part by part, and the longest context within a budget.
 
 Three numbers are told apart. On disk: bytes of tensor data in the file. Mapped: tables that are only looked
 up, a few rows a token; a runtime leaves them on disk and maps them. Resident: everything else, which every
@@ -63,7 +63,7 @@ class Footprint:
 
 
 def footprint(plan: Plan, metadata_bytes: int) -> Footprint:
-    """Of the format that the plan's grids belong to: Gemma mobile or GGUF. RecipeError for another."""
+    """Footprint in the plan's own format, Gemma mobile or GGUF. Raises RecipeError for another."""
     if any(tensor.grid == Q4_0_POSITIVE for tensor in plan):
         raise RecipeError(
             f"recipe {plan.recipe.name} is for LiteRT-LM alone, and sizes of its bundles are not predicted: "
@@ -118,7 +118,7 @@ def _mobile_bytes(plan: Plan) -> dict[str, int]:
 
 
 def bits_per_weight(part: Part) -> float | None:
-    """Of what a part's parameters take on disk; None for a part that has none of its own."""
+    """Bits per weight of a part on disk; None for a part that has none of its own."""
     return 8 * part.disk_bytes / part.parameters if part.parameters else None
 
 

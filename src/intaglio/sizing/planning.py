@@ -1,4 +1,4 @@
-"""What `intaglio plan` says of a model: a plan, its files and memory, what fits, and the family beside it."""
+"""The survey behind `intaglio plan`: a plan, its files and memory, what fits, and the family beside it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MADE_FOR = {"mobile-e2b": "e2b", "mobile-e4b": "e4b"}  # part of the name of the
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """How a model is to be used. context: tokens of each of `batch` sequences. gpus: that training is sharded over."""
+    """Planned use of a model. context: tokens of each of `batch` sequences. gpus: that training is sharded over."""
 
     context: int = 32768
     batch: int = 1
@@ -65,7 +65,7 @@ class Survey:
 
     @property
     def checkpointed(self) -> TrainingMemory:
-        """What training takes with gradient checkpointing."""
+        """Memory of training with gradient checkpointing."""
         return training_memory(self.plan, gpus=self.wishes.gpus, gradient_checkpointing=True)
 
     @property
@@ -115,7 +115,7 @@ class Survey:
 
 
 def find_spec(model: str | Path, *, text_only: bool = False) -> ModelSpec:
-    """What a folder, a config.json or a bundled name describes; weights in the folder must be as its config says."""
+    """The model of a folder, a config.json or a bundled name; weights in the folder must be as its config says."""
     path = Path(model)
     if path.exists():
         spec = checkpoint_spec(path, text_only=text_only, kinds=(CHECKPOINT, CONFIG, MOBILE, COMPRESSED))

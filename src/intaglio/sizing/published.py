@@ -1,4 +1,4 @@
-"""What Google publishes of the family's memory, to be put beside what is computed here.
+"""Memory figures that Google publishes for the family, shown beside the computed ones.
 
 The figures are those of Google's model overview, in GB as printed there. The columns BF16, SFP8 and Q4_0
 are a rule of thumb, parameters x {2, 1, 0.5} bytes x 1.2 / 2^30: `rule_of_thumb` gives each of them. The

@@ -1,4 +1,4 @@
-"""How many bytes a file of a plan will have, before it is written: from names, dtypes and shapes alone.
+"""Size in bytes of a plan's file before it is written, from names, dtypes and shapes alone.
 
 Nothing here is fitted to any file. What a plan cannot know is the key-value metadata of a GGUF, most of
 which is the tokenizer: that is an input.

@@ -48,7 +48,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class _Step:
-    """What becomes of one tensor: its codes are taken or solved for, its values kept as floats, or it is fitted.
+    """Treatment of one tensor: its codes are taken or solved for, its values kept as floats, or it is fitted.
 
     lossy: blocks whose trained codes or scales do not come over.
     """
@@ -62,7 +62,7 @@ class _Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What `convert` did.
+    """Result of `convert`.
 
     kind: of the source. grids: how many tensors lay on each. blocks, recovered: of tensors whose codes were
     taken. fitted: tensors without a trained grid, and the grid that the recipe gave them. rounded: tensors kept as
@@ -181,7 +181,7 @@ def _advice(source: Source, config: str | Path | None) -> str:
 
 
 def _step(tensor: PlannedTensor, stored: Stored, verdict: Verdict, of_trained: bool = True) -> _Step:
-    """What to do with a tensor, and how many of its trained blocks that changes: none of a model without any."""
+    """Treatment of a tensor, and the number of its trained blocks that this changes."""
     grid, tally = tensor.grid, verdict.tally
     if isinstance(grid, FloatGrid):
         return _Step(tensor, stored, verdict, "values")

@@ -1,4 +1,4 @@
-"""What grid does each tensor of a file lie on, and what would become of it?
+"""Find the grid that each tensor of a file lies on, and what would become of it.
 
 A few rows say which grid it may be (`numerics.identify`); if any block of them lies on one, every block of
 the tensor is recovered, and counted. A tensor none of whose sampled blocks lies on a grid is latent.
@@ -67,7 +67,7 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What was found of one tensor.
+    """Finding about one tensor.
 
     grid: a key of `identify.NAMES`, "mixed" where blocks lie on none beside others that do, the type of a
     tensor that holds codes, "vector" or "no floats". scale_dtype: the narrowest that explains all scales.

@@ -1,4 +1,4 @@
-"""Which tensor of a source is which of the model's, and what recipe has the grids that were found."""
+"""Match a source's tensors to the model's, and find the recipe of the grids that were found."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def _check_config(folder: Path, plan: Plan) -> None:
 
 
 def _facts(config: dict[str, Any]) -> dict[str, Any]:
-    """What a config says of the model in transformers' words, the same for every spelling; nested keys with dots."""
+    """Fields of a config in transformers' words, the same for every spelling; nested keys with dots."""
     found: dict[str, Any] = {}
 
     def add(prefix: str, table: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ def row_pieces(shape: tuple[int, ...]) -> list[slice]:
 
 @dataclass(frozen=True)
 class Source:
-    """What was opened. kind: "floats", "mobile", "w4a16", "gguf" or "packed". config: config.json, or None;
+    """An opened source. kind: "floats", "mobile", "w4a16", "gguf" or "packed". config: config.json, or None;
     metadata: of a GGUF, as far as it is short.
     """
 

@@ -102,7 +102,7 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
 
 def read_step(path: Path) -> int:
-    """How many steps a checkpoint has behind it. ConfigError if it is damaged."""
+    """Number of steps before a checkpoint. Raises ConfigError if it is damaged."""
     try:
         step = int(path.name.removeprefix("step-"))
         return whole_number(read_json(path / "meta.json", limit=1 << 16), "step", least=step, most=step)

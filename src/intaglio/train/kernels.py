@@ -43,7 +43,7 @@ def _extremum(blocks_NK: Tensor) -> Tensor:
 
 
 class Scales(NamedTuple):
-    """What is known of blocks apart from their elements, each float32 [N], or empty where a mode has none.
+    """Figures of blocks apart from their elements, each float32 [N], or empty where a mode has none.
 
     step: as rounded for the file. divisor: the same, but 1 where it is zero. peak: the extremum that a
     canonical step follows. pull, slope: derivatives of the step by the peak and by z.

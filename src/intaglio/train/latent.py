@@ -120,7 +120,7 @@ class BlockLatent:
         self._scales: Scales | None = None  # of the last decode, for the pull that follows it, on a CPU
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What the optimizer trains, by name: the master while codes may move, and scales that are learned."""
+        """Parameters that the optimizer trains, by name: the master while codes may move, and learned scales."""
         if self.mode != "frozen" and self.learns_codes:
             yield self.name, self.latent
         if self.scale_latent is not None:

@@ -36,7 +36,7 @@ STORED_BUFFERS = ("layer_scalar", "token_ordering")  # buffers that a checkpoint
 
 
 class Latents:
-    """What stands behind a model's weights while it is trained to a plan's grids; `prepare` makes one.
+    """The masters behind a model's weights while it is trained to a plan's grids; `prepare` makes one.
 
     model: the plain model; its weights hold decoded values. owners: the module and attribute that hold each tensor.
     trained: the masters of weights that are trained, by name, in the plan's order. still: codes of weights on a grid
@@ -55,7 +55,7 @@ class Latents:
         return {name: latent for name, latent in self.trained.items() if isinstance(latent, BlockLatent)}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What an optimizer trains, by name, in the order of the model's parameters.
+        """Parameters that an optimizer trains, by name, in the order of the model's parameters.
 
         Masters and scale latents, and what the model trains beside its planned weights: static scales and adapters.
         """
@@ -107,7 +107,7 @@ class Latents:
         nn.utils.clip_grads_with_norm_([*sharded, *whole], largest, total)
 
     def _by_sharding(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """What is trained: rows of this process alone, and what every process has alike."""
+        """Trained parameters: rows of this process alone, and those that every process has alike."""
         latents = [latent for latent in self.trained.values() if isinstance(latent.weight, DTensor)]
         sharded = [parameter for latent in latents for _, parameter in latent.named_parameters()]
         own = {id(parameter) for parameter in sharded}

@@ -1,4 +1,4 @@
-"""What a student learns from a batch: the distribution of a teacher, or the text itself.
+"""The lesson of a batch: the distribution of a teacher, or the text itself.
 
 A lesson is a module that takes text and what a `Teach` made of it and returns the loss, so that the
 student and its loss can be wrapped as one.
@@ -77,7 +77,7 @@ def nothing(input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
 
 
 class Teacher:
-    """What `Distiller` learns from a teacher: its final hidden states [B x T, D] and its head [V, D], in `dtype`.
+    """The teacher's part that `Distiller` learns from: its final hidden states [B x T, D] and its head [V, D], in `dtype`.
 
     dtype: in which products are computed; a teacher that is held in another one runs under autocast.
     """

@@ -51,7 +51,7 @@ from intaglio.train.trouble import explained
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What does not change the result's recipe, only how it is computed.
+    """Settings that change how a run is computed, and not its recipe.
 
     precision: "bf16" to hold the student's weights and compute in bfloat16, "no" for float32; None picks bf16 on a GPU.
         Latents are float32 either way.
@@ -200,7 +200,7 @@ def _first_values(
 
 
 def run_identity(plan: Plan, start: PackedModel | None, options: Options | None) -> dict[str, str]:
-    """What must be the same for a run to be resumed, beside the corpus."""
+    """Facts that must be the same for a run to be resumed, beside the corpus."""
     identity = {"plan": plan.digest, "recipe": plan.recipe.to_toml(), "precision": precision_of(options or Options())}
     return identity | ({} if start is None else {"start": start.sha256()})
 

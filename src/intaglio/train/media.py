@@ -40,7 +40,7 @@ class Samples:
 
     @property
     def what(self) -> str:
-        """How many of what."""
+        """A count with its noun, such as '3 images'."""
         noun = "image" if self.kind == "vision" else "recording"
         return f"{len(self)} {noun}" + ("s" if len(self) > 1 else "")
 
@@ -126,7 +126,7 @@ def _processor(kind: Any, model_dir: Path) -> Any:
 
 
 def counted(inputs: Inputs) -> Tensor:
-    """Which positions [1, P] in a tower's layers are no padding: those that scales are calibrated on."""
+    """True for positions [1, P] in a tower's layers that are no padding; scales are calibrated on these."""
     if "pixel_position_ids" in inputs:
         return (inputs["pixel_position_ids"] != -1).all(-1)
     return inputs["attention_mask"][:, ::2][:, ::2]  # two convolutions of stride two come first

@@ -19,7 +19,7 @@ from intaglio.train.lean import Bfloat16AdamW, GridAdamW8bit
 
 @dataclass(frozen=True)
 class Phases:
-    """Which optimizer steps are what. total: all steps; tail: the first step with frozen codes."""
+    """Boundaries of the phases of training. total: all steps; tail: the first step with frozen codes."""
 
     total: int
     tail: int
@@ -89,7 +89,7 @@ def make_optimizer(
 
 
 def _class_of(schedule: Schedule, fused: bool) -> Callable[..., GridOptimizer]:
-    """Which optimizer a schedule's moments need."""
+    """The optimizer that a schedule's moments need."""
     if schedule.moments == "int8":
         return GridAdamW8bit
     if fused:
@@ -101,7 +101,7 @@ def _class_of(schedule: Schedule, fused: bool) -> Callable[..., GridOptimizer]:
 
 
 def kind_of(name: str) -> str:
-    """Which rate of the schedule a parameter of `Latents.named_parameters` has."""
+    """Name of the schedule's rate for a parameter of `Latents.named_parameters`."""
     if is_scale(name):
         return "scale"
     if "embed_tokens" in name:

@@ -238,7 +238,7 @@ def check_shared(folder: Path) -> None:
 
 
 def from_main(value: Any) -> Any:
-    """What the main process gave, on all processes."""
+    """The main process's value, on all processes."""
     if world_size() == 1:
         return value
     found = [value]
@@ -247,7 +247,7 @@ def from_main(value: Any) -> Any:
 
 
 def from_all(value: Any) -> list[Any]:
-    """What each process gave, in order, on all of them."""
+    """The values of all processes, in order, on each of them."""
     found: list[Any] = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(found, value, group=_cpu_group())

@@ -110,7 +110,7 @@ class StaticQuantize(torch.autograd.Function):
 
 
 def static_in_graph(x: Tensor, latent: Tensor) -> Tensor:
-    """What `StaticQuantize` computes, values and gradients, in operations that a compiler differentiates itself."""
+    """The values and gradients of `StaticQuantize`, in operations that a compiler differentiates itself."""
     plain, scale = x.detach(), scale_of(latent)
     inside, change = _slopes(plain, scale)
     return with_gradients_of(fake_quantize(plain, scale), x * inside, change.float() * scale * latent)

@@ -87,7 +87,7 @@ class Towers:
             self.on_sample(number, len(given), what)
 
     def features(self, kind: str, inputs: Inputs) -> Tensor:
-        """What the tower hands to the text model: [soft tokens, width] of an image, [1, T, width] of a recording."""
+        """Output of the tower for the text model: [soft tokens, width] of an image, [1, T, width] of a recording."""
         hidden = self.model[f"{kind}_tower"](**inputs, return_dict=True).last_hidden_state
         return self.model[f"embed_{kind}"](inputs_embeds=hidden)
 

@@ -1,4 +1,4 @@
-"""What a folder of decoded weights cannot say by itself, kept beside them: the scales, and what is in no float.
+"""Facts that a folder of decoded weights cannot say by itself, kept beside them: the scales, and what is in no float.
 
 Values alone do not determine a packed model: codes 2, 4 and 6 are codes 1, 2 and 3 of twice the step, and a block of
 zeros may have any scale. So a checkpoint of ours comes with the file KEPT_FILE, and `intaglio convert` gives back the

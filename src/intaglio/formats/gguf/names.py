@@ -1,4 +1,4 @@
-"""What llama.cpp calls each tensor, and the one that it wants beside them."""
+"""Names of tensors in llama.cpp, and the one tensor that it wants beside them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def in_gguf(tensor: PlannedTensor) -> bool:
 
 
 def gguf_name(tensor_name: str) -> str:
-    """What llama.cpp calls a tensor of the state dict. ConfigError where it has no name for it."""
+    """llama.cpp's name of a tensor of the state dict. Raises ConfigError where it has none."""
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", tensor_name)
     name = GGUF_LAYER_NAMES.get(layer[2]) if layer else GGUF_MODEL_NAMES.get(tensor_name)
     if name is None:
@@ -135,7 +135,7 @@ def check_llamacpp_rope(spec: ModelSpec) -> None:
 
 
 def gguf_end_keys(end_ids: Iterable[int], ids: dict[str, int], end_id: int | None) -> dict[str, int]:
-    """Which ids END_KEYS have to name, so that llama.cpp ends at as many of `end_ids` as it can.
+    """Ids that END_KEYS have to name, so that llama.cpp ends at as many of `end_ids` as it can.
 
     ids: of every token by its text. end_id: that of the end token itself.
     """
@@ -144,5 +144,5 @@ def gguf_end_keys(end_ids: Iterable[int], ids: dict[str, int], end_id: int | Non
 
 
 def gguf_template_name(name: str) -> str:
-    """What llama.cpp calls a chat template that is not the default."""
+    """llama.cpp's key of a chat template that is not the default."""
     return re.sub(r"[^a-zA-Z0-9]", "_", name)

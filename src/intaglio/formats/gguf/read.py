@@ -128,7 +128,7 @@ def _expected_facts(spec: ModelSpec) -> Facts:
 
 
 def _config_facts(keys: dict[str, Any], factors: list[float] | None, spec: ModelSpec) -> Facts:
-    """What llama.cpp reads of a file's keys for an architecture, as facts of a config; takes them out of `keys`."""
+    """Facts that llama.cpp reads from a file's keys for an architecture; takes them out of `keys`."""
 
     def take(name: str, default: Any = None) -> Any:
         return keys.pop(name, default)

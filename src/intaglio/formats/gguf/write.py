@@ -119,7 +119,7 @@ def check_supported(spec: ModelSpec) -> None:
 
 
 def _check_drafter(spec: ModelSpec) -> None:
-    """What gemma4-assistant.cpp refuses, or reads of the target without looking."""
+    """Checks what gemma4-assistant.cpp refuses, or reads of the target without looking."""
     config = spec.layer_config
     if config.hidden_size == target_width(spec):
         raise ConfigError(
@@ -134,7 +134,7 @@ def _check_drafter(spec: ModelSpec) -> None:
 
 
 def target_width(spec: ModelSpec) -> int:
-    """Of the hidden states that a drafter reads and hands on: the width of the model that it drafts for."""
+    """Width of the hidden states that a drafter reads and hands on: the width of the model that it drafts for."""
     return spec.tensor("post_projection.weight").shape[0]
 
 

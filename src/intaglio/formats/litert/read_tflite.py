@@ -51,7 +51,7 @@ MOST_TABLES = 1 << 18  # of a file; a model of 42 layers with five signatures ha
 
 
 class Budget:
-    """How many tables and list entries may still be read of a file.
+    """Budget of tables and list entries that may still be read of a file.
 
     Pointers of a hostile flatbuffer repeat, so that a small file announces billions of them. An honest one has
     each entry read a few times, once for each signature, and an entry takes at least a byte.

@@ -62,7 +62,7 @@ def stored_tensors(plan: Plan) -> list[StoredTensor]:
 
 
 def stored_name(plan: Plan, name: str) -> str:
-    """What the folder calls a tensor, module or static scale of ours."""
+    """Name in the folder of a tensor, module or static scale of ours."""
     return whole_name(name) if plan.model.whole else name
 
 

@@ -32,7 +32,7 @@ Layers = dict[int, int]  # bits by layer
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
-    """What config.json tells transformers' reader. ConfigError if it would not give the plan's bits."""
+    """Quantization config for transformers' reader. Raises ConfigError if it would not give the plan's bits."""
     bits = module_bits(plan)
     quantized = {name: n for name, n in bits.items() if n is not None}
     floats = [name for name, n in bits.items() if n is None]

@@ -38,7 +38,7 @@ SMALL_ROLES = ("norm", "layer_scalar")  # float32, and the names that the trace 
 
 @dataclass(frozen=True)
 class Kernel:
-    """How the kernels hold a block grid.
+    """Layout of a block grid in the kernels.
 
     bits: of a stored code, at least those of the grid's. block: columns under one scale. repeats: how often
     the step of a grid's block is written, once for each block of the kernel.
@@ -121,7 +121,7 @@ def is_onnx(path: Path) -> bool:
 
 
 def file_name(session: str) -> str:
-    """Of a session's graph, in the folder `onnx`; its data lie beside it in NAME_data, NAME_data_1 and so on."""
+    """Name of a session's graph in the folder `onnx`; its data lie beside it in NAME_data, NAME_data_1 and so on."""
     return session + SUFFIX
 
 

@@ -64,7 +64,7 @@ def _expected_constants(expected: Facts) -> Facts:
 
 
 def _constants(graph: Any) -> Facts:
-    """What the decoder's nodes compute with, as facts."""
+    """Facts of the decoder's nodes: the constants that they compute with."""
     kinds = ("full_attention", "sliding_attention")
     angles = [graph.array(name) for kind in kinds for name in graph.tensors if name.endswith(ANGLES.format(kind))]
 

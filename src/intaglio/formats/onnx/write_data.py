@@ -1,4 +1,4 @@
-"""What ONNX graphs hold: tensors of a packed model, and files beside a graph for them, a few rows at a time.
+"""Contents of ONNX graphs: tensors of a packed model, and files beside a graph for them, a few rows at a time.
 
 Transformers.js asks for NAME_data, NAME_data_1 and so on. A browser reads each of these files into one
 buffer, which may have two gigabytes, so that a new file begins before it gets larger.
@@ -88,7 +88,7 @@ def _bytes(array: np.ndarray, dtype: np.dtype) -> bytes:
 
 
 def opsets() -> list[Any]:
-    """What the nodes of both graphs are defined by."""
+    """Shared definitions of the nodes of both graphs."""
     from onnx import helper
 
     return [helper.make_opsetid("", OPSET), helper.make_opsetid(KERNELS, 1)]

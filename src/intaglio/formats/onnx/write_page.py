@@ -61,7 +61,7 @@ def export_web(
 
 
 def devices(packed: PackedModel) -> list[str]:
-    """What can run the model: ONNX Runtime keeps no int8 cache on a GPU from one step to the next."""
+    """Backends that can run the model: ONNX Runtime keeps no int8 cache on a GPU from one step to the next."""
     static = packed.read_static()
     int8_cache = any(static[scale.name] for scale in packed.plan.static_scales if scale.kind.endswith("cache"))
     return ["wasm"] if int8_cache else ["webgpu", "wasm"]

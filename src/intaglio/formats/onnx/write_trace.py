@@ -31,12 +31,12 @@ SAMPLE_BATCH, SAMPLE_TOKENS, SAMPLE_PAST = 2, 4, 3
 
 
 def kv_names(layers: int) -> list[str]:
-    """What Transformers.js calls keys and values of the layers that own some, without past or present before it."""
+    """Transformers.js's names of keys and values of the layers that own some, without past or present before it."""
     return [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
 
 
 def own_kv_layers(spec: ModelSpec) -> int:
-    """How many layers, the first ones, have keys and values of their own."""
+    """Number of layers, the first ones, that have keys and values of their own."""
     return sum(donor == layer for layer, donor in enumerate(spec.kv_donors))
 
 

@@ -65,12 +65,12 @@ class AffineTensor:
 
 
 def float_dtype(grid: Grid) -> torch.dtype:
-    """What holds each value of a grid exactly, code times step."""
+    """Narrowest dtype that holds each value of a grid exactly, code times step."""
     return torch.bfloat16 if grid.portable else torch.float32
 
 
 def scale_dtype(grid: BlockGrid) -> torch.dtype:
-    """What holds each step of a grid exactly, and each times a power of two."""
+    """Narrowest dtype that holds each step of a grid exactly, and each times a power of two."""
     return torch.bfloat16 if grid.step_bits <= BFLOAT16_SIGNIFICANT_BITS else torch.float32
 
 
@@ -122,7 +122,7 @@ def _mlx_parts(tensor: PlannedTensor) -> list[AffineTensor]:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a module of a compressed-tensors folder is quantized. group_size: None for a scale for each row."""
+    """Quantization of a module of a compressed-tensors folder. group_size: None for a scale for each row."""
 
     bits: int
     group_size: int | None
@@ -250,7 +250,7 @@ def _compressed_parts(
 
 
 def stored_name(plan: Plan, name: str) -> str:
-    """What a compressed-tensors folder calls a tensor or module of ours."""
+    """Name in a compressed-tensors folder of a tensor or module of ours."""
     return whole_name(name) if plan.model.whole else name
 
 

@@ -83,7 +83,7 @@ def _check_schemes(packed: PackedModel, folder: Path, tally: Tally) -> None:
 
 
 def _scheme_of(module: str, linear: bool, quantization: dict[str, Any]) -> Scheme | None:
-    """What compressed-tensors' readers give a module: the first target that matches it, unless it is ignored."""
+    """Scheme that compressed-tensors' readers give a module: the first target that matches it, unless it is ignored."""
 
     def matches(target: str) -> bool:
         if target[:3] == "re:":
@@ -129,7 +129,7 @@ def _compare_rows(packed: PackedModel, tensor: AffineTensor, file: SafetensorsRe
 
 
 def _pieces(packed: PackedModel, tensor: AffineTensor) -> Iterator[tuple[slice | None, Quantized | Tensor]]:
-    """What a tensor of the folder should hold, a few rows at a time."""
+    """Expected values of a tensor of the folder, a few rows at a time."""
     if tensor.piece is None:
         yield from packed.chunks(tensor.source)
         return

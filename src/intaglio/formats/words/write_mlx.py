@@ -97,7 +97,7 @@ def _entry(bits: int, group: int) -> dict[str, Any]:
 
 
 def _gemma3_fields(config: Any) -> dict[str, Any]:
-    """What mlx-lm reads of a Gemma 3 under the names of older configs."""
+    """Fields of a Gemma 3 that mlx-lm reads under the names of older configs."""
     full, sliding = (config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
     scaling = {"type": full["rope_type"], "factor": full["factor"]} if full["rope_type"] == "linear" else None
     return {

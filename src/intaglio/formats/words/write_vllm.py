@@ -78,7 +78,7 @@ def vllm_config(plan: Plan) -> dict[str, Any]:
 
 
 def quantization_config(plan: Plan, found: dict[str, Scheme]) -> dict[str, Any]:
-    """What compressed-tensors calls a QuantizationConfig: a group for each scheme, with the modules it is for."""
+    """The QuantizationConfig of compressed-tensors: a group for each scheme, with the modules it is for."""
     by_scheme: dict[Scheme, list[str]] = {}
     for module, scheme in found.items():
         by_scheme.setdefault(scheme, []).append(module)

@@ -1,4 +1,4 @@
-"""What was read of a source, and what was not, for people to look at."""
+"""Summary of what was read of a source, and what was not, for people."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def usable(names: Iterable[str]) -> bool:
 
 
 def advice(names: list[Any]) -> str:
-    """How to use a source whose columns have other names."""
+    """Advice for a source whose columns have other names."""
     lower = {str(name).lower(): str(name) for name in names}  # only names in the lists below are shown
 
     def first(likely: tuple[str, ...]) -> str | None:

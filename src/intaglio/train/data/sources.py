@@ -1,4 +1,4 @@
-"""Which files of a source are read: kinds of files, splits, and what a folder has beside its text."""
+"""The files of a source that are read: kinds of files, splits, and what a folder has beside its text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `export litert` runs in LiteRT's own environment: a packed model in, a .litertlm bundle out.
+"""The program that `export litert` runs in LiteRT's own environment: a packed model in, a .litertlm bundle out.
 
     python -m intaglio.formats.litert.converter.worker PACKED OUT --context-tokens N --prefill-tokens N
 
