@@ -59,7 +59,7 @@ def config_facts(config: dict[str, Any], *, text_only: bool = False) -> Facts:
 
 
 def spelled_twice(layers: Any) -> Facts:
-    """Values that the fields of OTHER_SPELLINGS need for a text config, under the names that `config_facts` gives them."""
+    """Values that the fields of OTHER_SPELLINGS need for a text config, by their names in `config_facts`."""
     full = layers.layer_types.index("full_attention") if "full_attention" in layers.layer_types else 0
     each, known = layers.per_layer_config[full], ropes(layers)
     return {

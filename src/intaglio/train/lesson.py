@@ -77,7 +77,7 @@ def nothing(input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
 
 
 class Teacher:
-    """The teacher's part that `Distiller` learns from: its final hidden states [B x T, D] and its head [V, D], in `dtype`.
+    """The teacher's part in a `Distiller`: its final hidden states [B x T, D] and its head [V, D], in `dtype`.
 
     dtype: in which products are computed; a teacher that is held in another one runs under autocast.
     """
