@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +29,7 @@ from intaglio.train.pack import pack_model
 from intaglio.train.start import plan_to_go_on
 from tests.support.cli import intaglio
 from tests.support.tiny import GEMMA4_MOE, make_checkpoint, pack
-from tests.support.training import SMALL_MOE, moe, plain_fake_quantize, small_corpus, small_plan
+from tests.support.training import SMALL_MOE, moe, plain_fake_quantize, small_corpus, small_plan, weigh_experts
 
 IDS = torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(3))
 EXPERTS = "model.layers.1.experts"
@@ -131,14 +130,7 @@ def test_training_gains_and_goes_on_from_what_was_packed(tmp_path: Path) -> None
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experts")
     make_checkpoint(folder / "checkpoint", GEMMA4_MOE)
-    model: Any = load_model(folder / "checkpoint")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".experts." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.06)
-            elif "router" in name and parameter.ndim == 1:
-                parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+    model = weigh_experts(load_model(folder / "checkpoint"), 1)
     model.to(torch.bfloat16).save_pretrained(folder / "checkpoint")
     return folder / "checkpoint"
 

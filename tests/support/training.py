@@ -36,7 +36,11 @@ def small_model(config: dict[str, Any] = SMALL, *, seed: int = 0) -> nn.Module:
 
 def moe(seed: int = 0) -> Any:
     """A random float32 model whose experts weigh as much as its other parts."""
-    model = small_model(SMALL_MOE, seed=seed)
+    return weigh_experts(small_model(SMALL_MOE, seed=seed), seed)
+
+
+def weigh_experts(model: Any, seed: int) -> Any:
+    """Give experts of a random model, in place, weights as large as those of its other parts."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -29,11 +29,6 @@ class Killed(Exception):
     pass
 
 
-def needs_torchao(moments: str) -> None:
-    if moments == "int8":
-        pytest.importorskip("torchao")
-
-
 def plan_of(moments: str, *more: str):
     return small_plan(
         *(f"schedule.{key}={value}" for key, value in SCHEDULE.items()), f"schedule.moments={moments}", *more
@@ -42,7 +37,6 @@ def plan_of(moments: str, *more: str):
 
 @pytest.mark.parametrize("moments", ["bfloat16", "int8"])
 def test_lean_moments_train_as_float32_ones_do(moments: str) -> None:
-    needs_torchao(moments)
     expected, _ = trained(small_plan(), torch.float32, is_fused=False)
     found, latents = trained(small_plan(f"schedule.moments={moments}"), torch.float32, is_fused=False)
     assert found[:2] == pytest.approx(expected[:2], rel=1e-6)  # the first step divides a moment by its own root
@@ -69,7 +63,6 @@ def test_the_fused_step_keeps_bfloat16_moments_as_the_plain_one(offload: bool, m
     ("moments", "tolerance", "death"), [("bfloat16", 0.0, 3), ("bfloat16", 0.0, 7), ("int8", 0.03, 7)]
 )
 def test_a_resumed_run_goes_on_with_its_moments(moments: str, tolerance: float, death: int, tmp_path: Path) -> None:
-    needs_torchao(moments)
     options, model, corpus = Options(precision="no", compiled=False, checkpoint_every=2), small_model(), small_corpus()
 
     def die(info: StepInfo) -> None:
@@ -88,7 +81,6 @@ def test_a_resumed_run_goes_on_with_its_moments(moments: str, tolerance: float, 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
 def test_the_plan_counts_the_moments_that_are_kept(moments: str) -> None:
-    needs_torchao(moments)
     plan = plan_of(moments)
     latents = build_student(small_model(), plan)
     optimizer = make_optimizer(latents, plan.recipe.schedule)
@@ -112,7 +104,6 @@ def test_lean_moments_take_less_in_the_plan() -> None:
 
 
 def test_eight_bit_moments_are_stored_as_values(tmp_path: Path) -> None:
-    pytest.importorskip("torchao")
     plan = plan_of("int8")
     latents, again = (build_student(small_model(), plan) for _ in range(2))
     optimizer, other = (make_optimizer(latent, plan.recipe.schedule) for latent in (latents, again))
@@ -129,7 +120,6 @@ def test_eight_bit_moments_are_stored_as_values(tmp_path: Path) -> None:
 
 def test_a_gradient_is_clipped_as_by_the_plain_step() -> None:
     """Adam's first step does not depend on the size of a gradient, so the moments are compared."""
-    pytest.importorskip("torchao")
     norms = []
     for moments in ("int8", "float32"):
         plan = plan_of(moments, "schedule.clip=0.01")

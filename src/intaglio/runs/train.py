@@ -114,17 +114,10 @@ def _run(
 ) -> Report | None:
     began = time.perf_counter()
     progress.stage("Loading the original")
-    expect(model_dir, CHECKPOINT)
-    spec = read_spec(model_dir)
-    check_runs_alone(spec, model_dir)
-    plan = make_plan(spec, recipe)
-    make_plan(spec, format_of(plan).stock_recipe(recipe))  # a reference that cannot be made is known now
-    by_layers = "layers" in plan.recipe.schedule.stages
-    check_stages(plan.recipe.schedule, by_layers)
-    if by_layers and world_size() > 1:
-        raise InputError("the stage 'layers' runs in one process: start one, or take it out of schedule.stages")
+    plan = _plan(model_dir, recipe)
+    spec, by_layers = plan.model, "layers" in plan.recipe.schedule.stages
     check_run_dir(out, run_identity(plan, None, options), resume)
-    format_of(plan).check(plan, Path(model_dir))
+    format_of(plan).check(plan, model_dir)
     if missing := missing_runtime(format_of(plan)):
         progress.note(missing)
     tokenizer, teacher = load_tokenizer(model_dir), _teacher(model_dir, spec, device)
@@ -165,6 +158,20 @@ def _run(
     verified = _files(bench, replace=resume, progress=progress)
     bench = with_references(bench, evaluation.references, corpus, options, progress, replace=resume)
     return _measure(bench, windows_NT, evaluation, verified, progress, began=began, replace=resume)
+
+
+def _plan(model_dir: Path, recipe: Recipe) -> Plan:
+    """The run's plan. Raises what is wrong with model, recipe or stages before anything is loaded."""
+    expect(model_dir, CHECKPOINT)
+    spec = read_spec(model_dir)
+    check_runs_alone(spec, model_dir)
+    plan = make_plan(spec, recipe)
+    make_plan(spec, format_of(plan).stock_recipe(recipe))  # a reference that cannot be made is known now
+    by_layers = "layers" in plan.recipe.schedule.stages
+    check_stages(plan.recipe.schedule, by_layers)
+    if by_layers and world_size() > 1:
+        raise InputError("the stage 'layers' runs in one process: start one, or take it out of schedule.stages")
+    return plan
 
 
 def _layers(

@@ -197,7 +197,7 @@ class Walk:
         ]
 
     def _front(self) -> tuple[nn.Module | None, Latents]:
-        """What a model has before and behind its layers, but for embeddings, put in its place; see `_open`."""
+        """Put the modules before and behind the layers, but for embeddings, in the model's place; see `_open`."""
         names = [name for name, _ in self.model.named_children() if name not in (*TABLES.values(), "layers")]
         paths = [f"model.{n}" for n in names if any(t.name.startswith(f"model.{n}.") for t in self.plan)]
         self.model.layers = nn.ModuleList(Recorder([]) for _ in self.templates)

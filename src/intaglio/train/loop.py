@@ -123,7 +123,6 @@ def train(
     check_together(plan.recipe.schedule.batch_size, identity)
     check_shared(run_dir)
     with explained(plan, run_dir, device, gradient_checkpointing=options.gradient_checkpointing):
-        compiled = device.type == "cuda" if options.compiled is None else options.compiled
         original = original.to(device)
         if world_size() > 1 and not isinstance(original, FSDPModule):
             shard(original, device)
@@ -136,13 +135,7 @@ def train(
             _first_values(latents, original, corpus, device, saved, on_calibration)
         if "scales" in plan.recipe.schedule.stages:
             latents.leave_scales()
-        compile_layers = compiled and device.type == "cuda"
-        set_layers(student, checkpointing=options.gradient_checkpointing, compiled=compile_layers)
-        if teacher is not None:
-            set_layers(teacher, compiled=compile_layers)
-        softcap = getattr(student.config, "final_logit_softcapping", None)
-        lesson = Distiller(student, softcap, compiled)
-        teach = nothing if teacher is None else Teacher(teacher, dtype)
+        lesson, teach = _lesson(student, teacher, dtype, device, options)
         session = Session(latents, lesson, teach, corpus, run_dir, device, options)
         if is_main():
             claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
@@ -179,6 +172,19 @@ def _teacher(
             "from, or learn from the text itself with schedule.loss = 'cross_entropy'"
         )
     return (teacher or original).to(device).requires_grad_(False)
+
+
+def _lesson(
+    student: TextModel, teacher: TextModel | None, dtype: torch.dtype, device: torch.device, options: Options
+) -> tuple[Distiller, Teach]:
+    """The student with its loss, and the teacher's part in it; layers run as the options say."""
+    gpu = device.type == "cuda"
+    compiled = gpu if options.compiled is None else options.compiled
+    set_layers(student, checkpointing=options.gradient_checkpointing, compiled=compiled and gpu)
+    if teacher is not None:
+        set_layers(teacher, compiled=compiled and gpu)
+    lesson = Distiller(student, getattr(student.config, "final_logit_softcapping", None), compiled)
+    return lesson, nothing if teacher is None else Teacher(teacher, dtype)
 
 
 def _first_values(
