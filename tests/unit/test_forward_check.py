@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -133,6 +134,14 @@ def compile_layers(latents: Latents) -> None:
     for layer in latents.model.model.layers:
         layer.compile()
     latents.model.compile()
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_before() -> Iterator[None]:
+    """accelerate keeps one state a process; another test's, of another precision, would be refused."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def autocast(latents: Latents) -> None:

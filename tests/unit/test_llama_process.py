@@ -291,7 +291,8 @@ def test_the_process_ends_with_its_parent(kind: str, how: int, tmp_path: Path, m
             parent.send_signal(how)
         parent.wait(120)
         if how == signal.SIGINT:
-            assert parent.stderr.read().splitlines()[-1:] == ["KeyboardInterrupt"]
+            # a fork writes its own traceback into the same stream, and their ends of lines may change places
+            assert "".join(parent.stderr.read().split()).endswith("KeyboardInterrupt")
         wait_until(lambda: not is_alive(pid))
         if kind == "forked" and how != signal.SIGINT:
             os.killpg(parent.pid, signal.SIGKILL)
