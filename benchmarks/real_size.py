@@ -105,10 +105,10 @@ class Watch:
 
     run_dir: Path
     process: subprocess.Popen[str]
+    log: Path
     began: float
     seen: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
-    lines: list[tuple[float, str]] = field(default_factory=list)
     gpu: list[tuple[float, int, int]] = field(default_factory=list)  # seconds, busy percent, MiB
     peak_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MEMORY.values(), 0))
 
@@ -129,12 +129,13 @@ class Watch:
         return self.process.returncode
 
     def read_lines(self) -> None:
-        """Everything the run prints, with the second it was printed at."""
+        """Keep everything the run prints, with the second it was printed at, also of a run that is stopped."""
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append((self.now(), line.rstrip()))
-            if VERIFIED in line:
-                self.seen["verified"] = self.now()
+        with open(self.log, "w", encoding="utf-8") as file:
+            for line in self.process.stdout:
+                print(f"{self.now():9.2f}  {line.rstrip()}", file=file, flush=True)
+                if VERIFIED in line:
+                    self.seen["verified"] = self.now()
 
     def read_gpu(self) -> None:
         """nvidia-smi's figures of the first GPU, once a second, where there is one."""
@@ -230,11 +231,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         text=True,
         errors="replace",
     )
-    watch = Watch(folder / "run", process, began)
+    watch = Watch(folder / "run", process, options.out.with_suffix(".log"), began)
     code = watch.until_end()
-    log = options.out.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("".join(f"{second:9.2f}  {line}\n" for second, line in watch.lines), "utf-8")
     result = {
         "exit_code": code,
         "seen_at_seconds": dict(sorted(watch.seen.items(), key=lambda item: item[1])),

@@ -66,7 +66,7 @@ def test_it_sees_each_stage_of_a_run(real_size: Any, tmp_path: Path) -> None:
             super().look()
             looks.write_bytes(looks.read_bytes() + b".")
 
-    watch = Watch(tmp_path / "run", process, began)
+    watch = Watch(tmp_path / "run", process, tmp_path / "run.log", began)
     assert watch.until_end() == 0
     rows = real_size.stages(watch, tokens_a_step=64)
     assert len(watch.losses) == 3 and rows["tokens_a_second"] > 0
@@ -74,4 +74,5 @@ def test_it_sees_each_stage_of_a_run(real_size: Any, tmp_path: Path) -> None:
     seconds = [rows[name]["seconds"] for name in parts]
     assert min(seconds) > 0 and sum(seconds) == pytest.approx(rows["command_to_report"]["seconds"], abs=0.3)
     assert watch.seen["packed"] <= watch.seen["verified"] <= watch.seen["report.json"] <= watch.seen["end"]
+    assert "holds what was trained" in (tmp_path / "run.log").read_text("utf-8")
     assert 1 << 20 < watch.peak_bytes["anonymous"] <= watch.peak_bytes["resident"]
