@@ -29,6 +29,7 @@ from intaglio import Recipe, load_corpus, load_tokenizer, make_plan
 from intaglio.errors import InputError
 from intaglio.measure.evaluate import evaluate_pair, transformers_runtime, transformers_source
 from intaglio.packed.checkpoint import load_model
+from intaglio.plan.family import read_spec
 from intaglio.plan.memory import training_memory
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.corpus import held_out_windows
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "lean_quality.json")
     options = parser.parse_args()
     tokenizer = load_tokenizer(options.model)
-    vocabulary = make_plan(options.model, options.recipe).model.layer_config.vocab_size
+    vocabulary = read_spec(options.model).layer_config.vocab_size
     windows = held_out_windows(
         options.text, tokenizer, length=options.length, max_tokens=options.tokens, vocab_size=vocabulary
     )

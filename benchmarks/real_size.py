@@ -138,8 +138,9 @@ class Watch:
                     self.seen["verified"] = self.now()
 
     def read_gpu(self) -> None:
-        """nvidia-smi's figures of the first GPU, once a second, where there is one."""
-        query = ["nvidia-smi", "-i", "0", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
+        """nvidia-smi's figures of the GPU that the run sees, once a second, where there is one."""
+        number = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        query = ["nvidia-smi", "-i", number, "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
         if shutil.which("nvidia-smi") is None:
             return
         with subprocess.Popen([*query, "-lms", "1000"], stdout=subprocess.PIPE, text=True) as smi:

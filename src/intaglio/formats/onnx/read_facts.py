@@ -19,8 +19,6 @@ from intaglio.packed.model import ASSETS, PackedModel
 from intaglio.plan.family import load_config, text_config
 from intaglio.plan.rope import Rope
 
-ANGLES = "rotary_emb.{}_inv_freq"
-
 
 def compare_onnx_facts(packed: PackedModel, folder: Path, graphs: dict[str, Any], tally: Tally) -> None:
     """Count into `tally` what an ONNX folder says beside its weights. graphs: the sessions, opened."""
@@ -56,7 +54,10 @@ def compare_onnx_facts(packed: PackedModel, folder: Path, graphs: dict[str, Any]
 def _expected_constants(expected: Facts) -> Facts:
     return {
         "angles of the rotary embeddings": [
-            value for name, value in sorted(expected.items()) if name[:8] == "rope of "
+            rope
+            for rope in sorted(
+                (value for name, value in expected.items() if name[:8] == "rope of "), key=lambda rope: rope.angles
+            )
         ],
         "eps of all norms": [expected["rms_norm_eps"]],
         "cap of the logits": [expected["final_logit_softcapping"] or 0.0],
@@ -65,9 +66,7 @@ def _expected_constants(expected: Facts) -> Facts:
 
 def _constants(graph: Any) -> Facts:
     """Facts of the decoder's nodes: the constants that they compute with."""
-    kinds = ("full_attention", "sliding_attention")
-    angles = [graph.array(name) for kind in kinds for name in graph.tensors if name.endswith(ANGLES.format(kind))]
-
+    cosines = [node.input[0] for node in graph.graph.node if node.op_type == "Cos"]
     eps = {value for node in _reading(graph, "ReduceMean", "Add") for value in _numbers(graph, node)}
     after = _reading(graph, "Tanh", "Mul")
     caps: set[float | None] = {value for node in after for value in _numbers(graph, node)}
@@ -76,11 +75,20 @@ def _constants(graph: Any) -> Facts:
         caps |= {*_numbers(graph, divided)} if divided is not None and divided.op_type == "Div" else {None}
     return {
         "angles of the rotary embeddings": [
-            Rope(tuple(found.ravel().tolist())) for found in angles if found is not None
+            Rope(angles) for angles in sorted({_angles(graph, name) for name in cosines})
         ],
         "eps of all norms": sorted(eps),
         "cap of the logits": sorted(caps, key=str) or [0.0],
     }
+
+
+def _angles(graph: Any, name: str) -> tuple[float, ...]:
+    """The table of floats that a value is computed from, by whatever name: torch folds it, or keeps the buffer's."""
+    table = graph.array(name) if name in graph.tensors else None
+    if table is not None and table.dtype.kind == "f" and table.size > 1:
+        return tuple(table.ravel().tolist())
+    maker = graph.makers.get(name)
+    return next((found for source in (maker.input if maker else ()) if (found := _angles(graph, source))), ())
 
 
 def _reading(graph: Any, maker: str, kind: str) -> list[Any]:
