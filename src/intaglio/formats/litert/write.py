@@ -148,7 +148,7 @@ def find_python(python: str | Path | None) -> Path:
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise ConfigError(
-            f"LiteRT's packages need an environment of their own, and {candidates[0]} is not there: make it with "
+            f"LiteRT's packages need an environment of their own: {candidates[0]} is not there: make it with "
             f"`make {ENVIRONMENT}/.done` in intaglio's folder, or with `python3 -m venv {ENVIRONMENT} && "
             f"{ENVIRONMENT}/bin/pip install -r {REQUIREMENTS}` (2.3 GB), or name its interpreter with --python"
         )
