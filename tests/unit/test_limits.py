@@ -18,7 +18,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from intaglio.errors import ConfigError, IntaglioError, RecipeError
-from intaglio.formats.litert import read_tflite
+from intaglio.formats.litert import read_flatbuffer
 from intaglio.formats.litert.read_tflite import HEADER_START, MAGIC, read_bundle
 from intaglio.formats.mobile.layout import resolve_bits
 from intaglio.formats.onnx.read import Graph
@@ -223,7 +223,7 @@ def bundle(count: int) -> bytes:
 
 
 def test_a_bundle_whose_pointers_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_tflite, "MOST_TABLES", 5_000)
+    monkeypatch.setattr(read_flatbuffer, "MOST_TABLES", 5_000)
     path = tmp_path / "x.litertlm"
     path.write_bytes(bundle(3))
     (signatures,) = read_bundle(path).models.values()
