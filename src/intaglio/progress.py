@@ -136,6 +136,8 @@ class Lines:
     def say(self, text: str) -> None:
         """Write a line with the time."""
         with self.lock:
+            if self.closed.is_set():
+                return
             self.said_at = time.monotonic()
             with suppress(OSError, ValueError):  # a full disk, a reader that is gone, a closed file
                 self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
@@ -147,8 +149,9 @@ class Lines:
                 self._say_latest()
 
     def close(self) -> None:
-        """Say no more."""
-        self.closed.set()
+        """Say no more, not even a line that is on its way."""
+        with self.lock:
+            self.closed.set()
 
 
 def _sizes_of_logs(run_dir: Path) -> dict[Path, int]:

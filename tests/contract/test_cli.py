@@ -19,7 +19,7 @@ from intaglio.plan.plan import make_plan
 from intaglio.sizing import planning
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from tests.support.cases import Case
-from tests.support.cli import contents, intaglio
+from tests.support.cli import contents, intaglio, names_of_folders
 
 VERBS = ["demo", "plan", "quantize", "train", "export", "inspect", "convert", "verify", "eval", "report"]
 SETTINGS = ["--set=schedule.tokens=512", "--set=schedule.batch_size=2", "--set=schedule.sequence_length=32"]
@@ -181,6 +181,8 @@ def test_the_report_says_what_was_measured(finished: tuple[Path, str]) -> None:
     assert len(report["loss_curve"]) == 8
     assert [sample["prompt"] for sample in report["samples"]] == ["The whale"]
     assert "--prompt=The whale" in report["provenance"]["command"]
+    assert "--text=text.txt" in report["provenance"]["command"]
+    assert not names_of_folders({name: (finished[0] / name).read_bytes() for name in REPORTS})
 
 
 def test_report_measures_again_and_rewrites_nothing_else(

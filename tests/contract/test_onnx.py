@@ -327,7 +327,7 @@ def test_data_elsewhere_are_not_read(gemma4: Case, folders: dict[str, Path], tmp
 
 
 def test_what_the_files_cannot_say_is_refused(cases: dict[str, Case], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="for gemma4_text, this model is gemma3_text"):
+    with pytest.raises(RecipeError, match="for gemma4_text, this model is gemma3_text"):
         export_onnx(cases["gemma3"].packed, tmp_path / "x")
     checkpoint = make_checkpoint(tmp_path / "odd", GEMMA4 | {"intermediate_size": 260})
     packed = pack(checkpoint, tmp_path / "packed", "mobile")

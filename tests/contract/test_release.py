@@ -16,10 +16,12 @@ from intaglio.errors import InputError
 from intaglio.formats.table import EXPORTERS
 from intaglio.packed.model import PackedModel
 from intaglio.packed.outputs import MARKER
+from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.runs.release import MANIFEST, RUNTIMES, make_release, parse_targets
+from intaglio.train.quantize import quantize
 from tests.support.cases import Case
-from tests.support.cli import contents, intaglio
+from tests.support.cli import contents, intaglio, names_of_folders
 from tests.support.tiny import GEMMA4, GEMMA4_MOE, make_checkpoint, pack
 
 
@@ -59,33 +61,42 @@ def test_the_manifest_is_what_sha256sum_reads(release: Path) -> None:
     assert listed == set(contents(release)) - {MANIFEST, MARKER}
 
 
+PROGRAM = """
+import sys
+from pathlib import Path
+from intaglio.formats.table import EXPORTERS
+from intaglio.plan.plan import make_plan
+from intaglio.train.quantize import quantize
+checkpoint, out, recipe, *names = sys.argv[1:]
+print(list({"full_attention", "sliding_attention"}))
+packed = quantize(Path(checkpoint), make_plan(checkpoint, recipe), Path(out) / "packed")
+for name in names:
+    EXPORTERS[name](packed, Path(out) / name)
+"""
+
+
 @pytest.mark.parametrize(
-    "names", ["gguf,hf,vllm,mlx,ollama,lmstudio", pytest.param("onnx", marks=pytest.mark.environment)]
+    ("recipe", "names"),
+    [
+        ("q4_0", ("gguf", "hf", "vllm", "mlx", "ollama")),
+        ("mobile", ("gemma-mobile", "mlx")),
+        pytest.param("q4_0", ("onnx",), marks=pytest.mark.environment),
+    ],
 )
-def test_another_process_writes_the_same_bytes(gemma4: Case, release: Path, tmp_path: Path, names: str) -> None:
-    """In which sets and hashes have another order. LiteRT's bundle and the page have tests of their own."""
-    command = [
-        sys.executable,
-        "-c",
-        "from intaglio.cli import main; main()",
-        "export",
-        gemma4.packed.path,
-        "--to",
-        names,
-        "-o",
-        tmp_path / "out",
+def test_two_processes_write_the_same_bytes(gemma4: Case, tmp_path: Path, recipe: str, names: tuple[str, ...]) -> None:
+    """They go through sets in other orders. LiteRT's bundle and the page have tests of their own."""
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(gemma4.checkpoint), str(tmp_path / seed), recipe, *names],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+        )
+        for seed in "13"
     ]
-    subprocess.run(list(map(str, command)), env=os.environ | {"PYTHONHASHSEED": "7"}, check=True, capture_output=True)
-    found = contents(tmp_path / "out")
-    for name in names.split(","):
-        mine = {path: data for path, data in found.items() if path.startswith(f"{name}/")}
-        assert mine and mine == {path: data for path, data in contents(release).items() if path.startswith(f"{name}/")}
-
-
-def test_the_mobile_folder_is_the_same_bytes_twice(mobile_packed: PackedModel, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        make_release(mobile_packed, tmp_path / name, "gemma-mobile,mlx")
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    orders = [child.communicate()[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0] and orders[0] != orders[1]
+    one, other = (contents(tmp_path / seed) for seed in "13")
+    assert one.keys() == other.keys() and not [name for name in one if one[name] != other[name]]
 
 
 def test_verify_reads_all_of_it_back(gemma4: Case, release: Path) -> None:
@@ -217,6 +228,21 @@ def test_an_artifact_that_does_not_match_is_left_out_with_exit_code_3(
     outcome = intaglio("export", gemma4.packed.path, "--to", "all", "-o", tmp_path / "out")
     assert outcome.code == 3 and "rms_norm_eps is 0.1, the model's is 1e-06" in outcome.error
     assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {"gguf"}
+
+
+def test_no_file_names_a_folder_of_this_machine(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where LiteRT's environment is missing, or the packed model is made of a text."""
+    monkeypatch.setenv("INTAGLIO_RUNTIMES", str(tmp_path / "runtimes"))
+    checkpoint = make_checkpoint(tmp_path / "c", GEMMA4)
+    plan = make_plan(checkpoint, "mobile")
+    packed = quantize(checkpoint, plan, tmp_path / "p", provenance={"data": str(text)})
+    for name in ("onnx", "web"):
+        monkeypatch.delitem(RUNTIMES, name)
+    left_out = make_release(packed, tmp_path / "out").left_out
+    assert str(tmp_path / "runtimes") in left_out["litert"]
+    assert "litert is left out: LiteRT's packages need" in (tmp_path / "out" / "README.md").read_text()
+    assert packed.provenance["data"] == text.name
+    assert not names_of_folders(contents(tmp_path / "out"))
 
 
 def test_a_recipe_that_bfloat16_does_not_hold_is_named(mobile_packed: PackedModel, tmp_path: Path) -> None:

@@ -245,6 +245,20 @@ def test_mlx_reads_and_writes_the_fixed_texts_and_chats(gemma4: Case, tmp_path: 
 
 
 @pytest.mark.environment
+def test_vllm_reads_and_writes_the_fixed_texts_and_chats(gemma4: Case, tmp_path: Path) -> None:
+    export_vllm(gemma4.packed, tmp_path / "vllm")
+    speech = read_speech(gemma4.packed.path, gemma4.packed.plan.model.config)
+    assert speech is not None
+    texts, fixed, out = speech.texts(), tmp_path / "fixed.json", tmp_path / "out.json"
+    fixed.write_text(json.dumps([texts, CHATS]), "utf-8")
+    command = [python_of("vllm"), RUNNERS / "vllm_tokens.py", tmp_path / "vllm", fixed, out]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    chats = [speech.tokenizer.apply_chat_template(chat, add_generation_prompt=ask)["input_ids"] for chat, ask in CHATS]
+    assert json.loads(out.read_text("utf-8")) == speech.tokens(texts) + chats
+
+
+@pytest.mark.environment
 @pytest.mark.parametrize("name", ["proportional, factor 8", "linear, full layers", "linear, sliding layers"])
 def test_mlx_turns_as_a_scaled_rotary_embedding_asks(tmp_path: Path, name: str) -> None:
     checkpoint = make_checkpoint(tmp_path / "c", with_rope(GEMMA4, ROPES[name]))

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -94,6 +95,12 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, f"not after {seconds} s"
         time.sleep(0.01)
+
+
+def names_of_folders(files: dict[str, bytes]) -> list[str]:
+    """Those of the files that name a folder of this machine: where tests write, this repository, Python's."""
+    folders = [str(folder).encode() for folder in (tempfile.gettempdir(), Path(__file__).parents[2], sys.prefix)]
+    return [name for name, data in files.items() if any(folder + b"/" in data for folder in folders)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

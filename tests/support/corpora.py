@@ -16,6 +16,7 @@ SPECIAL = ["<pad>", "<eos>", "<bos>"]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCAB = len(SPECIAL) + 1 + len(BYTES)
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 LINE_END = "\u010a"  # how byte-level tokenizers spell "\n"
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from intaglio.errors import ConfigError, OutputError
+from intaglio.formats import turns
 from intaglio.formats.gguf.read_bundles import parse_modelfile
 from intaglio.formats.gguf.write import export_gguf
 from intaglio.formats.gguf.write_bundles import export_lmstudio, export_ollama, modelfile
 from intaglio.formats.verify import verify
 from intaglio.packed.model import PackedModel
+from intaglio.packed.template import Renderer
 from tests.support.cases import Case
+from tests.support.corpora import ENDLESS
 
 
 def test_a_modelfile_names_all_that_ollama_needs(gemma4: Case, tmp_path: Path) -> None:
@@ -80,7 +84,7 @@ def test_ollama_knows_gemma3s_own_template(gemma3_copy: PackedModel) -> None:
 
 
 def test_a_template_that_ollama_would_not_use_is_refused(
-    packed_copy: PackedModel, gemma3_copy: PackedModel, tmp_path: Path
+    packed_copy: PackedModel, gemma3_copy: PackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It writes prompts of the architecture gemma4 in one form, and has no Jinja."""
     (packed_copy.path / "chat_template.jinja").write_text(CHATML)
@@ -88,6 +92,10 @@ def test_a_template_that_ollama_would_not_use_is_refused(
         export_ollama(packed_copy, tmp_path / "o")
     (gemma3_copy.path / "chat_template.jinja").write_text("{{ messages[-1].content | upper }}")
     with pytest.raises(ConfigError, match="cannot be said in Ollama's language"):
+        export_ollama(gemma3_copy, tmp_path / "o")
+    monkeypatch.setattr(turns, "Renderer", partial(Renderer, seconds=1))
+    (gemma3_copy.path / "chat_template.jinja").write_text(ENDLESS)
+    with pytest.raises(ConfigError, match="took more than 1 s for one chat and was stopped"):
         export_ollama(gemma3_copy, tmp_path / "o")
     assert not (tmp_path / "o").exists()
     export_gguf(packed_copy, tmp_path / "x.gguf")  # what the message advises

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from intaglio.packed.checkpoint import load_tokenizer
 from intaglio.packed.template import Renderer
 from intaglio.tiny import MODEL_DIR
 from intaglio.train.data import pieces
-from tests.support.corpora import EOS, TEMPLATE, TOKENIZER, byte_tokenizer, ids, load, write_jsonl
+from tests.support.corpora import ENDLESS, EOS, TEMPLATE, TOKENIZER, byte_tokenizer, ids, load, write_jsonl
 
 USER = {"role": "user", "content": "hi"}
 TRL = importlib.util.find_spec("trl")
@@ -26,18 +25,13 @@ TEMPLATES = Path(TRL.origin).parent / "chat_templates" if TRL and TRL.origin els
 # Bounds
 
 
-ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-
-
 def test_a_template_that_does_not_end_is_stopped() -> None:
     tokenizer = byte_tokenizer()
     with Renderer(tokenizer, seconds=1) as renderer:
         for template in (ENDLESS, "{% set x = 9 ** (9 ** 9) %}"):  # for the second another process takes over
             tokenizer.chat_template = template
-            began = time.monotonic()
             with pytest.raises(ConfigError, match="took more than 1 s for one chat and was stopped"):
                 renderer.render([USER])
-            assert time.monotonic() - began < 60
 
 
 def test_a_template_that_wants_all_memory_is_stopped() -> None:

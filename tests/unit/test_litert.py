@@ -16,7 +16,8 @@ from intaglio.formats.litert import read_tflite as tflite
 from intaglio.formats.litert import write as litert
 from intaglio.formats.litert.converter import ERROR_MARK
 from intaglio.formats.litert.converter.worker import check_versions
-from intaglio.formats.litert.read_tflite import Budget, Table, read_message, unzip_tokenizer
+from intaglio.formats.litert.read_flatbuffer import Budget, Table
+from intaglio.formats.litert.read_tflite import read_message, unzip_tokenizer
 from intaglio.formats.litert.write import export_litert, find_python
 from intaglio.formats.verify import verify
 from intaglio.numerics.fit import fit_absmax, fit_mse
@@ -66,7 +67,7 @@ def test_negative_scales_are_refused(tmp_path: Path, name: str) -> None:
 
 def test_another_family_is_refused(tmp_path: Path) -> None:
     packed = pack(make_checkpoint(tmp_path / "c", GEMMA3), tmp_path / "p")
-    with pytest.raises(RecipeError, match="made for gemma4_text"):
+    with pytest.raises(RecipeError, match="is for gemma4_text"):
         export_litert(packed, tmp_path / "x.litertlm")
 
 

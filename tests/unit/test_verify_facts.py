@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from intaglio.errors import ConfigError
+from intaglio.formats import speech
 from intaglio.formats.checkpoint.write import export_hf
 from intaglio.formats.gguf.read_text import llamacpp_tokens
 from intaglio.formats.gguf.write import check_exportable, export_gguf
@@ -20,8 +22,10 @@ from intaglio.formats.verify import verify
 from intaglio.formats.words.write_mlx import export_mlx
 from intaglio.formats.words.write_vllm import export_vllm
 from intaglio.packed.model import PackedModel
+from intaglio.packed.template import Renderer
 from tests.support.cases import Case, fields
 from tests.support.cli import intaglio
+from tests.support.corpora import ENDLESS
 from tests.support.tiny import GEMMA4, make_checkpoint, pack
 
 Change = Callable[[dict[str, Any]], Any]
@@ -166,6 +170,14 @@ def test_templates_are_compared_by_what_they_write(gemma4: Case, tmp_path: Path)
     template.write_text(text.replace("<|turn>", "<|TURN>"), "utf-8")
     found = verify(gemma4.packed, folder)
     assert "5 of 5 fixed chats are written otherwise" in found.summary()
+
+
+def test_a_template_that_does_not_end_differs(gemma4: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speech, "Renderer", partial(Renderer, seconds=1))
+    folder = Path(shutil.copytree(gemma4.hf, tmp_path / "hf"))
+    (folder / "chat_template.jinja").write_text(ENDLESS, "utf-8")
+    found = verify(gemma4.packed, folder)
+    assert not found.exact and "took more than 1 s for one chat and was stopped" in found.summary()
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from intaglio.errors import RecipeError
 from intaglio.formats.tally import Tally
 from intaglio.packed.model import NAMED_TEMPLATES
 from intaglio.packed.outputs import MARKER
-from intaglio.plan.family import transformers_config
+from intaglio.plan.family import ModelSpec, transformers_config
 from intaglio.plan.rope import Rope, plain_rope, ropes
 
 Facts = dict[str, Any]
@@ -38,6 +39,16 @@ OTHER_SPELLINGS = (
     "sliding_window_pattern",
 )
 CODE = ("auto_map", "custom_generate")  # which make transformers run code that lies beside the weights
+
+
+def check_dense_gemma4(model: ModelSpec, what: str) -> None:
+    """Raise RecipeError, in the name of a format, for a family other than gemma4_text and for experts."""
+    if model.family.model_type != "gemma4_text":
+        raise RecipeError(
+            f"{what} is for gemma4_text, this model is {model.family.model_type}: export it to gguf or hf"
+        )
+    if any(tensor.role == "expert" for tensor in model.tensors):
+        raise RecipeError(f"{what} has no experts, and this model does: export it to gguf, hf or vllm")
 
 
 def config_facts(config: dict[str, Any], *, text_only: bool = False) -> Facts:

@@ -1,14 +1,8 @@
-"""A model's tokenizer, template and generation settings as facts, from a folder that transformers opens.
-
-The template is asked in a process of its own where it is not the original's word for word: a stranger's template may
-never end.
-"""
+"""A model's tokenizer, template and generation settings as facts, from a folder that transformers opens."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +12,9 @@ from intaglio.formats.facts import CODE, GENERATION, TEMPLATE, TOKENIZER, Facts,
 from intaglio.formats.tally import Tally
 from intaglio.formats.texts import CHATS, fixed_texts, with_specials
 from intaglio.packed.checkpoint import load_tokenizer
+from intaglio.packed.template import Renderer
 
 SPECIAL = ("bos", "eos", "unk", "pad")
-RENDER_SECONDS = 60
 GENERATION_FILE = "generation_config.json"
 SETTINGS_LEFT_OUT = ("transformers_version", "_from_model_config")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -150,39 +144,18 @@ def compare_templates(expected: Speech, found: dict[str, str], tally: Tally) -> 
             state = "is missing" if theirs is None else "is not the model's"
             tally.unlike_facts.append(f"{TEMPLATE}: the chat template {name!r} {state}")
         elif mine != theirs:
-            wrong = [one != other for one, other in rendered(expected.folder, mine, theirs)]
-            if any(wrong):
-                said = f"{sum(wrong)} of {len(wrong)} fixed chats are written otherwise"
-                tally.unlike_facts.append(f"{TEMPLATE}: by the chat template {name!r} {said}")
+            tally.unlike_facts += _other_chats(expected, name, mine, theirs)
 
 
-def rendered(folder: str | Path, *written: str, chats: Any = CHATS) -> list[tuple[str, ...]]:
-    """Each of the chats as these templates write it, or what a template raises.
-
-    They run in a process of their own, which is ended after RENDER_SECONDS; then each chat differs.
-    """
-    request = json.dumps({"folder": str(folder), "templates": written, "chats": chats})
+def _other_chats(speech: Speech, name: str, mine: str, theirs: str) -> list[str]:
+    """What two templates do not write alike, as a line; none where they do."""
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", RENDER], input=request, capture_output=True, text=True, timeout=RENDER_SECONDS
-        )
-        return [tuple(chat) for chat in json.loads(done.stdout.splitlines()[-1])]
-    except (subprocess.TimeoutExpired, ValueError, IndexError):
-        return [tuple(f"no answer: {number}" for number in range(len(written)))] * len(chats)
-
-
-RENDER = """
-import json, sys
-from transformers import AutoTokenizer
-request = json.loads(sys.stdin.read())
-tokenizer = AutoTokenizer.from_pretrained(request["folder"], local_files_only=True, trust_remote_code=False)
-def render(chat, ask, template):
-    try:
-        return tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=ask)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-print(json.dumps([[render(chat, ask, one) for one in request["templates"]] for chat, ask in request["chats"]]))
-"""
+        with Renderer(speech.tokenizer) as renderer:
+            wrong = sum(renderer.reply(mine, *chat) != renderer.reply(theirs, *chat) for chat in CHATS)
+    except ConfigError as error:
+        return [f"{TEMPLATE}: the chat template {name!r} is not the model's, word for word, and {error}"]
+    said = f"{wrong} of {len(CHATS)} fixed chats are written otherwise"
+    return [f"{TEMPLATE}: by the chat template {name!r} {said}"] if wrong else []
 
 
 def compare_folder_speech(expected: Speech | None, folder: Path, config: dict[str, Any], tally: Tally) -> None:

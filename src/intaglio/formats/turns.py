@@ -6,14 +6,14 @@ the model's template is; for others it takes a template in Go from the Modelfile
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from intaglio.errors import ConfigError
 from intaglio.formats.facts import Facts
-from intaglio.formats.speech import GENERATION_FILE, Speech, rendered
+from intaglio.formats.speech import GENERATION_FILE, Speech
+from intaglio.packed.template import Renderer
 
 MARKS = ("first\u2060mark", "second\u2060mark", "third\u2060mark")  # contents that no template writes by itself
 # What Ollama calls its code for an architecture, and the words that it puts round turns.
@@ -52,18 +52,13 @@ def turns_of(speech: Speech, template: str) -> Turns | None:
 
     Spaces at the ends of a turn do not count: most templates cut them off, and Ollama's cannot.
     """
-    return _turns(speech.folder.as_posix(), template, speech.tokenizer.bos_token or "")
-
-
-@functools.lru_cache(maxsize=16)
-def _turns(folder: str, template: str, bos: str) -> Turns | None:
     first, second, third = MARKS
     user, more = ({"role": "user", "content": mark} for mark in (first, third))
     answer, system = {"role": "assistant", "content": second}, {"role": "system", "content": third}
     chats = (([user], False), ([user], True), ([user, answer], False), ([user, answer, more], True))
-    one, asked, two, three, ruled = (
-        text for (text,) in rendered(folder, template, chats=(*chats, ([system, user], True)))
-    )
+    with Renderer(speech.tokenizer) as renderer:
+        replies = [renderer.reply(template, *chat) for chat in (*chats, ([system, user], True))]
+    one, asked, two, three, ruled = (reply.get("text", "") for reply in replies)
     try:
         before, after = one.split(first)
         closing = two.split(second)[1]
@@ -81,7 +76,9 @@ def _turns(folder: str, template: str, bos: str) -> Turns | None:
     except (ValueError, IndexError):
         return None
     plain = not any(odd in found.in_go().replace("{{ .Content }}", "") for odd in ('"""', "{%"))
-    return Turns(found.start.removeprefix(bos), found.words, found.answer) if plain else None
+    return (
+        Turns(found.start.removeprefix(speech.tokenizer.bos_token or ""), found.words, found.answer) if plain else None
+    )
 
 
 def modelfile_facts(speech: Speech | None, architecture: str) -> Facts:

@@ -48,7 +48,7 @@ from intaglio.packed.store import (
 )
 from intaglio.plan.carried import describe_whole
 from intaglio.plan.family import TOWER_ROLES
-from intaglio.plan.files import MALFORMED, one_line, read_json
+from intaglio.plan.files import MALFORMED, one_line, read_json, without_folders
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
 
@@ -206,7 +206,7 @@ def metadata_of(plan: Plan, provenance: dict[str, Any]) -> dict[str, str]:
         "config": json.dumps(plan.model.whole or plan.model.config),
         "unused": json.dumps([tensor.name for tensor in plan.carried if tensor.spec.role not in TOWER_ROLES]),
         "plan": plan.layout_digest,
-        "provenance": json.dumps(provenance),
+        "provenance": without_folders(json.dumps(provenance)),
     }
 
 

@@ -74,23 +74,24 @@ class Renderer:
         kwargs: variables for the template. Keys of a message whose value is None are left out, as transformers does.
         Raises ConfigError where the template refuses the chat, takes too long or needs too much memory.
         """
-        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        request: dict[str, Any] = {
-            "template": self.source(tools),
-            "special": self.tokenizer.special_tokens_map,
-            "messages": present,
-        }
-        request |= {"tools": tools, "documents": documents, "kwargs": kwargs or {}, "spans": spans, "first": first}
-        try:
-            line = json.dumps(request)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(f"the chat is no plain JSON: {error}") from None
-        reply = self._ask(line)
+        reply = self.reply(
+            self.source(tools), messages, tools=tools, documents=documents, kwargs=kwargs, spans=spans, first=first
+        )
         if "error" in reply:
             raise ConfigError(f"the tokenizer's chat template refuses these messages: {reply['error']}")
         return Rendered(reply["text"], [(begin, end) for begin, end in reply["spans"]], reply["unclear"])
 
-    def _ask(self, line: str) -> dict[str, Any]:
+    def reply(self, template: str, messages: list[dict[str, Any]], ask: bool = False, **more: Any) -> dict[str, Any]:
+        """What `template_child` answers: the text of a chat by any template, or its "error".
+
+        ask: whether the header of an answer follows. Raises ConfigError as `render`, except for a refusal.
+        """
+        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        request = {"template": template, "special": self.tokenizer.special_tokens_map, "messages": present, "ask": ask}
+        try:
+            line = json.dumps(request | more)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"the chat is no plain JSON: {error}") from None
         child = self.child = self.child or self._start()
         assert child.stdin is not None and child.stdout is not None
         try:

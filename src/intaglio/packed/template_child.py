@@ -27,8 +27,9 @@ class Template:
 
         self.render_one: Any = render_jinja_template
         self.source: str = request["template"]
-        self.beside = {**request["special"], **request["kwargs"]}
-        self.beside |= {"tools": request["tools"], "documents": request["documents"]}
+        self.beside = {**request["special"], **(request.get("kwargs") or {})}
+        self.beside |= {name: request.get(name) for name in ("tools", "documents")}
+        self.beside["add_generation_prompt"] = request["ask"]
 
     def render(self, messages: list[dict[str, Any]], *, tracked: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text of a chat, and with `tracked` the spans of its {% generation %} blocks."""
@@ -59,16 +60,17 @@ def answer(request: dict[str, Any], limit: int) -> dict[str, Any]:
     messages = request["messages"]
     if any(isinstance(message.get("content"), list) for message in messages) and not template.reads_parts():
         messages = [message | {"content": joined(message.get("content"))} for message in messages]
-    tracked = bool(request["spans"] and GENERATION.search(template.source))
+    wanted, first = request.get("spans", False), request.get("first", 0)
+    tracked = bool(wanted and GENERATION.search(template.source))
     text, spans = template.render(messages, tracked=tracked)
     if len(text) > limit:
         raise ValueError(f"it wrote {len(text):,} characters, and {limit:,} are allowed")
     unclear = 0
-    if request["spans"] and not tracked:
+    if wanted and not tracked:
         found = list(assistant_spans(template, messages, text))
         spans, unclear = [span for span in found if span is not None], found.count(None)
-    if request["first"]:  # the messages before are a prompt, which does not count
-        begin = common(template.attempt(messages[: request["first"]]) or "", text)
+    if first:  # the messages before are a prompt, which does not count
+        begin = common(template.attempt(messages[:first]) or "", text)
         spans = [span for span in spans if span[0] >= begin]
     return {"text": text, "spans": spans, "unclear": unclear}
 

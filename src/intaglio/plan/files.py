@@ -8,6 +8,7 @@ turns all of them into one error that names the file.
 from __future__ import annotations
 
 import json
+import re
 import stat
 import struct
 import tokenize
@@ -22,12 +23,18 @@ MALFORMED = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError, EOFError),
     *(SyntaxError, struct.error, tokenize.TokenError),
 )
+ABSOLUTE = re.compile(r"(?<![\w./:~<])~?/[^\s'\"`,;:()]+")  # no closing tag, no address, no share
 LIMIT_BYTES = 1 << 26  # of a JSON or text file; tokenizer.json of Gemma, the largest, has 2^25
 
 
 def one_line(error: BaseException) -> str:
     """Type and message of someone else's error, as part of a message of ours."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+
+
+def without_folders(text: str) -> str:
+    """A text in which absolute paths are only their last names, for files that leave this machine."""
+    return ABSOLUTE.sub(lambda found: Path(found[0]).name, text)
 
 
 @contextmanager

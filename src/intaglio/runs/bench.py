@@ -16,6 +16,7 @@ from intaglio.formats.verify import Verification, verify
 from intaglio.numerics.device import device_for
 from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.model import PackedModel
+from intaglio.plan.files import without_folders
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.progress import Progress
 from intaglio.train.corpus import Corpus
@@ -161,5 +162,5 @@ def _make_reference(bench: Bench, kind: str, corpus: Corpus, options: Options | 
 
 
 def failure_of(error: Exception) -> str:
-    """The reason for a person, in a line."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """The reason for a person, in a line, without paths of this machine."""
+    return without_folders(str(error).splitlines()[0]) if str(error) else type(error).__name__

@@ -38,6 +38,7 @@ from intaglio.measure.report import (
 from intaglio.measure.simulate import Simulation
 from intaglio.packed.checkpoint import TextModel, model_name
 from intaglio.packed.model import PackedModel, file_sha256
+from intaglio.plan.files import without_folders
 from intaglio.progress import Progress
 from intaglio.runs.bench import FAILURES, REFERENCES, Bench, failure_of
 from intaglio.train.data.sources import Data
@@ -105,7 +106,7 @@ def prove(
         samples=samples,
         provenance=Provenance(
             versions={name: _version(name) for name in ("intaglio", "torch", "transformers", "gguf")},
-            command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=without_folders(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
             seconds=None if began is None else time.perf_counter() - began,
             tokens=int(losses[-1]["tokens"]) if losses else None,
         ),

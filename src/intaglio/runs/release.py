@@ -22,7 +22,7 @@ from intaglio.formats.verify import Verification, verify
 from intaglio.packed.model import PackedModel, file_sha256
 from intaglio.packed.outputs import MARKER
 from intaglio.packed.store import new_path
-from intaglio.plan.files import one_line, read_json, read_text
+from intaglio.plan.files import one_line, read_json, read_text, without_folders
 from intaglio.plan.plan import Plan
 from intaglio.progress import Progress
 
@@ -146,7 +146,7 @@ def _card(packed: PackedModel, out: Path, release: Release) -> str:
         for name in release.verified
     ]
     notes = [f"- {name}: {note}" for name in release.verified if (note := RUNTIMES[name].note(plan))]
-    notes += [f"- {name} is left out: {_plain(reason)}" for name, reason in release.left_out.items()]
+    notes += [f"- {name} is left out: {_plain(without_folders(reason))}" for name, reason in release.left_out.items()]
     parts = [
         f"---\ntags: [{plan.model.family.gguf_architecture}, quantized, intaglio]\n---",
         f"# {title}",

@@ -1,14 +1,13 @@
 """Reads .litertlm bundles and the .tflite models in them, with nothing but the file formats' own tables of fields.
 
-The exporter writes with the libraries of LiteRT; this reader shares no code with them. A flatbuffer's table
-points at the list of its fields' places, and field numbers are those of the schemas:
+The exporter writes with the libraries of LiteRT; this reader shares no code with them. Field numbers are those of the
+schemas:
 tensorflow/lite/schema/schema.fbs and schema/core/litertlm_header_schema.fbs of LiteRT-LM.
 """
 
 from __future__ import annotations
 
 import hashlib
-import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from intaglio.formats.litert.read_flatbuffer import Bytes, Table, root
 from intaglio.plan.files import reading
 
 MAGIC = b"LITERTLM"
@@ -43,101 +43,6 @@ BUILTIN_CODE = 3
 SIGNATURE_INPUTS, SIGNATURE_OUTPUTS, SIGNATURE_KEY, SUBGRAPH = 0, 1, 2, 4
 MAP_NAME, MAP_TENSOR = 0, 1
 BLOCK_SCALES, BLOCK_SIZE = 0, 2
-
-Bytes = NDArray[np.uint8]
-
-
-MOST_TABLES = 1 << 18  # of a file; a model of 42 layers with five signatures has about 50,000
-
-
-class Budget:
-    """Budget of tables and list entries that may still be read of a file.
-
-    Pointers of a hostile flatbuffer repeat, so that a small file announces billions of them. An honest one has
-    each entry read a few times, once for each signature, and an entry takes at least a byte.
-    """
-
-    def __init__(self, data: Bytes):
-        self.tables, self.entries = MOST_TABLES, (1 << 20) + 2 * len(data)
-
-    def spend(self, *, tables: int = 0, entries: int = 0) -> None:
-        """ValueError when more is read than an honest file of this size holds."""
-        self.tables -= tables
-        self.entries -= entries
-        if min(self.tables, self.entries) < 0:
-            raise ValueError("its lists repeat: they have more entries than such a file holds")
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table of a flatbuffer: bytes, where it begins, and what may still be read of the file."""
-
-    data: Bytes
-    start: int
-    budget: Budget
-
-    def place(self, number: int) -> int | None:
-        """Where a field's value is; None if it has its default."""
-        vtable = self.start - self.integer(self.start, "<i")
-        slot = 4 + 2 * number
-        if slot >= self.integer(vtable, "<H"):
-            return None
-        offset = self.integer(vtable + slot, "<H")
-        return self.start + offset if offset else None
-
-    def integer(self, place: int, format: str) -> int:
-        return int(struct.unpack_from(format, self.data.data, place)[0])
-
-    def number(self, field: int, format: str) -> int:
-        place = self.place(field)
-        return 0 if place is None else self.integer(place, format)
-
-    def follow(self, place: int) -> int:
-        return place + self.integer(place, "<I")
-
-    def table(self, field: int) -> Table | None:
-        place = self.place(field)
-        return None if place is None else Table(self.data, self.follow(place), self.budget)
-
-    def vector(self, field: int, dtype: str) -> NDArray[Any]:
-        """A list of numbers, without a copy; empty if the field has its default.
-
-        Whoever goes through the entries tells the budget.
-        """
-        place = self.place(field)
-        if place is None:
-            return np.zeros(0, dtype)
-        start = self.follow(place)
-        end = start + 4 + self.integer(start, "<I") * np.dtype(dtype).itemsize
-        if end > len(self.data):
-            raise ValueError(f"a list that ends at byte {end} of {len(self.data)}")
-        return self.data[start + 4 : end].view(dtype)
-
-    def text(self, field: int) -> str:
-        found = self.vector(field, "u1")
-        self.budget.spend(entries=len(found))
-        return found.tobytes().decode("utf-8")
-
-    def numbers(self, field: int) -> list[int]:
-        """A list of int32."""
-        found = self.vector(field, "<i4")
-        self.budget.spend(entries=len(found))
-        return [int(number) for number in found]
-
-    def tables(self, field: int) -> list[Table]:
-        """A list of tables; empty if the field has its default."""
-        place = self.place(field)
-        if place is None:
-            return []
-        first = self.follow(place) + 4
-        count = self.integer(first - 4, "<I")
-        self.budget.spend(tables=count)
-        return [Table(self.data, self.follow(first + 4 * i), self.budget) for i in range(count)]
-
-
-def _root(data: Bytes) -> Table:
-    budget = Budget(data)
-    return Table(data, Table(data, 0, budget).follow(0), budget)
 
 
 @dataclass(frozen=True)
@@ -208,7 +113,7 @@ def read_bundle(path: Path) -> Bundle:
         if not path.is_file():
             raise ValueError("no regular file")
         data: Bytes = np.memmap(path, np.uint8, "r").view(np.ndarray)
-        header = _root(data[HEADER_START:])
+        header = root(data[HEADER_START:])
         system, sections = header.table(SYSTEM_METADATA), header.table(SECTION_METADATA)
         said = dict(_items(system)) if system else {}
         models, other, graphs = dict[str, list[Signature]](), dict[int, list[Bytes]](), list[Bytes]()
@@ -230,7 +135,7 @@ def graph_digest(models: list[Bytes]) -> str:
     """A digest of all of some models but the stored tensors, which lie behind each model's flatbuffer."""
     found = hashlib.sha256()
     for data in models:
-        starts = [buffer.number(OFFSET, "<Q") for buffer in _root(data).tables(BUFFERS) if buffer.number(SIZE, "<Q")]
+        starts = [buffer.number(OFFSET, "<Q") for buffer in root(data).tables(BUFFERS) if buffer.number(SIZE, "<Q")]
         found.update(data[: min(starts, default=len(data))].data)
     return found.hexdigest()
 
@@ -293,7 +198,7 @@ def _items(table: Table) -> Iterator[tuple[str, str]]:
 
 
 def _signatures(data: Bytes) -> Iterator[Signature]:
-    model = _root(data)
+    model = root(data)
     buffers, subgraphs = model.tables(BUFFERS), model.tables(SUBGRAPHS)
     codes = [code.number(BUILTIN_CODE, "<i") for code in model.tables(OPERATOR_CODES)]
 

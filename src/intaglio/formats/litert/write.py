@@ -16,6 +16,7 @@ from pathlib import Path
 
 import intaglio
 from intaglio.errors import ConfigError, InputError, RecipeError, RuntimeFailureError
+from intaglio.formats.facts import check_dense_gemma4
 from intaglio.formats.litert.converter import ERROR_MARK
 from intaglio.formats.speech import plain_tokens, read_speech
 from intaglio.formats.write_folder import silent
@@ -29,7 +30,6 @@ from intaglio.plan.rope import check_rope
 PACKAGE = Path(intaglio.__file__).parent
 REQUIREMENTS = PACKAGE / "formats/litert/converter/requirements.txt"
 ENVIRONMENT = Path(".runtimes/litert")
-FAMILY = "gemma4_text"
 CONTEXT_TOKENS = 4096
 PREFILL_TOKENS = 128
 
@@ -93,12 +93,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 def check_litert(plan: Plan) -> None:
     """Raise RecipeError for a family or a grid that the exporter or LiteRT does not have."""
-    if plan.model.family.model_type != FAMILY:
-        raise RecipeError(
-            f"LiteRT bundles are made for {FAMILY}, this model is {plan.model.family.model_type}: export it to gguf"
-        )
-    if any(tensor.spec.role == "expert" for tensor in plan):
-        raise RecipeError("LiteRT bundles have no experts, and this model does: export it to gguf, hf or vllm")
+    check_dense_gemma4(plan.model, "the LiteRT bundle")
     check_rope(plan.model, "the traced graph")
     for tensor in sorted(plan, key=lambda tensor: "embedding" in tensor.spec.role):
         _check_tensor(plan, tensor)
@@ -148,7 +143,7 @@ def find_python(python: str | Path | None) -> Path:
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise ConfigError(
-            f"LiteRT's packages need an environment of their own, and {candidates[0]} is not there: make it with "
+            f"LiteRT's packages need an environment of their own: {candidates[0]} is not there: make it with "
             f"`make {ENVIRONMENT}/.done` in intaglio's folder, or with `python3 -m venv {ENVIRONMENT} && "
             f"{ENVIRONMENT}/bin/pip install -r {REQUIREMENTS}` (2.3 GB), or name its interpreter with --python"
         )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from intaglio.errors import ConfigError, RecipeError
+from intaglio.formats.facts import check_dense_gemma4
 from intaglio.numerics.grid import BlockGrid
 from intaglio.plan.carried import whole_name
 from intaglio.plan.patterns import pattern
@@ -20,7 +21,6 @@ from intaglio.plan.plan import HEAD, Plan, PlannedTensor
 from intaglio.plan.static import kv_scales
 
 FORMAT_BITS = (2, 4, 8)
-FAMILY = "gemma4_text"
 # Roles of tensors that are weights of linears and embeddings; the reader looks at no other.
 LINEAR_OR_EMBEDDING = (
     "attention",
@@ -68,12 +68,7 @@ def stored_name(plan: Plan, name: str) -> str:
 
 def check_mobile(plan: Plan) -> None:
     """Raise RecipeError for a family or a grid that the mobile format does not have."""
-    if plan.model.family.model_type != FAMILY:
-        raise RecipeError(
-            f"the mobile format is for {FAMILY}, this model is {plan.model.family.model_type}: export it to gguf or hf"
-        )
-    if any(tensor.spec.role == "expert" for tensor in plan):
-        raise RecipeError("the mobile format has no experts, and this model does: export it to gguf, hf or vllm")
+    check_dense_gemma4(plan.model, "the mobile format")
     for tensor in plan.everything:
         grid = tensor.grid
         if isinstance(grid, BlockGrid) and not (

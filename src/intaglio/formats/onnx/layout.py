@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.errors import ConfigError, RecipeError
+from intaglio.formats.facts import check_dense_gemma4
 from intaglio.numerics.grid import BlockGrid
 from intaglio.plan.plan import HEAD, Plan, PlannedTensor
 
-FAMILY = "gemma4_text"
 FOLDER = "onnx"
 WEB_MODEL = "model"  # the folder of a web page that has all this in it
 EMBEDDINGS, DECODER = "embed_tokens", "decoder_model_merged"
@@ -89,10 +89,7 @@ def matrices(plan: Plan) -> list[Matrix]:
 
 def check_onnx(plan: Plan) -> None:
     """Raise RecipeError or ConfigError for a model or a grid that these files cannot hold."""
-    if plan.model.family.model_type != FAMILY:
-        raise ConfigError(
-            f"the ONNX export is for {FAMILY}, this model is {plan.model.family.model_type}: export it to gguf or hf"
-        )
+    check_dense_gemma4(plan.model, "the ONNX export")
     for tensor in plan:
         if tensor.spec.role not in EMBEDDING_ROLES + LINEAR_ROLES + SMALL_ROLES:
             raise ConfigError(f"{tensor.name}: the ONNX export knows no {tensor.spec.role}: export it to gguf or hf")

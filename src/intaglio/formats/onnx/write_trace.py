@@ -94,6 +94,8 @@ def _skeleton(spec: ModelSpec) -> Any:
         elif isinstance(module, nn.Embedding):
             model.set_submodule(name, nn.Identity())
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its tables are computed, not loaded
+    # transformers goes through a set of these, in an order, and so a graph, that differs from process to process.
+    model.model.unique_layer_types = sorted(set(model.config.layer_types))
     known = {tensor.name for tensor in spec.tensors}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_meta:

@@ -52,13 +52,13 @@ def check_versions(requirements: Path) -> None:
 
 def build(packed_path: Path, out: Path, *, context_tokens: int, prefill_tokens: tuple[int, ...]) -> None:
     """Write the bundle `out`, with its parts in files beside it."""
-    from intaglio.formats.litert.converter import bundle, files, graph, tables, trace, weights
+    from intaglio.formats.litert.converter import bundle, files, fill, graph, tables, trace, weights
     from intaglio.packed.model import PackedModel
 
     packed = PackedModel.open(packed_path).text_only()
     source, config = weights.Weights(packed), packed.plan.model.config
     model = graph.Model.parse(trace.trace(packed.plan, context_tokens=context_tokens, prefill_tokens=prefill_tokens))
-    graph.fill(model, source.stored, packed.read_static())
+    fill.fill(model, source.stored, packed.read_static())
     embedding = [source.stored(source.embedding)]
     models = {
         "prefill_decode": model,
