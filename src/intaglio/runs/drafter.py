@@ -155,8 +155,7 @@ def _run(
     dismiss_processes()
     if not main:
         return None
-    if sharded:
-        target = place_target(open_target(target_dir)[0], device)
+    target = open_target(target_dir)[0] if sharded else target.cpu()  # acceptance is measured on the CPU
     progress.stage("Exporting")
     export(PackedModel.open(out / list(plans)[-1] / "packed"), out, replace=resume)
     report = _measure(_pairs(target, original_dir, before, trained), prompts, texts, progress)
