@@ -43,7 +43,7 @@ from intaglio.train.latents import owners_of, prepare
 from intaglio.train.layers import set_layers
 from intaglio.train.lesson import Distiller, Teacher
 from intaglio.train.optimizer import make_optimizer
-from intaglio.train.sharding import allocate, is_main, like, local, shard, start_processes, world_size
+from intaglio.train.sharding import allocate, is_main, keep_gathered, like, local, shard, start_processes, world_size
 from intaglio.train.static import put_scales
 
 WARM_UP = 3
@@ -128,8 +128,8 @@ class Training:
         student, self.optimizer = self.prepared(original) if kind == "ours" else self.plain(original)
         synchronize(device)
         self.build_s = time.perf_counter() - began
-        for model in (student, original) if "gathered" in flags else ():
-            model.set_reshard_after_forward(False)
+        if plan.recipe.schedule.gathered:
+            keep_gathered(student, original)
         set_layers(student, checkpointing="checkpointing" in flags, compiled="compiled" in flags)
         set_layers(original, compiled="compiled" in flags)
         softcap = getattr(student.config, "final_logit_softcapping", None)
@@ -217,6 +217,7 @@ def run_case(case: str, steps: int, device: torch.device, changes: list[str]) ->
     path = Path(model)
     config = json.loads(path.read_text()) if path.suffix == ".json" else bundled_config(f"gemma-4-{model}")
     schedule = [f"schedule.batch_size={int(sequences) * world_size()}", f"schedule.sequence_length={tokens}", *changes]
+    schedule += [f"schedule.gathered={'gathered' in flags}".lower()]
     plan = make_plan(text_config(config), Recipe.load("mobile" if "mobile" in flags else "q4_0", schedule))
     planned = training_memory(
         plan, gpus=world_size(), gradient_checkpointing="checkpointing" in flags, compiled="compiled" in flags

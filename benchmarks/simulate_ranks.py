@@ -1,18 +1,20 @@
 """Memory of a training step on one GPU of many, without a GPU: the trainer's own code on tensors that have no values.
 
-    python benchmarks/simulate_ranks.py --out benchmarks/results/simulate_ranks.json   # minutes on two cores
+    python benchmarks/simulate_ranks.py --out benchmarks/results/simulate_ranks.json   # minutes a cell on two cores
     python benchmarks/simulate_ranks.py 31b:4:2048:checkpointing --gpus 64
 
 Rank 0 of a fake process group builds teacher, student, latents and optimizer, and takes a step under FakeTensorMode.
 Every storage is counted from its allocation to its end. What a GPU compiles into one kernel counts with its results alone.
-A case is model:sequences on each GPU:tokens, then `checkpointing` or not; `plan` is compared with each.
+A case is model:sequences on each GPU:tokens, then `checkpointing` or not; `plan` is compared with each. A cell that --out
+holds already is not simulated again, so the command goes on where it was stopped; after a change remove the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import time
+import itertools
+import json
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -42,7 +44,7 @@ from intaglio.train import distill, fused, latent, latents, sharding
 from intaglio.train.layers import set_layers
 from intaglio.train.lesson import Distiller, Teacher
 from intaglio.train.optimizer import make_optimizer
-from intaglio.train.sharding import local, world_size
+from intaglio.train.sharding import local
 
 CASES = (
     "e2b:4:2048",
@@ -227,9 +229,8 @@ def compare(found: dict[str, int], planned: TrainingMemory) -> dict[str, list[in
     return {name: [size, rows[name]] for name, size in found.items()}
 
 
-def simulate(case: str, gpus: int) -> dict[str, Any]:
-    """One case on one number of GPUs."""
-    began = time.perf_counter()
+def simulate(case: str, gpus: int, known: dict[str, int] | None) -> dict[str, Any]:
+    """One case on one number of GPUs. known: what was found before."""
     model, sequences, tokens, *flags = case.split(":")
     config = bundled_config(f"gemma-4-{model}") if "/" not in model else model
     schedule = [f"schedule.batch_size={int(sequences) * gpus}", f"schedule.sequence_length={tokens}"]
@@ -237,25 +238,31 @@ def simulate(case: str, gpus: int) -> dict[str, Any]:
     planned = training_memory(
         plan, gpus=gpus, gradient_checkpointing="checkpointing" in flags, compiled="compiled" in flags
     )
-    with fake_ranks(gpus):
-        assert world_size() == gpus
-        found = measure(plan, int(sequences), int(tokens), "checkpointing" in flags)
+    with fake_ranks(1 if known else gpus):
+        found = known or measure(plan, int(sequences), int(tokens), "checkpointing" in flags)
     rows = compare(found, planned)
     print(f"{case} on {gpus}: {found['total'] / 1e9:.1f} GB, planned {planned.total / 1e9:.1f}", flush=True)
     for name, (size, expected) in rows.items():
         print(f"  {name:10} {size / 1e9:8.2f} {expected / 1e9:8.2f}  {expected / max(size, 1) - 1:+.1%}", flush=True)
-    return {"case": case, "gpus": gpus, "found_and_planned": rows, "seconds": round(time.perf_counter() - began)}
+    return {"case": case, "gpus": gpus, "found_and_planned": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=CASES)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 8, 64])
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    rows = [simulate(case, gpus) for case in arguments.cases for gpus in arguments.gpus]
-    if arguments.out is not None:
-        write_result(arguments.out, {"environment": environment(), "rows": rows})
+    before = json.loads(arguments.out.read_text())["rows"] if arguments.out and arguments.out.is_file() else []
+    known = {
+        (row["case"], row["gpus"]): {name: found for name, (found, _) in row["found_and_planned"].items()}
+        for row in before
+    }
+    rows = []
+    for cell in dict.fromkeys([*known, *itertools.product(arguments.cases, arguments.gpus)]):
+        rows.append(simulate(*cell, known.get(cell)))
+        if arguments.out is not None and len(rows) >= len(known):
+            write_result(arguments.out, {"environment": environment(), "rows": rows})
 
 
 if __name__ == "__main__":

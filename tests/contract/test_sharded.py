@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from intaglio.formats.verify import verify
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.model import PackedModel
-from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
+from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.run_folder import read_losses
 from tests.support import layers, sharded
 
@@ -50,8 +51,13 @@ def assert_same_codes(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "overrides"),
-    [("q4_0", ()), ("mobile", ("weights.ple_embedding.trainable=true",)), ("experts", ())],
-    ids=["q4_0", "mobile", "experts"],
+    [
+        ("q4_0", ()),
+        ("mobile", ("weights.ple_embedding.trainable=true",)),
+        ("experts", ()),
+        ("q4_0", ("schedule.gathered=true",)),
+    ],
+    ids=["q4_0", "mobile", "experts", "gathered"],
 )
 def test_two_processes_train_what_one_does(recipe: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
@@ -139,3 +145,27 @@ def test_processes_that_differ_are_refused(kind: str, tmp_path: Path) -> None:
     assert ran.returncode != 0
     assert re.search(message, ran.stderr), ran.stderr[-3000:]
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def draft(out: Path, *launcher: str) -> None:
+    """Train the bundled drafter for the bundled model, four steps of each stage."""
+    options = ("tokens=512", "batch_size=4", "sequence_length=32", "lr=1e-5", "scale_lr=1e-4")
+    command = [sys.executable, *launcher, "-m", "intaglio", "train-drafter", str(MODEL_DIR), f"--out={out}"]
+    command += [f"--drafter={DRAFTER_DIR}", f"--data={HELDOUT_TEXT}", "--checkpoint-every=3", "--resume"]
+    command += ["--prompts=2", "--prompt-tokens=8", "--written-tokens=12", *(f"--set=schedule.{o}" for o in options)]
+    ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count("retrained, quantized") == 1
+
+
+def test_a_drafter_trains_in_two_processes_as_in_one(tmp_path: Path) -> None:
+    """The target is sharded, the drafter is not; the second run goes on from a checkpoint of the first."""
+    draft(tmp_path / "one")
+    draft(tmp_path / "two", *PROCESSES)
+    for stage in ("float", "quantized"):
+        found, expected = read_losses(tmp_path / "two" / stage), read_losses(tmp_path / "one" / stage)
+        assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+        assert_same_codes(tmp_path / "one" / stage, tmp_path / "two" / stage)
+    shutil.rmtree(tmp_path / "two/quantized/packed")
+    draft(tmp_path / "two", *PROCESSES)
+    assert_same_codes(tmp_path / "one", tmp_path / "two")

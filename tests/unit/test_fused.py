@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from intaglio.plan.plan import Plan
 from intaglio.train import fused
@@ -62,6 +63,18 @@ def test_a_compiled_kernel_decodes_what_is_packed() -> None:
     for latent in latents.trained.values():
         latent.pack()
     assert losses[0] > 0
+
+
+def test_rows_of_any_width_share_a_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the norm and one of the step for each grid, and one for floats; rows here have three widths."""
+    counter, compile_with = CompileCounter(), torch.compile
+    monkeypatch.setattr(fused, "_compiled", {})
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_with(function, backend=counter, **how))
+    plan = small_plan("fit=absmax", recipe="mobile")
+    _, latents = trained(plan, torch.float32, is_fused=True, steps=1)
+    grids = {(latent.grid.name, latent.grid.block_size) for latent in latents.blocks.values()}
+    assert len({width for _, width in grids}) == 3
+    assert counter.frame_count == 2 * len({name for name, _ in grids}) + 1
 
 
 def test_moments_stay_where_checkpoints_look_for_them(uncompiled_kernels: None) -> None:

@@ -6,12 +6,14 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from intaglio.train.latents import owners_of
+from intaglio.train.latents import owners_of, prepare
 from intaglio.train.layers import set_layers
+from intaglio.train.static import put_scales
 from tests.support.layers import train
 from tests.support.tiny import GEMMA4_UNIFIED_TEXT
-from tests.support.training import SMALL, small_model
+from tests.support.training import SMALL, small_model, small_plan
 
 SMALL_UNIFIED = GEMMA4_UNIFIED_TEXT | {"vocab_size": 256, "max_position_embeddings": 128}
 
@@ -42,3 +44,14 @@ def test_names_stay_and_a_copy_runs_its_own_layers() -> None:
     assert not torch.equal(other(input_ids=ids).logits, before)
     set_layers(model)
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_layers_of_a_kind_share_a_compilation() -> None:
+    """Sliding and full layers that own keys and values, lend them, or borrow them: six kinds of twelve layers."""
+    layers = {"num_hidden_layers": 12, "num_kv_shared_layers": 6, "layer_types": SMALL["layer_types"] * 3}
+    plan = small_plan("fit=absmax", recipe="mobile", config=SMALL | layers)
+    model = prepare(small_model(SMALL | layers), plan).model
+    put_scales(model, plan, {scale.name: 0.05 for scale in plan.static_scales if scale.owned})
+    set_layers(model, compiled=True, backend=(counter := CompileCounter()))
+    model(input_ids=torch.arange(3, 12)[None], use_cache=False)
+    assert counter.frame_count == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,6 +110,8 @@ def test_sharding_divides_weights_and_not_activations() -> None:
     for name in ("teacher", "student", "masters", "optimizer"):
         assert getattr(eight, name) == -(-getattr(one, name) // 8)
     assert eight.gathered > 0 == one.gathered
+    kept = replace(plan, recipe=plan.recipe.with_schedule(gathered=True))
+    assert training_memory(kept, gpus=8).gathered > 2 * one.student > training_memory(kept).gathered
     assert eight.activations * 8 == one.activations  # its share of the batch
     checkpointed = training_memory(plan, gpus=8, gradient_checkpointing=True)
     assert checkpointed.activations < eight.activations / 3

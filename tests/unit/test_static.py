@@ -26,7 +26,6 @@ from intaglio.train.static import (
     read_scales,
     scale_of,
     static,
-    static_in_graph,
     switch_static,
 )
 from tests.support.training import small_corpus, small_model, small_plan, straight_through
@@ -74,18 +73,6 @@ def test_gradients_are_those_of_straight_through_rounding(latent: float) -> None
     plain_static(*plain).backward(grad)
     torch.testing.assert_close(ours[0].grad.double(), plain[0].grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours[1].grad.double(), plain[1].grad, rtol=2e-2, atol=1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_layers_round_and_learn_as_eager_ones(dtype: torch.dtype) -> None:
-    x, grad = torch.randn(2, 500).mul(20).to(dtype)
-    results = []
-    for quantize in (StaticQuantize.apply, static_in_graph):
-        inputs = x.clone().requires_grad_(), torch.tensor(-3.0).requires_grad_()
-        y = quantize(*inputs)
-        results.append([y, *torch.autograd.grad(y, inputs, grad)])
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0 if ours.dim() else 1e-5, atol=0)
 
 
 def test_compilation_leaves_every_parameter_its_gradient(calibrated: Any) -> None:

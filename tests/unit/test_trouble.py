@@ -13,8 +13,6 @@ from intaglio.errors import InputError, TrainingError
 from intaglio.plan.bundled import bundled_config
 from intaglio.plan.memory import training_memory
 from intaglio.plan.plan import make_plan
-from intaglio.plan.recipe import Recipe
-from intaglio.runs.drafter import run as train_a_drafter
 from intaglio.train import sharding
 from intaglio.train.grid_optimizer import GridOptimizer
 from intaglio.train.loop import Options, train
@@ -116,10 +114,3 @@ def test_other_processes_leave_a_message_to_the_first(
         cli.main()
     assert left.value.code == (143 if stopped else 2)
     assert capsys.readouterr().err.strip() == ("" if stopped else "error: process 1: the mistake")
-
-
-def test_a_drafter_in_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="a drafter is trained by one process"):
-        train_a_drafter(tmp_path / "target", Recipe.load("drafter"), tmp_path / "out", data=None)
-    assert not (tmp_path / "out").exists()

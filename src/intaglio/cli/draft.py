@@ -70,6 +70,8 @@ def train_drafter(
             resume=resume,
             progress=bars.progress,
         )
+    if report is None:  # another process has it
+        return
     if as_json:
         print_json(report.to_dict())
     else:

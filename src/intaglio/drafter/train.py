@@ -3,22 +3,26 @@
 The target reads the text once, without gradients: with its codes, its activations and its keys and values as they
 are shipped. The drafter's steps are unrolled from every place of it; the loss is the weighted KL of each step to
 the target's distribution there. The drafter's own weights are on the recipe's grids all along.
+
+Of several processes each holds its rows of the target, and the whole drafter, which is small: gradients are averaged.
 """
 
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from intaglio.drafter.accept import softcap_of
 from intaglio.drafter.clusters import cluster_loss
 from intaglio.drafter.model import check_fits
-from intaglio.drafter.unroll import TargetStates, inside, steps, target_states
+from intaglio.drafter.unroll import TargetStates, inside, states_of, steps, target_states
 from intaglio.errors import CorpusError, InputError
 from intaglio.packed.checkpoint import TextModel
 from intaglio.plan.drafting import Drafting
@@ -30,7 +34,16 @@ from intaglio.train.latents import Latents, prepare
 from intaglio.train.layers import set_layers
 from intaglio.train.loop import Options, Session, StepInfo, dtype_of, run_identity
 from intaglio.train.run_folder import check_run_dir, claim
-from intaglio.train.sharding import start_processes
+from intaglio.train.sharding import (
+    check_shared,
+    check_together,
+    is_main,
+    keep_gathered,
+    shard,
+    start_processes,
+    sum_over_processes,
+    world_size,
+)
 from intaglio.train.student import cast_weights
 
 
@@ -46,18 +59,33 @@ class DraftLesson(nn.Module):
         """Mean loss over the drafts that stay in their document, in nats, float32 scalar."""
         count = len(self.weights)
         counted, places = inside(positions, count), positions.shape[1] - count
+        own = counted.sum((0, 1)).float()
+        shares = own * world_size() / sum_over_processes(own.clone()).clamp_min(1)  # of each step's mean over all
         head, total = self.drafter.get_output_embeddings().weight, torch.zeros((), device=input_ids.device)
         for number, (weight, out) in enumerate(
             zip(self.weights, steps(self.drafter, states, positions, count), strict=True)
         ):
             here = counted[..., number]
             hidden, target = out[here], states.hidden[:, number + 1 : number + 1 + places][here]
+            if not len(hidden):
+                total = total + 0 * out.sum()  # gradients of zero, which other processes wait for
+                continue
             loss = chunked_kl(hidden, head, target, target_head, softcap=None, teacher_softcap=self.softcap)
             if self.clusters:
                 embedder = self.drafter.masked_embedding
                 loss = loss + cluster_loss(hidden, embedder, target, target_head, self.softcap)
-            total = total + weight * loss
+            total = total + weight * shares[number] * loss
         return total / sum(self.weights)
+
+
+def place_target(target: TextModel, device: torch.device) -> TextModel:
+    """The target on its device, without gradients; of several processes each keeps its own rows."""
+    target = target.to(device).requires_grad_(False).eval()
+    if world_size() > 1 and not isinstance(target, FSDPModule):
+        shard(target, device)
+        target.states = types.MethodType(states_of, target)
+        register_fsdp_forward_method(target, "states")
+    return target
 
 
 def train_drafter(
@@ -74,6 +102,7 @@ def train_drafter(
 ) -> Latents:
     """Train a copy of `drafter` to the plan's grids and return its latents; `.model` is the drafter itself.
 
+    Of several processes all must give the same drafter; the target is sharded in place.
     target: what it drafts for, as `measure.simulate.decoded_model` makes it of a packed model, or a float one.
     target_digest: says which target this is, where a run is resumed. Raises ConfigError for models that do not fit,
     CorpusError for sequences too short for the steps, and as `train.loop.train` does.
@@ -93,25 +122,30 @@ def train_drafter(
     identity = run_identity(plan, None, options) | {"corpus": corpus.digest, "target": target_digest}
     check_run_dir(run_dir, identity, resume)
     device = start_processes()
+    check_together(plan.recipe.schedule.batch_size, identity)
+    check_shared(run_dir)
     compiled = device.type == "cuda" if options.compiled is None else options.compiled
-    target = target.to(device).requires_grad_(False).eval()
+    target = place_target(target, device)
+    if plan.recipe.schedule.gathered:
+        keep_gathered(target)
     student = copy.deepcopy(drafter).to(device).requires_grad_(True).train()
     if student.config.use_ordered_embeddings and drafting.clusters == "keep":
         student.masked_embedding.centroids.requires_grad_(False)
     dtype = dtype_of(options)
     cast_weights(student, dtype)
     latents = prepare(student, plan, source=None if student.dtype == drafter.dtype else drafter.state_dict())
-    head = target.get_output_embeddings().weight.to(dtype)
     set_layers(target, compiled=compiled)
 
     def teach(input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
         with torch.autocast(input_ids.device.type, dtype, enabled=target.dtype != dtype):
             states = target_states(target, input_ids, positions)
         kv = {kind: (keys.to(dtype), values.to(dtype)) for kind, (keys, values) in states.kv.items()}
-        return TargetStates(states.embeds.to(dtype), states.hidden.to(dtype), kv), head
+        head = target.get_output_embeddings().weight  # gathered by the pass before
+        return TargetStates(states.embeds.to(dtype), states.hidden.to(dtype), kv), head.to(dtype)
 
     lesson = DraftLesson(student, drafting, softcap_of(target))
     session = Session(latents, lesson, teach, corpus, run_dir, device, options)
-    claim(run_dir, identity)
+    if is_main():
+        claim(run_dir, identity)
     session.run(checkpoint.latest(run_dir), on_step)
     return latents

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from intaglio.train.static import static
 
@@ -35,8 +36,14 @@ class TargetStates:
 def target_states(target: Any, input_ids: Tensor, positions: Tensor | None = None, cache: Any = None) -> TargetStates:
     """Run the target over int64 [B, T], behind what a cache of transformers holds, if one is given.
 
-    Without a cache, positions that restart keep documents apart.
+    Without a cache, positions that restart keep documents apart. A sharded target gathers its weights by the way.
     """
+    sharded = isinstance(target, FSDPModule)
+    return target.states(input_ids, positions, cache) if sharded else states_of(target, input_ids, positions, cache)
+
+
+def states_of(target: Any, input_ids: Tensor, positions: Tensor | None, cache: Any) -> TargetStates:
+    """`target_states` of a target whose weights are whole."""
     out = target.model(
         input_ids=input_ids,
         position_ids=positions,

@@ -26,8 +26,12 @@ def position(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """x on the grid, in its dtype. scale: float32, no dimensions, as `round_scale` leaves it."""
-    return position(x, scale).round_().clamp_(CODE_MIN, CODE_MAX).mul_(scale.to(x.dtype))
+    """x on the grid, in its dtype. scale: float32, no dimensions, as `round_scale` leaves it.
+
+    The product is not taken in place: torch.compile of torch 2.11 gives an autograd function no gradient, without a
+    word, if its result is a tensor that was changed in place.
+    """
+    return position(x, scale).round_().clamp_(CODE_MIN, CODE_MAX) * scale.to(x.dtype)
 
 
 def encode(x: Tensor, scale: Tensor) -> Tensor:

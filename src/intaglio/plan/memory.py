@@ -45,8 +45,8 @@ LABELS = {  # of the rows, for people
     "activations": "activations",
     "loss": "loss, by chunks",
 }
-# A sharded head is held whole three times in bfloat16: teacher's, student's, gradient
-GATHERED_HEAD = 3 * HALF
+# A sharded head is held whole twice in bfloat16, teacher's and student's; its gradient is part of the loss
+GATHERED_HEAD = 2 * HALF
 # The largest sharded layer, whole: it, the next one and its gradient, and the gradient in float32 as it is summed
 GATHERED_LAYER = 3 * HALF + FLOAT
 SMALLEST_CHUNK, MOST_CHUNKS = 512, 8  # of queries in attention; smaller chunks skip more keys, and take more kernels
@@ -137,11 +137,19 @@ def training_memory(
         scales=shared(sum(_scale_bytes(t) for t in trained)),
         gradients=shared(HALF * trained_weights) + _step_bytes(schedule, trained, gpus),
         optimizer=0 if schedule.offload_moments else _moment_bytes(schedule, learning, gpus),
-        gathered=GATHERED_LAYER * max(_layer_values(plan).values()) + GATHERED_HEAD * head if gpus > 1 else 0,
+        gathered=_gathered_bytes(plan, weights - tables, head) if gpus > 1 else 0,
         activations=activation_bytes(plan.model, tokens, gradient_checkpointing)
         + (attention_bytes(plan.model, tokens, schedule.sequence_length) if gradient_checkpointing and compiled else 0),
         loss=_loss_bytes(plan, tokens, head, gradient_checkpointing),
     )
+
+
+def _gathered_bytes(plan: Plan, sharded: int, head: int) -> int:
+    """Weights that a process has whole for a while. sharded, head: numbers of weights of the model and of its head."""
+    largest = max(_layer_values(plan).values())
+    if plan.recipe.schedule.gathered:  # all of teacher and student, and a layer's gradients as below
+        return 2 * HALF * sharded + (HALF + FLOAT) * largest
+    return GATHERED_LAYER * largest + GATHERED_HEAD * head
 
 
 def _step_bytes(schedule: Schedule, trained: list[PlannedTensor], gpus: int) -> int:

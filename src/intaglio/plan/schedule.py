@@ -41,6 +41,8 @@ class Schedule:
     seed: of the data order.
     moments: dtype in which AdamW's moments are kept between steps; the arithmetic is in float32. "int8" is torchao's
         AdamW8bit, codes in blocks of 256. offload_moments: keep them in pinned host memory, on a GPU.
+    gathered: of several processes each keeps weights that it gathered in a forward until the backward, and those of a
+        teacher for good.
     """
 
     loss: str = "kl"
@@ -72,6 +74,7 @@ class Schedule:
     seed: int = 0
     moments: str = "float32"
     offload_moments: bool = False
+    gathered: bool = False
 
     def tokens_by_layers(self, static: bool) -> int:
         """Tokens of the text that go through a model layer by layer; static: whether static scales are calibrated."""

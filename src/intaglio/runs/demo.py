@@ -88,7 +88,7 @@ def _remove_run(out: Path, replace: bool) -> None:
 
 def run_demo_drafter(out: Path, *, recipe: str = "q4_0", progress: Progress | None = None) -> DrafterReport:
     """Train the bundled drafter again for the model that `run_demo` has just left in `out`."""
-    return run_drafter(
+    report = run_drafter(
         out / "packed",
         Recipe.load(f"drafter-{recipe}").with_schedule(**DRAFTER_SCHEDULE),
         out / "drafter",
@@ -99,6 +99,8 @@ def run_demo_drafter(out: Path, *, recipe: str = "q4_0", progress: Progress | No
         options=Options(precision=faster_precision(), compiled=False),
         progress=progress,
     )
+    assert report is not None, "one process has the report"
+    return report
 
 
 def faster_precision() -> str:

@@ -10,8 +10,8 @@ A run folder holds
 
 from __future__ import annotations
 
-import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from intaglio.drafter.model import Shape, check_fits, load_drafter, new_drafter, target_config
-from intaglio.drafter.train import train_drafter
+from intaglio.drafter.train import place_target, train_drafter
 from intaglio.errors import InputError, MismatchError, OutputError
 from intaglio.formats.checkpoint.write import export_hf
 from intaglio.formats.gguf.write import export_gguf
@@ -44,6 +44,14 @@ from intaglio.train.data.sources import Data, path_of
 from intaglio.train.loop import Options
 from intaglio.train.pack import pack_model
 from intaglio.train.run_folder import OF_THE_PROCESS, hold
+from intaglio.train.sharding import (
+    dismiss_processes,
+    from_main,
+    is_main,
+    start_processes,
+    wait_for_all,
+    world_size,
+)
 
 FLOAT_RECIPE = "drafter"
 FLOAT, QUANTIZED = "float", "quantized"
@@ -80,21 +88,24 @@ def run(
     options: Options | None = None,
     resume: bool = False,
     progress: Progress | None = None,
-) -> DrafterReport:
+) -> DrafterReport | None:
     """Train a drafter for `target_dir` by `recipe` on `data`, and leave it, its files and the report in `out`.
 
     target_dir: a packed model, or a float checkpoint. data: see `train.corpus.load_corpus`; None lets the target
     write it. drafter_dir: a float drafter to begin with; None for a new one of this shape. original_dir: the float
     checkpoint that the target was made from: with it and `drafter_dir` the report has the pair that both were.
+    Of several processes, as torchrun starts them, the main one has the report, the others return None.
     Raises ConfigError for models that do not fit, CorpusError for text too short, MismatchError for a file that
     does not hold what was trained.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("a drafter is trained by one process: start it without torchrun or accelerate")
     progress, texts, out = progress or Progress(), texts or Texts(), Path(out)
     check_output(out, [target_dir, drafter_dir, original_dir, path_of(data), path_of(texts.text)])
-    with hold(out), progress.logged(out):
-        return _run(target_dir, recipe, out, data, drafter_dir, shape, original_dir, texts, options, resume, progress)
+    device = start_processes()
+    progress = progress if is_main() else Progress()
+    with hold(out), progress.logged(out) if is_main() else nullcontext():
+        return _run(
+            target_dir, recipe, out, data, drafter_dir, shape, original_dir, texts, options, resume, progress, device
+        )
 
 
 def _run(
@@ -109,18 +120,25 @@ def _run(
     options: Options | None,
     resume: bool,
     progress: Progress,
-) -> DrafterReport:
-    if not resume and (not out.is_dir() or any(path.name not in OF_THE_PROCESS for path in out.iterdir())):
+    device: torch.device,
+) -> DrafterReport | None:
+    if (
+        not resume
+        and out.exists()
+        and (not out.is_dir() or any(path.name not in OF_THE_PROCESS for path in out.iterdir()))
+    ):
         raise OutputError(f"{out}: is not empty: choose another folder, or continue the run in it with --resume")
     progress.stage("Loading the target")
     target, identity = open_target(target_dir)
     before = None if drafter_dir is None else load_drafter(drafter_dir)
     first = before if before is not None else new_drafter(target, shape or Shape.official(target.config.to_dict()))
+    first = from_main(first)
     check_fits(first, target)
     plans = {FLOAT: make_plan(first.config.to_dict(), _kept_float(recipe))}
     plans |= {QUANTIZED: make_plan(first.config.to_dict(), recipe)} if recipe.name != FLOAT_RECIPE else {}
     for plan in plans.values():
         format_of(plan).check(plan, Path(target_dir))  # what an export would refuse after training
+    target = place_target(target, device)
     progress.stage("Reading text")
     corpus, prompts = _texts(target, plans[FLOAT], load_tokenizer(target_dir), data, texts, progress)
     name = f"{model_name(target_dir)}-assistant"
@@ -131,7 +149,13 @@ def _run(
         how: dict[str, Any] = {"target_digest": identity, "options": options, "resume": resume}
         latents = train_drafter(target, first, plan, corpus, out / name, on_step=progress.step, **how)
         pack_model(latents, out / name / "packed", assets=target_dir, provenance=record, replace=resume)
+        wait_for_all()
         first = trained[name] = load_packed(PackedModel.open(out / name / "packed"))
+    main, sharded = is_main(), world_size() > 1
+    dismiss_processes()
+    if not main:
+        return None
+    target = open_target(target_dir)[0] if sharded else target.cpu()  # acceptance is measured on the CPU
     progress.stage("Exporting")
     export(PackedModel.open(out / list(plans)[-1] / "packed"), out, replace=resume)
     report = _measure(_pairs(target, original_dir, before, trained), prompts, texts, progress)

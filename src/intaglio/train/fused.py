@@ -26,6 +26,7 @@ from intaglio.train.lean import Bfloat16AdamW
 from intaglio.train.sharding import local, sum_over_processes
 
 HYPER = ("lr", "beta1", "beta2", "eps", "decay", "bias1", "bias2", "clip")  # entries of a kernel's float32 [8]
+LARGEST_FIXED_BLOCK = 32  # of the GGUF grids; a larger block is a whole row
 
 
 def _adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, hyper: Tensor) -> Tensor:
@@ -91,11 +92,14 @@ _compiled: dict[Callable, Callable] = {}
 def _kernel(function: Callable, *tensors: Tensor) -> Callable:
     """The compiled function; the first dimension of these tensors may be another one at the next call.
 
-    All else is constant, above all what a grid's arithmetic shifts by, which torch would otherwise make symbolic.
+    So may the width of a block that is a whole row: the widths of a model's rows share one compilation. All else is
+    constant, above all what a grid's arithmetic shifts by, which torch would otherwise make symbolic.
     """
     for tensor in tensors:
         if tensor.numel():
             torch._dynamo.mark_dynamic(tensor, 0)
+            if tensor.ndim == 2 and tensor.shape[1] > LARGEST_FIXED_BLOCK:
+                torch._dynamo.mark_dynamic(tensor, 1)
     if function not in _compiled:
         expect_compilations(32)
         _compiled[function] = torch.compile(function, dynamic=False)

@@ -37,6 +37,7 @@ from intaglio.train.sharding import (
     check_shared,
     check_together,
     is_main,
+    keep_gathered,
     rank,
     shard,
     start_processes,
@@ -135,6 +136,8 @@ def train(
             _first_values(latents, original, corpus, device, saved, on_calibration)
         if "scales" in plan.recipe.schedule.stages:
             latents.leave_scales()
+        if plan.recipe.schedule.gathered:
+            keep_gathered(student, teacher)
         lesson, teach = _lesson(student, teacher, dtype, device, options)
         session = Session(latents, lesson, teach, corpus, run_dir, device, options)
         if is_main():

@@ -190,6 +190,13 @@ def settle(model: Any) -> None:
             module.reshard()
 
 
+def keep_gathered(*models: Any) -> None:
+    """Let sharded models keep the weights that a forward gathers until a backward has used them, if one comes."""
+    for model in models:
+        if isinstance(model, FSDPModule):
+            model.set_reshard_after_forward(False)
+
+
 def check_together(batch_size: int, identity: dict[str, str]) -> None:
     """Raise InputError, on every process alike, where processes cannot train together.
 

@@ -109,23 +109,6 @@ class StaticQuantize(torch.autograd.Function):
         return static_gradients(grad, x, latent)
 
 
-def static_in_graph(x: Tensor, latent: Tensor) -> Tensor:
-    """The values and gradients of `StaticQuantize`, in operations that a compiler differentiates itself."""
-    plain, scale = x.detach(), scale_of(latent)
-    inside, change = _slopes(plain, scale)
-    return with_gradients_of(fake_quantize(plain, scale), x * inside, change.float() * scale * latent)
-
-
-def with_gradients_of(value: Tensor, *paths: Tensor) -> Tensor:
-    """`value` as it is, with the gradients of `paths`: of each, what it exceeds itself by is added, which is zero.
-
-    torch.compile of torch 2.11 gives autograd functions inside of what it compiles no gradients, without a word.
-    """
-    for path in paths:
-        value = value + (path - path.detach()).to(value.dtype)
-    return value
-
-
 class StaticLinearFunction(torch.autograd.Function):
     """y = x W^T, with x and y on their static scales.
 
@@ -199,8 +182,7 @@ def static(module: Any, kind: str, x: Tensor) -> Tensor:
     if scales is None or not scales.on:
         return x
     if kind in scales.latents:
-        quantize = static_in_graph if torch.compiler.is_compiling() else StaticQuantize.apply
-        return quantize(x, scales.latents[kind])
+        return StaticQuantize.apply(x, scales.latents[kind])
     return fake_quantize(x, scales.fixed[kind]) if kind in scales.fixed else x
 
 

@@ -80,6 +80,8 @@ def fixes_of(plan: Plan, gpus: int, gradient_checkpointing: bool) -> list[tuple[
         offer("--set schedule.moments=bfloat16", moments="bfloat16")
     if not schedule.offload_moments and schedule.moments != "int8":
         offer("--set schedule.offload_moments=true", offload_moments=True)
+    if schedule.gathered:
+        offer("--set schedule.gathered=false", gathered=False)
     if schedule.batch_size % (2 * gpus) == 0:
         offer(f"{2 * gpus} GPUs", more_gpus=2 * gpus)
     now = training_memory(plan, gpus=gpus, gradient_checkpointing=gradient_checkpointing).total
