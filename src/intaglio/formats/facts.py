@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from intaglio.formats.tally import Tally
-from intaglio.packed.model import NAMED_TEMPLATES
+from intaglio.packed.assets import NAMED_TEMPLATES
 from intaglio.packed.outputs import MARKER
 from intaglio.plan.family import transformers_config
 from intaglio.plan.rope import Rope, plain_rope, ropes
