@@ -129,7 +129,7 @@ GEMMA3_INPUTS: dict[str, Input] = {
         "silent",
     ),
     "an embedding model": Input(config(use_bidirectional_attention=True), "this is an encoder", "silent"),
-    "a divisor of 0": Input(config(query_pre_attn_scalar=0), ABOVE, "silent"),
+    "a divisor of 0": Input(config(query_pre_attn_scalar=0), ABOVE, "misleading"),
     "another divisor": Input(config(query_pre_attn_scalar=256), ITSELF),
     "scores capped at 0": Input(config(attn_logit_softcapping=0.0), ABOVE, "silent"),
 }
