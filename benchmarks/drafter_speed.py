@@ -20,7 +20,7 @@ from runners.start import program_of
 from intaglio.drafter.decode import speculate
 from intaglio.drafter.text import end_tokens
 from intaglio.measure.llama_server import LlamaServer
-from intaglio.packed.checkpoint import load_tokenizer
+from intaglio.packed.assets import load_tokenizer
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.runs.drafter import open_target

@@ -31,7 +31,8 @@ from stranger_qat import train as train_stranger
 
 from intaglio.formats.checkpoint.write import export_hf
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_runtime, transformers_source
-from intaglio.packed.checkpoint import load_model, load_tokenizer
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import load_model
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan, make_plan

@@ -23,7 +23,8 @@ from runners.start import agreement
 
 from intaglio.formats.table import EXPORTERS
 from intaglio.measure.simulate import decoded_model
-from intaglio.packed.checkpoint import load_model, load_tokenizer
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import load_model
 from intaglio.packed.model import PackedModel
 from intaglio.runs.demo import run_demo
 from intaglio.runs.proof import Evaluation

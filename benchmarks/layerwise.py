@@ -26,7 +26,8 @@ from common import environment, write_result
 from real_size import make_checkpoint, write_text
 
 from intaglio.numerics.device import device_for
-from intaglio.packed.checkpoint import load_tokenizer, stored_dtype
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import stored_dtype
 from intaglio.packed.model import PackedModel
 from intaglio.plan.bundled import bundled_config, bundled_name
 from intaglio.plan.family import describe, read_spec, text_config

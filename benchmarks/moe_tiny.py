@@ -24,7 +24,8 @@ from intaglio.formats.checkpoint.write import export_hf
 from intaglio.formats.gguf.write import export_gguf
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_source
 from intaglio.measure.llamacpp import LlamaCpp
-from intaglio.packed.checkpoint import load_model, load_tokenizer
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import load_model
 from intaglio.plan.family import build_meta_model, load_config
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe

@@ -27,7 +27,8 @@ from intaglio.formats.table import EXPORTERS
 from intaglio.formats.verify import verify
 from intaglio.measure.evaluate import logits_of
 from intaglio.measure.simulate import decoded_model
-from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import TextModel, load_model
 from intaglio.packed.model import PackedModel
 from intaglio.runs.demo import run_demo
 from intaglio.runs.proof import Evaluation

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from intaglio import Recipe, convert, export_gguf, inspect, load_corpus, load_model, load_tokenizer, make_plan, quantize
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_source
 from intaglio.measure.llamacpp import LlamaCpp
-from intaglio.packed.model import copy_assets
+from intaglio.packed.assets import copy_assets
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.corpus import held_out_windows
 

@@ -31,7 +31,8 @@ from transformers import AutoModelForCausalLM
 from intaglio.formats.table import EXPORTERS
 from intaglio.measure.evaluate import logits_of
 from intaglio.measure.simulate import decoded_model
-from intaglio.packed.checkpoint import load_model, load_tokenizer
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import load_model
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe

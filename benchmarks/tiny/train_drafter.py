@@ -21,7 +21,8 @@ from intaglio.drafter.model import Shape, new_drafter
 from intaglio.drafter.train import train_drafter
 from intaglio.formats.checkpoint.write import export_hf
 from intaglio.measure.drafter_report import measure_pair
-from intaglio.packed.checkpoint import load_model, load_tokenizer
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import load_model
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import make_plan

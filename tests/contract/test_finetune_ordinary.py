@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from intaglio.formats.checkpoint.write import export_hf
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_source
 from intaglio.measure.metrics import Comparison
-from intaglio.packed.checkpoint import load_model, load_tokenizer
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import load_model
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan, make_plan

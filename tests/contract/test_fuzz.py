@@ -25,7 +25,8 @@ from intaglio.errors import ConfigError, IntaglioError
 from intaglio.formats.table import EXPORTERS
 from intaglio.formats.verify import verify
 from intaglio.packed.outputs import why_kept
-from intaglio.plan.family import check_sizes, load_config
+from intaglio.plan.contradictions import check_sizes
+from intaglio.plan.family import load_config
 from intaglio.plan.files import read_json
 from intaglio.plan.recipe import Recipe
 from intaglio.runs.train import _saved_windows as saved_windows

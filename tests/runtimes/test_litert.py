@@ -30,7 +30,8 @@ from intaglio.formats.speech import read_speech
 from intaglio.formats.tally import Tally
 from intaglio.formats.verify import verify
 from intaglio.measure.simulate import decoded_model
-from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import TextModel, load_model
 from intaglio.packed.model import PackedModel
 from intaglio.plan import rope
 from intaglio.plan.family import read_spec

@@ -14,7 +14,7 @@ from intaglio.drafter.accept import chances, rounds
 from intaglio.errors import ConfigError
 from intaglio.formats.gguf.write import export_gguf
 from intaglio.measure.llama_server import LlamaServer
-from intaglio.packed.checkpoint import load_tokenizer
+from intaglio.packed.assets import load_tokenizer
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.runs.proof import Evaluation

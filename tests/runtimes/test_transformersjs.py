@@ -24,7 +24,8 @@ from intaglio.formats.speech import read_speech
 from intaglio.formats.texts import CHATS
 from intaglio.formats.verify import verify
 from intaglio.measure.simulate import decoded_model
-from intaglio.packed.checkpoint import load_model, load_tokenizer
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import load_model
 from intaglio.packed.model import PackedModel
 from intaglio.runs.release import RUNTIMES
 from intaglio.tiny import MODEL_DIR

@@ -105,7 +105,7 @@ def test_a_template_that_ollama_would_not_use_is_refused(
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-1", "true", '"hot"'])
 def test_settings_that_are_no_numbers_are_refused(packed_copy: PackedModel, value: str) -> None:
     (packed_copy.path / "generation_config.json").write_text(f'{{"temperature": {value}}}')
-    with pytest.raises(ConfigError, match=r"generation_config\.json: temperature = "):
+    with pytest.raises(ConfigError, match=r"generation_config\.json: (temperature = |not valid JSON.* is no number)"):
         modelfile(packed_copy)
 
 

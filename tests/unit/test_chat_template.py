@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from intaglio.errors import ConfigError, CorpusError
-from intaglio.packed.checkpoint import load_tokenizer
+from intaglio.packed.assets import load_tokenizer
 from intaglio.packed.template import Renderer
 from intaglio.tiny import MODEL_DIR
 from intaglio.train.data import pieces

@@ -45,7 +45,7 @@ def naive_positions(tokens: np.ndarray) -> list[list[int]]:
 
 
 documents = st.lists(
-    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\f<"), max_size=12), max_size=6
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\f<\0"), max_size=12), max_size=6
 )
 
 

@@ -19,7 +19,8 @@ from intaglio.drafter.text import end_tokens, written
 from intaglio.drafter.train import train_drafter
 from intaglio.drafter.unroll import inside, steps, target_states
 from intaglio.errors import ConfigError, CorpusError, InputError, RecipeError
-from intaglio.packed.checkpoint import load_model, load_tokenizer
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import load_model
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import make_plan

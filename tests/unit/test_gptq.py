@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from intaglio.errors import InputError
 from intaglio.numerics.gptq import DAMPING, corrected_weight, gptq_codes, gptq_latents, ridge_of
 from intaglio.numerics.grid import F16, Q4_0, Q4_0_FREE, BlockGrid
-from intaglio.packed.checkpoint import load_model, load_tokenizer
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import load_model
 from intaglio.plan.plan import make_plan
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.corpus import held_out_windows

@@ -123,7 +123,7 @@ def show_data(
     as_json: Json = False,
 ) -> None:
     """Show what a model would be trained on: what is read and what is not, and documents as the model sees them."""
-    from intaglio.packed.checkpoint import load_tokenizer
+    from intaglio.packed.assets import load_tokenizer
     from intaglio.train.data.preview import preview
 
     source = source_of(data, columns)

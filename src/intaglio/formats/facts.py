@@ -14,7 +14,7 @@ import numpy as np
 
 from intaglio.errors import RecipeError
 from intaglio.formats.tally import Tally
-from intaglio.packed.model import NAMED_TEMPLATES
+from intaglio.packed.assets import NAMED_TEMPLATES
 from intaglio.packed.outputs import MARKER
 from intaglio.plan.family import ModelSpec, transformers_config
 from intaglio.plan.rope import Rope, plain_rope, ropes

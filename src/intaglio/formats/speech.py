@@ -11,11 +11,11 @@ from intaglio.errors import ConfigError
 from intaglio.formats.facts import CODE, GENERATION, TEMPLATE, TOKENIZER, Facts, compare_facts
 from intaglio.formats.tally import Tally
 from intaglio.formats.texts import CHATS, fixed_texts, with_specials
-from intaglio.packed.checkpoint import load_tokenizer
+from intaglio.packed.assets import SETTINGS, load_tokenizer
 from intaglio.packed.template import Renderer
+from intaglio.plan.files import read_json
 
 SPECIAL = ("bos", "eos", "unk", "pad")
-GENERATION_FILE = "generation_config.json"
 SETTINGS_LEFT_OUT = ("transformers_version", "_from_model_config")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -66,28 +66,12 @@ def read_speech(folder: Path, config: dict[str, Any]) -> Speech | None:
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    _check_readable(folder)
     tokenizer = load_tokenizer(folder)
     settings = read_settings(folder)
     said = settings.get("eos_token_id", config.get("eos_token_id"))
     ends = [*(said if isinstance(said, list) else [said]), tokenizer.eos_token_id]
-    if not all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in ends):
-        raise ConfigError(f"{folder}: eos_token_id = {said!r}: expected a token's number or a list of them")
     ids = tuple(dict.fromkeys(end for end in ends if end is not None))
     return Speech(folder, tokenizer, _templates(tokenizer), settings, ids, config.get("vocab_size") or 0)
-
-
-def _check_readable(folder: Path) -> None:
-    """Raise ConfigError with the name of a damaged file, which transformers does not tell."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json"):
-        if (folder / name).is_file():
-            read_json(folder / name)
-    template = folder / "chat_template.jinja"
-    try:
-        if template.is_file():
-            template.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{template}: not UTF-8 text: {error}") from None
 
 
 def _templates(tokenizer: Any) -> dict[str, str]:
@@ -99,20 +83,9 @@ def _templates(tokenizer: Any) -> dict[str, str]:
 
 def read_settings(folder: Path) -> Facts:
     """Settings of generation_config.json, without its author; empty where there is none."""
-    path = folder / GENERATION_FILE
+    path = folder / SETTINGS
     said = read_json(path) if path.is_file() else {}
     return {key: value for key, value in said.items() if key not in SETTINGS_LEFT_OUT}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file. ConfigError for anything else."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: expected a JSON object")
-    return found
 
 
 def plain_tokens(path: Path, texts: list[str], *, add_special: bool = True) -> list[list[int]]:
@@ -162,7 +135,7 @@ def compare_folder_speech(expected: Speech | None, folder: Path, config: dict[st
     """Compare a folder's tokenizer, templates and settings, as transformers opens them, with the packed model's."""
     if expected is None:
         return
-    for name in ("config.json", "tokenizer_config.json", GENERATION_FILE, "processor_config.json"):
+    for name in ("config.json", "tokenizer_config.json", SETTINGS, "processor_config.json"):
         found_code = [key for key in CODE if (folder / name).is_file() and key in read_json(folder / name)]
         tally.unlike_facts += [f"{name} has {key}, which runs code from this folder" for key in found_code]
     try:

@@ -6,13 +6,12 @@ the model's template is; for others it takes a template in Go from the Modelfile
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from intaglio.errors import ConfigError
 from intaglio.formats.facts import Facts
-from intaglio.formats.speech import GENERATION_FILE, Speech
+from intaglio.formats.speech import Speech
 from intaglio.packed.template import Renderer
 
 MARKS = ("first\u2060mark", "second\u2060mark", "third\u2060mark")  # contents that no template writes by itself
@@ -84,8 +83,7 @@ def turns_of(speech: Speech, template: str) -> Turns | None:
 def modelfile_facts(speech: Speech | None, architecture: str) -> Facts:
     """Lines of a Modelfile, so that Ollama talks to a model by the model's own template, stops and settings.
 
-    stop: texts of all end tokens. Raises ConfigError for a template that Ollama would not use, and for settings that
-    are no numbers.
+    stop: texts of all end tokens. Raises ConfigError for a template that Ollama would not use.
     """
     code = OLLAMA_CODE.get(architecture)
     if speech is None:
@@ -105,19 +103,12 @@ def modelfile_facts(speech: Speech | None, architecture: str) -> Facts:
 
 
 def sampling(speech: Speech | None) -> Facts:
-    """Temperature, top-p and top-k of the model's settings, else Google's. ConfigError for ones that are no numbers."""
-    return {name: _number(speech, name) for name in SAMPLING} if speech is not None else dict(SAMPLING)
+    """Temperature, top-p and top-k of the model's settings, else Google's."""
+    said = {} if speech is None else {name: speech.settings.get(name) for name in SAMPLING}
+    return SAMPLING | {name: value for name, value in said.items() if value is not None}
 
 
 def _is_gemma4(turns: Turns | None) -> bool:
     if turns is None or turns.start or turns.answer not in GEMMA4_ANSWERS:
         return False
     return all(GEMMA4.get(role) == words for role, words in turns.words.items())
-
-
-def _number(speech: Speech, name: str) -> float | int:
-    value = speech.settings.get(name)
-    value = SAMPLING[name] if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ConfigError(f"{speech.folder / GENERATION_FILE}: {name} = {value!r}: expected a number of at least 0")
-    return value

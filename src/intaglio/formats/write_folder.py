@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intaglio.packed.model import PackedModel, copy_assets
+from intaglio.packed.assets import copy_assets
+from intaglio.packed.model import PackedModel
 from intaglio.packed.store import SafetensorsWriter, new_path
 
 FILE_NAME = "model.safetensors"

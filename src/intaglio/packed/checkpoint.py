@@ -24,10 +24,10 @@ from intaglio.plan.family import (
     TensorSpec,
     build_meta_model,
     load_config,
-    one_line,
     read_spec,
     text_config,
 )
+from intaglio.plan.files import one_line, read_json
 from intaglio.plan.plan import HEAD
 
 # A transformers causal language model: its `model`, `config` and `generate` have no static types.
@@ -59,12 +59,14 @@ def load_model(
     expect(path, CHECKPOINT)
     spec = read_spec(path)
     entries = _entries(path, spec.tensors, spec)  # transformers would only say that something does not fit
-    wrapped = any(WRAPPED.search(name) for found in entries.values() for _, name in found)
-    loader: Any = type(build_meta_model(spec.config)) if wrapped else AutoModelForCausalLM
+    # transformers reads no names of wrappers, and no index without metadata
+    by_us = any(WRAPPED.search(name) for found in entries.values() for _, name in found)
+    by_us |= (path / INDEX).is_file() and "metadata" not in read_json(path / INDEX)
+    loader: Any = type(build_meta_model(spec.config)) if by_us else AutoModelForCausalLM
     try:
         model = loader.from_pretrained(
-            None if wrapped else path,
-            state_dict=dict(stream_tensors(path, spec)) if wrapped else None,
+            None if by_us else path,
+            state_dict=dict(stream_tensors(path, spec)) if by_us else None,
             config=AutoConfig.for_model(**spec.config),
             dtype=dtype,
             device_map={"": torch.device(device)},
@@ -140,17 +142,6 @@ def _quietly(logger_name: str) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(only_errors)
-
-
-def load_tokenizer(model_dir: str | Path) -> Any:
-    """The folder's tokenizer. ConfigError if there is none or it cannot be read."""
-    from transformers import AutoTokenizer
-
-    path = Path(model_dir)
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ConfigError(f"{path}: no usable tokenizer: {one_line(error)}") from error
 
 
 def checkpoint_spec(
@@ -292,7 +283,7 @@ def _entries(
                 raise ConfigError(f"{shard}: {stored_name} is of type {kind}: expected floats: download it again")
             found[shard].append((tensor, stored_name))
     if wanted:
-        raise ConfigError(f"{model_dir}: {missing(wanted, list(files))}")
+        raise ConfigError(f"{model_dir}: {missing(wanted, list(files), {t.name for t in tensors})}")
     rest = {name: stored[name] for name in stored.keys() - {t.name for t in tensors}}
     if spec.tied_head and HEAD in rest:
         _check_tied(model_dir, rest.pop(HEAD), spec, files)

@@ -18,6 +18,7 @@ from intaglio.errors import ConfigError
 from intaglio.packed.shards import INDEX, SINGLE, shards, unlisted
 from intaglio.packed.store import headers
 from intaglio.plan.family import load_config
+from intaglio.plan.files import POINTER, pointer, read_json
 
 # Kinds of paths; those of the last three lines no verb takes.
 CHECKPOINT, CONFIG, PACKED = "checkpoint", "config", "packed"
@@ -115,10 +116,12 @@ def look(path: str | Path) -> Found:
 
 def _look_at_file(path: Path) -> Found:
     with open(path, "rb") as file:
-        start = file.read(8)
+        start = file.read(len(POINTER))
+    if start == POINTER:
+        raise pointer(path)
     if start[:4] == b"GGUF":
         return _gguf(path)
-    if start == b"LITERTLM" or start[4:] == b"TFL3" or path.suffix == ".task":
+    if start[:8] == b"LITERTLM" or start[4:8] == b"TFL3" or path.suffix == ".task":
         return _of_packed(path, LITERT, "a LiteRT bundle")
     if path.suffix == ".onnx":
         return _of_packed(path, ONNX, "an ONNX graph")
@@ -168,19 +171,19 @@ def _judge(path: Path, config: dict[str, Any], found: Headers, adapter: str | No
 
 def _quantized(path: Path, config: dict[str, Any], found: Headers) -> Found | None:
     """Name of the quantizer that wrote these weights; None for floats."""
-    key = "quantization" if "quantization" in config else "quantization_config"  # the first is MLX's
-    table = config.get(key)
-    table = table if isinstance(table, dict) else {}
+    key = "quantization" if config.get("quantization") is not None else "quantization_config"  # the first is MLX's
+    said = config.get(key)
+    table = said if isinstance(said, dict) else {}
     method = table.get("quant_method", "mlx" if key == "quantization" and table else None)
     odd = next((name for name, (kind, shape) in found.items() if kind not in FLOAT_KINDS and len(shape) > 1), None)
     signs = [(quantizer, name) for quantizer in QUANTIZERS if (name := _first(quantizer.names, found)) is not None]
-    if method is None and odd is None and not signs:
+    if said is None and odd is None and not signs:
         return None
     if odd is None and not signs:
         return Found(
             path,
             STALE,
-            f"config.json says that the weights are codes of {method!r}, but all of them are floats",
+            f"config.json says that the weights are codes of {method or said!r}, but all of them are floats",
             f"remove {key} from config.json if they are right, or download them again",
         )
     by_method = next((q.title for q in QUANTIZERS if method in q.methods), str(method) if method else None)
@@ -283,10 +286,10 @@ def _adapted(path: Path, tensor: str | None, file: str | None) -> Found:
 def _adapter_config(path: Path) -> tuple[str, str]:
     """The base of an adapter, and its kind, as far as its config tells."""
     try:
-        config = json.loads((path / ADAPTER_FILES[0]).read_text("utf-8"))
-        base, kind = str(config.get("base_model_name_or_path")), str(config.get("peft_type"))
-    except (OSError, ValueError, AttributeError, RecursionError):
+        config = read_json(path / ADAPTER_FILES[0])
+    except ConfigError:
         return "BASE", "PEFT"
+    base, kind = str(config.get("base_model_name_or_path")), str(config.get("peft_type"))
     # the base becomes part of a command that people copy: nothing but a path or a name may stand there
     named = re.fullmatch(r"[\w./@ -]+", base) is not None and base != "None"
     return base if named else "BASE", kind if kind.isidentifier() and kind != "None" else "PEFT"

@@ -20,7 +20,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from torch import Tensor
 from intaglio.errors import ConfigError, InputError, WeightError
 from intaglio.numerics.grid import BlockGrid, Quantized, check_steps
 from intaglio.numerics.rounding import is_normal_positive
+from intaglio.packed.assets import copy_assets
 from intaglio.packed.codes import FIELDS, pack_codes, unpack_codes
 from intaglio.packed.hashes import Hashes
 from intaglio.packed.identity import CONFIG, MISSING, OTHER, PACKED, PACKED_FILE, look
@@ -48,7 +48,7 @@ from intaglio.packed.store import (
 )
 from intaglio.plan.carried import describe_whole
 from intaglio.plan.family import TOWER_ROLES
-from intaglio.plan.files import MALFORMED, one_line, read_json, without_folders
+from intaglio.plan.files import MALFORMED, one_line, without_folders
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
 
@@ -56,63 +56,6 @@ FILE_NAME = PACKED_FILE
 FORMAT = "intaglio-packed-2"
 WITHOUT_HASHES = "intaglio-packed-1"
 log = logging.getLogger(__name__)
-# What belongs to a model beside its weights; copied where present.
-ASSETS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)
-
-
-NAMED_TEMPLATES = "additional_chat_templates"  # a folder of them, beside chat_template.jinja
-
-
-def copy_assets(source: Path, target: Path) -> None:
-    """Copy what belongs to a model beside its weights, as far as it is there.
-
-    A chat template that only chat_template.json has, where processors look for it, is written to chat_template.jinja
-    too, where tokenizers and runtimes do. Raises ConfigError where that file is damaged, and for a link to a file
-    outside of the model's folder: such a file is somebody's own, and would be published with the model. The hub's
-    cache, whose folders are links, is no stranger.
-    """
-    for name in ASSETS:
-        if (source / name).is_file():
-            shutil.copyfile(_own_file(source, name), target / name)
-    if (source / NAMED_TEMPLATES).is_dir():
-        (target / NAMED_TEMPLATES).mkdir(exist_ok=True)
-        for template in (source / NAMED_TEMPLATES).glob("*.jinja"):
-            shutil.copyfile(
-                _own_file(source, f"{NAMED_TEMPLATES}/{template.name}"), target / NAMED_TEMPLATES / template.name
-            )
-    if (target / "chat_template.json").is_file() and not (target / "chat_template.jinja").is_file():
-        said = [_object(target / name).get("chat_template") for name in ("tokenizer_config.json", "chat_template.json")]
-        if said[0] is None and isinstance(said[1], str):
-            (target / "chat_template.jinja").write_text(said[1], "utf-8")
-
-
-def _own_file(source: Path, name: str) -> Path:
-    """A file of the model's folder, links followed; ConfigError for a link that leads out of it."""
-    folder, file = source.resolve(), (source / name).resolve()
-    cache = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
-    if not file.is_relative_to(folder) and not file.is_relative_to(cache):
-        raise ConfigError(
-            f"{source / name}: is a link to {file}, outside of the model's folder: put a copy in its place if it "
-            "belongs to the model"
-        )
-    return file
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object of a file, empty where there is none."""
-    return dict(read_json(path)) if path.is_file() else {}
 
 
 def check_static(name: str, value: float) -> None:

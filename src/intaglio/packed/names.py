@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Container
 from pathlib import Path
 
 from intaglio.errors import ConfigError
@@ -13,10 +15,10 @@ from intaglio.plan.plan import HEAD
 # A multimodal checkpoint nests its text model; the text model alone does not.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
 # What wrappers put before or between the names of a model: DataParallel and DDP, PEFT without adapters, torch.compile,
-# FSDP, activation checkpointing.
+# FSDP, activation checkpointing, Lightning.
 WRAPPED = re.compile(
-    r"^(?:(?:module|base_model\.model|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
-    r"|(?<=\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+    r"^(?:(?:module|base_model\.model|_forward_module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+    r"|(?<=\.)(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
 )
 # Towers and what joins them to the text, also those of Gemma 3, whose text alone is taken.
 TOWER_PREFIXES = (
@@ -29,8 +31,11 @@ COMPUTED = re.compile(r"(rotary_emb(_local)?\.(\w+_)?inv_freq|\.embed_scale|\.po
 SHOWN = 3  # names in a message
 
 
-def missing(wanted: dict[str, TensorSpec], names: list[str]) -> str:
-    """Message for tensors that no file has, whose first reason a person can mend."""
+def missing(wanted: dict[str, TensorSpec], names: list[str], known: Container[str]) -> str:
+    """Message for tensors that no file has, whose first reason a person can mend.
+
+    names: in the files. known: those of the model, by our names.
+    """
     first = wanted[min(wanted)]
     text = f"{len(wanted)} tensors are missing, the first is {first.name}"
     prefix = next((n.removesuffix(first.name) for n in names if n.endswith("." + first.name)), "")
@@ -40,7 +45,9 @@ def missing(wanted: dict[str, TensorSpec], names: list[str]) -> str:
         return f'{text}: if the head is the embedding, set "tie_word_embeddings": true in config.json'
     if first.role in TOWER_ROLES:
         return f"{text}: to do without towers, say --text-only"
-    return text
+    others = [name for name in names if own_name(name) not in known and not is_tower(own_name(name))]
+    near = difflib.get_close_matches(first.name, others, 1)
+    return f"{text}, and {near[0]} has no place: rename what the files hold, or save the model again" if near else text
 
 
 def check_rest(model_dir: Path, rest: dict[str, str], spec: ModelSpec) -> None:

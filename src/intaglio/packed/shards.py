@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from intaglio.errors import ConfigError
 from intaglio.packed.store import open_safetensors
-from intaglio.plan.family import one_line
+from intaglio.plan.files import read_json, reading
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -23,10 +22,16 @@ def shards(model_dir: Path) -> list[Path]:
     """
     index = model_dir / INDEX
     single = model_dir / SINGLE
+    numbered = sorted(path.name for path in model_dir.glob("model-*") if NUMBERED.fullmatch(path.name))
     if not index.is_file():
-        if single.is_file():
-            return [single]
-        raise ConfigError(f"{model_dir}: no {SINGLE} or {INDEX}: expected weights{unlisted(model_dir)}")
+        if not single.is_file():
+            raise ConfigError(f"{model_dir}: no {SINGLE} or {INDEX}: expected weights{unlisted(model_dir)}")
+        if numbered:
+            raise ConfigError(
+                f"{model_dir}: {SINGLE} is a whole model, and {numbered[0]} is a shard of another without its {INDEX}: "
+                "remove the one that is out of date"
+            )
+        return [single]
     names = sorted(set(_weight_map(index).values()))
     if single.is_file() and SINGLE not in names:
         raise ConfigError(
@@ -36,7 +41,7 @@ def shards(model_dir: Path) -> list[Path]:
     for name in names:
         if not (model_dir / name).is_file():
             raise ConfigError(f"{index}: lists {name!r}, which is not a file of this folder")
-    stray = sorted(p.name for p in model_dir.iterdir() if NUMBERED.fullmatch(p.name) and p.name not in names)
+    stray = [name for name in numbered if name not in names]
     if stray:
         raise ConfigError(
             f"{model_dir}: {stray[0]} is a shard that {INDEX} does not list: remove it, or download both again"
@@ -47,6 +52,8 @@ def shards(model_dir: Path) -> list[Path]:
 def unlisted(folder: Path) -> str:
     """Words for a message about missing weights: a safetensors file that is there all the same."""
     odd = sorted(path.name for path in folder.glob("*.safetensors"))
+    if odd and NUMBERED.fullmatch(odd[0]):
+        return f" (there is the shard {odd[0]}: download {INDEX} too)"
     return f" (there is {odd[0]}, which no index lists)" if odd else ""
 
 
@@ -79,14 +86,11 @@ def tensor_files(model_dir: Path) -> dict[str, Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        found: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-        found.values()
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{index}: not a shard index: {one_line(error)}") from None
-    if not found:
-        raise ConfigError(f"{index}: not a shard index: its weight_map is empty")
-    for name in found.values():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ConfigError(f"{index}: lists {name!r}, which is not a file of this folder")
-    return found
+    with reading(index, "not a shard index"):
+        found: dict[str, str] = read_json(index)["weight_map"]
+        if not found:
+            raise ValueError("its weight_map is empty")
+        for name in found.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ConfigError(f"{index}: lists {name!r}, which is not a file of this folder")
+        return found

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from intaglio.errors import ConfigError, OutputError
 from intaglio.packed.outputs import PARTIAL, clear_leftovers, mark, remove, temporary_path, why_kept
+from intaglio.plan.files import POINTER, pointer
 
 CHUNK_ELEMENTS = 1 << 24  # of a large tensor that is read, and worked on, a few rows at a time
 REMAP_BYTES = 1 << 28
@@ -35,8 +36,6 @@ SAFETENSORS_DTYPES = {
     torch.uint32: "U32",
     torch.int8: "I8",
     torch.uint8: "U8",
-    torch.int32: "I32",
-    torch.int64: "I64",
 }
 
 
@@ -217,6 +216,9 @@ def open_safetensors(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
+        with open(path, "rb") as start:
+            if start.read(len(POINTER)) == POINTER:
+                raise pointer(path) from error
         raise ConfigError(f"{path}: not a valid safetensors file ({error}): download or export it again") from error
 
 

@@ -8,7 +8,6 @@ checkpoint holds beside its text model in `carried`.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from intaglio.errors import ConfigError
+from intaglio.plan.contradictions import check_nested, check_rope_scaling, check_sizes, check_values
 from intaglio.plan.files import one_line, read_json
 from intaglio.plan.mended import mend_kv_sharing
 
@@ -71,22 +71,10 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-# Bounds of what is allocated by a config alone. The largest Gemma has 62 layers and a vocabulary of 2^18.
-COUNTED = ("layers", "experts", "heads", "_size", "head_dim", "_dims", "hidden_size_per_layer_input")
-MOST_LAYERS, MOST_ELEMENTS, MOST_ENTRIES, DEEPEST = 512, 1 << 24, 1 << 16, 16
-
 # Multimodal models, by the model_type of the whole: towers or embedders beside a nested text model are carried.
 WHOLES = ("gemma4", "gemma4_unified")
 # The same and those whose text model alone is taken.
 MULTIMODAL = (*WHOLES, "gemma3")
-# What a multimodal config may say twice, for itself and in its text_config; both have to say the same.
-SAID_TWICE = (
-    *("tie_word_embeddings", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "global_head_dim", "num_kv_shared_layers"),
-    *("hidden_size_per_layer_input", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling"),
-    *("sliding_window", "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar"),
-    *("hidden_activation", "max_position_embeddings"),
-)
 
 
 @dataclass(frozen=True)
@@ -214,8 +202,10 @@ def describe(config: dict[str, Any]) -> ModelSpec:
     library's own. Raises ConfigError for a model_type that no family covers.
     """
     check_sizes(config)
-    _check_nested(config)
+    if text_config(config) is not config:
+        check_nested(config, text_config(config))
     config = text_config(config)
+    check_rope_scaling(config)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = sorted({*FAMILIES, *MULTIMODAL})
@@ -225,6 +215,7 @@ def describe(config: dict[str, Any]) -> ModelSpec:
                 f'download config.json again, or say "model_type": "{model_type}_text" if it describes the text alone'
             )
         raise ConfigError(f"unknown model_type {model_type!r}: expected one of {', '.join(known)}")
+    check_values(config.get("text_config") or config, transformers_config(config).get_text_config())
     model: Any = build_meta_model(config)
     shared = getattr(model.config, "num_kv_shared_layers", 0)
     if shared >= model.config.get_text_config().num_hidden_layers and not FAMILIES[model_type].drafter:
@@ -240,39 +231,6 @@ def describe(config: dict[str, Any]) -> ModelSpec:
         for name in order
     )
     return ModelSpec(FAMILIES[model_type], config, tensors)
-
-
-def _check_nested(config: dict[str, Any]) -> None:
-    """Raise ConfigError where a multimodal config and its text_config contradict each other."""
-    nested = text_config(config)
-    if nested is config:
-        return
-    for key in SAID_TWICE:
-        default = True if key == "tie_word_embeddings" else None  # of every family here
-        whole, text = config.get(key, default), nested.get(key, default)
-        if whole != text and (key in config and (key in nested or default is not None)):
-            raise ConfigError(
-                f"config.json says {key} = {json.dumps(whole)}, and its text_config {json.dumps(text)}: "
-                "set both to the one that is right"
-            )
-
-
-def check_sizes(config: dict[str, Any], depth: int = 0) -> None:
-    """Raise ConfigError for a config, or one nested in it, with a size that no such model has.
-
-    transformers makes an object for each layer and expert, so a false number would take all memory.
-    """
-    if depth > DEEPEST:
-        raise ConfigError(f"a config nested more than {DEEPEST} times: expected that of a transformers model")
-    for key, value in config.items():
-        if isinstance(value, dict):
-            check_sizes(value, depth + 1)
-        elif isinstance(value, list) and len(value) > MOST_ENTRIES:
-            raise ConfigError(f"{key}: a list of {len(value):,} entries: expected at most {MOST_ENTRIES:,}")
-        elif isinstance(value, int) and key.endswith(COUNTED):
-            most = MOST_LAYERS if key.endswith("layers") else MOST_ELEMENTS
-            if not 0 <= value <= most:
-                raise ConfigError(f"{key} = {str(value)[:40]}: expected a number between 0 and {most:,}")
 
 
 def build_meta_model(config: dict[str, Any]) -> torch.nn.Module:

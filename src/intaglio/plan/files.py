@@ -8,6 +8,7 @@ turns all of them into one error that names the file.
 from __future__ import annotations
 
 import json
+import math
 import re
 import stat
 import struct
@@ -15,7 +16,7 @@ import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from intaglio.errors import ConfigError, InputError, IntaglioError
 
@@ -24,6 +25,7 @@ MALFORMED = (
     *(SyntaxError, struct.error, tokenize.TokenError),
 )
 ABSOLUTE = re.compile(r"(?<![\w./:~<])~?/[^\s'\"`,;:()]+")  # no closing tag, no address, no share
+POINTER = b"version https://git-lfs"  # how the small files begin that git-lfs keeps in place of large ones
 LIMIT_BYTES = 1 << 26  # of a JSON or text file; tokenizer.json of Gemma, the largest, has 2^25
 
 
@@ -62,17 +64,44 @@ def read_text(path: Path, *, limit: int = LIMIT_BYTES, error: type[InputError] =
             raise error(f"{path}: not a regular file")
         if found.st_size > limit:
             raise error(f"{path}: has {found.st_size:,} bytes: expected at most {limit:,}")
-        return path.read_bytes().decode("utf-8")
+        content = path.read_bytes()
+        if content.startswith(POINTER):
+            raise pointer(path, error)
+        return content.decode("utf-8")
+
+
+def pointer(path: Path, error: type[InputError] = ConfigError) -> InputError:
+    """The error for a file that git-lfs has not fetched yet."""
+    return error(f"{path}: is a pointer of git-lfs, not the file itself: run `git lfs pull` in its folder")
 
 
 def read_json(path: Path, *, limit: int = LIMIT_BYTES, error: type[InputError] = ConfigError) -> dict[str, Any]:
-    """A JSON object. Raises `error` as `read_text` does, and for anything else than an object."""
+    """A JSON object. Raises `error` as `read_text` does, for anything else than an object, for an object that says one
+    key twice, of which readers take either, and for NaN and infinities, which JSON has not."""
     text = read_text(path, limit=limit, error=error)
     with reading(path, "not valid JSON", error=error):
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=once, parse_constant=_no_number, parse_float=_finite)
     if not isinstance(found, dict):
         raise error(f"{path}: expected a JSON object, got {type(found).__name__}")
     return found
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of its pairs, for json's `object_pairs_hook`. ValueError for a key that is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in found if names.count(name) > 1)[:60]!r} is said twice: remove one")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
 
 
 def whole_number(table: dict[str, Any], key: str, *, least: int = 0, most: int = 1 << 53) -> int:

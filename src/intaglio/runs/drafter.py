@@ -28,7 +28,8 @@ from intaglio.formats.table import format_of
 from intaglio.formats.verify import verify
 from intaglio.measure.drafter_report import DrafterReport, Pair, measure_pair, write_report
 from intaglio.measure.simulate import decoded_model
-from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer, model_name
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import TextModel, load_model, model_name
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel

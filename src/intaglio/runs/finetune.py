@@ -21,7 +21,8 @@ from intaglio.formats.verify import verify
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_runtime, transformers_source
 from intaglio.measure.metrics import Comparison
 from intaglio.measure.simulate import decoded_model
-from intaglio.packed.checkpoint import TextModel, load_model, load_tokenizer
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import TextModel, load_model
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel, join_packed
 from intaglio.packed.outputs import check_output

@@ -10,7 +10,8 @@ import torch
 
 from intaglio.errors import InputError
 from intaglio.numerics.device import Device, device_for
-from intaglio.packed.checkpoint import load_tokenizer, model_name
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import model_name
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import scratch_folder
 from intaglio.plan.plan import Plan, make_plan

@@ -36,7 +36,8 @@ from intaglio.measure.original import open_original
 from intaglio.measure.report import Report, write_report
 from intaglio.numerics.device import Device, device_for
 from intaglio.packed import identity
-from intaglio.packed.checkpoint import TextModel, load_tokenizer, model_name, stored_dtype
+from intaglio.packed.assets import load_tokenizer
+from intaglio.packed.checkpoint import TextModel, model_name, stored_dtype
 from intaglio.packed.identity import CHECKPOINT, COMPRESSED, GGUF, MOBILE, QUANTIZED, expect
 from intaglio.packed.model import PackedModel
 from intaglio.packed.outputs import check_output

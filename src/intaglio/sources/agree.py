@@ -5,7 +5,6 @@ Written from llama.cpp's names of keys, and without the exporter's table, so tha
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ from intaglio.errors import ConfigError
 from intaglio.formats.gguf.names import GGUF_ROPE_FACTORS, gguf_rope_factors
 from intaglio.formats.gguf.read import read_gguf
 from intaglio.plan.family import ModelSpec
+from intaglio.plan.files import read_json
 from intaglio.sources.stored import Source
 
+KINDS = ("full_attention", "sliding_attention")
 TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 
 
@@ -35,20 +36,23 @@ def check_agreement(source: Source, model: ModelSpec, assets: Path) -> None:
             _differ(source, assets, f"{architecture}.{key}", stated, value)
     factors = gguf_rope_factors(model)
     stored = next((tensor for tensor in source.tensors if tensor.name == GGUF_ROPE_FACTORS), None)
+    if stored is None and factors:
+        _differ(source, assets, GGUF_ROPE_FACTORS, "none", "those of its rope_parameters")
     if stored is not None and not _same(stored.reader.read(stored.name).tolist(), factors or []):
         _differ(source, assets, GGUF_ROPE_FACTORS, "others", "those of its rope_parameters")
-    _check_tokens(source, assets)
+    _check_tokens(source, model, assets)
 
 
 def _expected(model: ModelSpec) -> dict[str, tuple[Any, Any]]:
     """Values that the config gives llama.cpp's keys, each with what the key's absence means; None: nothing."""
     config = model.layer_config
     kinds, layers = list(config.layer_types), config.per_layer_config
-    full = layers[kinds.index("full_attention") if "full_attention" in kinds else 0]
+    full, sliding = (layers[kinds.index(kind) if kind in kinds else 0] for kind in KINDS)
     rope = config.rope_parameters
     widths = [tensor.shape[0] for tensor in model.tensors if tensor.name.endswith(".mlp.gate_proj.weight")]
     gemma4 = model.family.gguf_architecture.startswith("gemma4")
     cap = config.final_logit_softcapping or 0.0
+    factor = 1.0 if gemma4 else rope["full_attention"].get("factor", 1.0)  # other ropes of Gemma 4 have no key
     found: dict[str, tuple[Any, Any]] = {
         "block_count": (config.num_hidden_layers, 0),
         "embedding_length": (config.hidden_size, 0),
@@ -58,6 +62,10 @@ def _expected(model: ModelSpec) -> dict[str, tuple[Any, Any]]:
         "attention.layer_norm_rms_epsilon": (config.rms_norm_eps, None),
         "attention.key_length": (full.head_dim, None),
         "attention.value_length": (full.head_dim, None),
+        "attention.causal": (True, None),
+        "attn_logit_softcapping": (getattr(config, "attn_logit_softcapping", None) or 0.0, None),
+        "vocab_size": (config.vocab_size, None),
+        "rope.scaling.factor": (factor, 1.0),
         "attention.sliding_window": (config.sliding_window, None),
         "rope.freq_base": (rope["full_attention"]["rope_theta"], None),
         "rope.freq_base_swa": (rope["sliding_attention"]["rope_theta"], None),
@@ -65,15 +73,19 @@ def _expected(model: ModelSpec) -> dict[str, tuple[Any, Any]]:
         "final_logit_softcapping": (cap, 30.0 if gemma4 and not model.family.drafter else None),
     }
     if not gemma4:
-        return found | {"rope.scaling.factor": (rope["full_attention"].get("factor", 1.0), 1.0)}
+        return found
+    experts = getattr(config, "enable_moe_block", False)
     found |= {
+        "attention.key_length_swa": (sliding.head_dim, None),
+        "attention.value_length_swa": (sliding.head_dim, None),
+        "rope.dimension_count": (full.head_dim, None),
+        "rope.dimension_count_swa": (sliding.head_dim, None),
+        "expert_count": (config.num_experts if experts else 0, 0),
+        "expert_used_count": (config.top_k_experts if experts else 0, 0),
         "attention.shared_kv_layers": (config.num_kv_shared_layers, None),
         "attention.sliding_window_pattern": ([kind == "sliding_attention" for kind in kinds], None),
         "embedding_length_per_layer_input": (config.hidden_size_per_layer_input or 0, None),
     }
-    if getattr(config, "enable_moe_block", False):
-        found["expert_count"] = config.num_experts, 0
-        found["expert_used_count"] = config.top_k_experts, 0
     return found
 
 
@@ -92,20 +104,23 @@ def _differ(source: Source, assets: Path, key: str, stated: Any, value: Any) -> 
     )
 
 
-def _check_tokens(source: Source, assets: Path) -> None:
-    """Raise ConfigError for a token that has another text or number in the file than in the folder's tokenizer."""
+def _check_tokens(source: Source, model: ModelSpec, assets: Path) -> None:
+    """Raise ConfigError for another number of tokens than the model has, and for a token that has another text or
+    number in the file than in the folder's tokenizer."""
     path = assets / "tokenizer.json"
     fields = read_gguf(source.path).fields
     if TOKENS not in fields or not path.is_file():
         return
     try:
-        tokenizer = json.loads(path.read_text("utf-8"))
+        tokenizer = read_json(path)
         ids = dict(tokenizer["model"]["vocab"]) | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
         merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in tokenizer["model"].get("merges", [])]
         stated = [str(token) for token in fields[TOKENS].contents()]
         stated_merges = [str(merge) for merge in fields[MERGES].contents()] if MERGES in fields else merges
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{source.path} and {path}: their tokens cannot be compared: {error}") from None
+    if len(stated) != (size := model.layer_config.vocab_size):
+        _differ(source, assets, f"the number of {TOKENS}", len(stated), size)
     for text, index in ids.items():
         # in the vocabulary of Gemma 3, llama.cpp has the space itself in added tokens
         if index < len(stated) and stated[index] not in (text, text.replace("\u2581", " ")):
@@ -121,7 +136,8 @@ def _check_tokens(source: Source, assets: Path) -> None:
 def _check_special(source: Source, assets: Path, ids: dict[str, int]) -> None:
     """Raise ConfigError where the token that begins a text is another one, or that which ends it is none of theirs."""
     metadata = source.metadata or {}
-    files = {name: _read(assets / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")}
+    names = ("tokenizer_config.json", "generation_config.json", "config.json")
+    files = {name: read_json(assets / name) if (assets / name).is_file() else {} for name in names}
     for kind in ("bos", "eos"):
         key = f"tokenizer.ggml.{kind}_token_id"
         token = files["tokenizer_config.json"].get(f"{kind}_token")
@@ -134,11 +150,3 @@ def _check_special(source: Source, assets: Path, ids: dict[str, int]) -> None:
         allowed.discard(None)
         if allowed and key in metadata and metadata[key] not in allowed:
             _differ(source, assets, key, metadata[key], sorted(allowed))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -50,7 +50,7 @@ SHOWN = 3  # names in a message
 def assets_of(source: Source, config: str | Path | None) -> Path:
     """The folder of config and tokenizer."""
     if config is not None:
-        return Path(config)
+        return Path(config).parent if Path(config).is_file() else Path(config)
     if source.kind == "gguf" or not source.path.is_dir():
         raise ConfigError(
             f"{source.path}: brings no config.json and tokenizer.json: give a folder that has them with --config, "

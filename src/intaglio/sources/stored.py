@@ -161,6 +161,11 @@ def open_gguf(path: Path) -> Source:
 
 
 def _check_layers(path: Path, metadata: dict[str, Any], names: list[str]) -> None:
+    parts = metadata.get("split.count", 0)
+    if parts > 1:
+        raise ConfigError(
+            f"{path}: is one of {parts} parts: join them with `llama-gguf-split --merge FIRST OUT`, of llama.cpp"
+        )
     key = f"{metadata.get('general.architecture')}.block_count"
     numbers = [int(part) for name in names if name.startswith("blk.") and (part := name.split(".")[1]).isdigit()]
     if key in metadata and numbers and metadata[key] != max(numbers) + 1:

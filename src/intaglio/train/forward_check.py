@@ -103,7 +103,15 @@ def plain_model(latents: Latents, model: Any) -> Any:
             attn_implementation=kind if kind in ATTENTION_KINDS else "sdpa",
         )
     owners = owners_of(model)
-    own = {name: getattr(*owners[name]).detach() for name in (tensor.name for tensor in plan)}
+    own = {tensor.name: getattr(*owners[tensor.name]).detach() for tensor in plan if tensor.name in owners}
+    for tensor in plan:
+        found = own.get(tensor.name)
+        if found is None or found.shape != tensor.spec.shape:
+            now = "no longer in the model" if found is None else f"{list(found.shape)} in the model now"
+            raise MismatchError(
+                f"{tensor.name}: prepared as {list(tensor.spec.shape)}, but {now}: a module was removed or resized: "
+                "change the model first, then prepare it"
+            )
     plain.load_state_dict(own, assign=True, strict=False)
     plain.tie_weights()
     plain.to(next(iter(own.values())).device).requires_grad_(False).eval()

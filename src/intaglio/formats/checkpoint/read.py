@@ -9,8 +9,9 @@ from intaglio.formats.checkpoint.kept import KEPT_FILE
 from intaglio.formats.facts import CONFIG, Facts, compare_facts, config_facts, spelled_twice, strange_files
 from intaglio.formats.speech import compare_folder_speech, read_speech
 from intaglio.formats.tally import Tally
+from intaglio.packed.assets import ASSETS
 from intaglio.packed.checkpoint import shards
-from intaglio.packed.model import ASSETS, PackedModel
+from intaglio.packed.model import PackedModel
 from intaglio.packed.store import headers
 from intaglio.plan.family import ModelSpec, load_config, text_config
 

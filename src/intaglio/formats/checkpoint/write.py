@@ -18,7 +18,8 @@ from intaglio.errors import WeightError
 from intaglio.formats.checkpoint.kept import write_kept
 from intaglio.numerics.grid import IndexGrid, Quantized
 from intaglio.numerics.layout import row_chunks
-from intaglio.packed.model import PackedModel, copy_assets
+from intaglio.packed.assets import copy_assets
+from intaglio.packed.model import PackedModel
 from intaglio.packed.store import SafetensorsWriter, Specs, new_path
 from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES, ModelSpec, build_meta_model

@@ -10,7 +10,6 @@ then spells `<table>` in letters where transformers finds a token. Here they are
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -27,8 +26,9 @@ from intaglio.formats.gguf.names import (
     gguf_end_keys,
     gguf_template_name,
 )
-from intaglio.formats.speech import Speech, read_json, read_speech
+from intaglio.formats.speech import Speech, read_speech
 from intaglio.plan.family import ModelSpec
+from intaglio.plan.files import read_json
 
 SPECIAL_SCORE = -1000.0  # of tokens that are found in the text before any merge: never compared
 SPACE = {"String": " "}
@@ -211,14 +211,10 @@ def _add_special(writer: GGUFWriter, speech: Speech, ids: dict[str, int]) -> Non
 
 def _add_settings(writer: GGUFWriter, speech: Speech) -> None:
     """Sampling settings of generation_config.json, as far as llama.cpp has keys for them."""
-    path = speech.folder / "generation_config.json"
     for name, key in SAMPLING_KEYS.items():
         value = speech.settings.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigError(f"{path}: {name} = {value!r}: expected a number")
-        getattr(writer, f"add_sampling_{key}")(value)
+        if value is not None:
+            getattr(writer, f"add_sampling_{key}")(value)
     suppressed = speech.settings.get("suppress_tokens")
     if suppressed:
         writer.add_array(SUPPRESSED, suppressed)

@@ -26,9 +26,10 @@ from intaglio.formats.litert.read_tflite import (
     read_message,
     unzip_tokenizer,
 )
-from intaglio.formats.speech import Speech, compare_templates, compare_tokens, plain_tokens, read_json, read_speech
+from intaglio.formats.speech import Speech, compare_templates, compare_tokens, plain_tokens, read_speech
 from intaglio.formats.tally import Tally
 from intaglio.packed.model import PackedModel
+from intaglio.plan.files import read_json
 from intaglio.plan.rope import Rope
 
 ADD, MUL, RESHAPE, TANH, SUB, RSQRT, COS = 0, 18, 22, 28, 41, 76, 108  # builtin operators

@@ -22,8 +22,9 @@ from intaglio.formats.checkpoint.write import hf_config, whole_config
 from intaglio.formats.mobile.layout import StoredTensor, stored_tensors
 from intaglio.formats.mobile.write_config import quantization_config
 from intaglio.numerics.grid import Quantized
+from intaglio.packed.assets import copy_assets
 from intaglio.packed.codes import pack_codes
-from intaglio.packed.model import PackedModel, copy_assets
+from intaglio.packed.model import PackedModel
 from intaglio.packed.store import SafetensorsWriter, Specs, new_path
 from intaglio.plan.plan import Plan
 

@@ -13,10 +13,12 @@ from typing import Any
 from intaglio.formats.checkpoint.read import spelled_twice
 from intaglio.formats.facts import CONFIG, TOKENIZER, Facts, compare_facts, config_facts, strange_files
 from intaglio.formats.onnx.layout import DECODER, EMBEDDINGS, FOLDER, GRAPH_KEY, file_name, graph_digest
-from intaglio.formats.speech import compare_folder_speech, compare_tokens, plain_tokens, read_json, read_speech
+from intaglio.formats.speech import compare_folder_speech, compare_tokens, plain_tokens, read_speech
 from intaglio.formats.tally import Tally
-from intaglio.packed.model import ASSETS, PackedModel
+from intaglio.packed.assets import ASSETS
+from intaglio.packed.model import PackedModel
 from intaglio.plan.family import load_config, text_config
+from intaglio.plan.files import read_json
 from intaglio.plan.rope import Rope
 
 

@@ -31,10 +31,12 @@ from intaglio.formats.onnx.layout import (
 )
 from intaglio.formats.onnx.write_data import IR_VERSION, KERNELS, DataFiles, float_tensor, opsets, quantized_tensors
 from intaglio.formats.onnx.write_decoder import decoder_graph
-from intaglio.formats.speech import read_json, read_speech
-from intaglio.packed.model import PackedModel, copy_assets
+from intaglio.formats.speech import read_speech
+from intaglio.packed.assets import copy_assets
+from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
 from intaglio.plan.family import transformers_config
+from intaglio.plan.files import read_json
 from intaglio.plan.rope import check_rope
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from intaglio.errors import CorpusError
+from intaglio.plan.files import once
 from intaglio.train.data.sources import check_regular
 
 RECORD_BYTES = 1 << 26
@@ -27,6 +28,9 @@ BLOCK_BYTES = 1 << 18  # longer lines of plain text are cut: for a tokenizer a l
 # gzip cannot pack text to less than 1/1032, and text that is worth training on shrinks to a twentieth at most.
 MAX_GROWTH = 200
 GROWTH_FLOOR = 1 << 24
+
+PACKED = {b"\x1f\x8b": ".gz", b"\xfd7zXZ": ".xz", b"BZh": ".bz2", b"\x28\xb5\x2f\xfd": ".zst"}  # how they begin
+DELIMITERS = (";", "\t", "|", ",")  # of files that are called CSV all the same
 
 Records = Iterator[tuple[str, Any]]
 
@@ -55,7 +59,7 @@ def json_lines(path: Path) -> Records:
 def json_records(path: Path) -> Records:
     """The values of one JSON list, or JSON values one after another, with their places."""
     blocks = _blocks(path)
-    decoder, expected = json.JSONDecoder(), "a list of objects, or objects one after another"
+    decoder, expected = json.JSONDecoder(object_pairs_hook=once), "a list of objects, or objects one after another"
     text, number, ended = "", 0, False
     in_list: bool | None = None
     while True:
@@ -88,24 +92,32 @@ def _at_least(blocks: Iterator[str], size: int) -> str:
 def csv_records(path: Path, delimiter: str, choose: Callable[[list[str]], list[str]]) -> Records:
     """Rows as objects by the header's names, with the columns that `choose` takes of them, and their places."""
     csv.field_size_limit(RECORD_BYTES)
-    rows = csv.reader((line for _, line in _lines(path)), delimiter=delimiter)
+    rows = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
     try:
         header = next(rows, [])
         if len(set(header)) < len(header):
             raise CorpusError(f"{path}:1: the header has a name twice: {', '.join(header)[:200]}: rename one of them")
+        other = next((mark for mark in DELIMITERS if len(header) == 1 and mark in header[0]), None)
+        if other is not None:
+            raise CorpusError(
+                f"{path}:1: the header {header[0][:200]!r} is one field: expected {delimiter!r} between fields, as "
+                "spreadsheets write that save CSV in English, or tabs in a .tsv"
+            )
         columns = set(choose(header)) if header else set()
         for row in rows:
             if not row:
                 continue
             where = f"{path}:{rows.line_num}"
-            if len(row) > len(header):
+            if len(row) != len(header):
                 raise CorpusError(
                     f"{where}: got {len(row)} fields: expected {len(header)}, as in the header: put quotes around "
-                    "fields that hold the delimiter"
+                    "fields that hold the delimiter or a line end"
                 )
-            yield where, {name: field for name, field in zip(header, row, strict=False) if name in columns}
+            yield where, {name: field for name, field in zip(header, row, strict=True) if name in columns}
     except csv.Error as error:
-        raise CorpusError(f"{path}:{rows.line_num}: not valid CSV: {error}: is a quote left open?") from None
+        raise CorpusError(
+            f"{path}:{rows.line_num}: not valid CSV: {error}: close each quote, and double those within quotes"
+        ) from None
 
 
 def unreadable(path: Path, error: BaseException) -> CorpusError:
@@ -122,7 +134,7 @@ def first_line(error: BaseException) -> str:
 
 def _loads(text: str, where: str, expected: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise _not_json(where, error, expected) from None
 
@@ -143,9 +155,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     "divide the record, or give plain text as a .txt, whose lines may be of any length"
                 )
             try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise _not_utf8(path, number, error) from None
+            _check_text(path, number, text)
+            yield number, text
 
 
 def _blocks(path: Path) -> Iterator[str]:
@@ -160,15 +174,28 @@ def _blocks(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 number += error.object.count(b"\n", 0, error.start)
                 raise _not_utf8(path, number, error) from None
+            _check_text(path, number, text)
             number += text.count("\n")
             if text:
                 yield text
 
 
+def _check_text(path: Path, number: int, text: str) -> None:
+    """Raise CorpusError for NUL, which UTF-16 without its mark is full of, and text never holds."""
+    if "\0" in text:
+        number += text.count("\n", 0, text.index("\0"))
+        advice = f"if it is UTF-16, convert the file: iconv -f UTF-16LE -t UTF-8 {path.name} > utf8-{path.name}"
+        raise CorpusError(f"{path}:{number}: a NUL character, which no text holds: {advice}")
+
+
 def _not_utf8(path: Path, number: int, error: UnicodeDecodeError) -> CorpusError:
     offset = error.start - (error.object.rfind(b"\n", 0, error.start) + 1)
     byte = f"byte 0x{error.object[error.start]:02x} at offset {offset} of the line"
+    with open(path, "rb") as file:
+        packing = next((suffix for start, suffix in PACKED.items() if file.peek(8).startswith(start)), None)
     advice = f"convert the file: iconv -f ENCODING -t UTF-8 {path.name} > utf8-{path.name}"
+    if packing and path.suffix.lower() != packing:
+        advice = f"it is packed: add {packing} to its name"
     return CorpusError(f"{path}:{number}: not valid UTF-8: {byte}: {advice}")
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from intaglio.errors import ConfigError, CorpusError
 from intaglio.packed.template import CHARACTERS, Renderer
+from intaglio.plan.files import once
 from intaglio.train.data.reading import Reading
 from intaglio.train.data.sources import ROLES
 
@@ -29,6 +30,7 @@ SPEAKERS = ("system", "developer", "user", "assistant", "tool")
 # Names that ShareGPT and others give them.
 OTHER_NAMES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 OTHER_NAMES |= {"function_call": "assistant", "function_response": "tool", "function": "tool", "observation": "tool"}
+BESIDE_CONTENT = ("tool_calls", "tool_responses", "reasoning", "reasoning_content", "thinking")
 RENDERERS_OWN = ("messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message")
 # Columns that others keep such things in, for advice.
 LIKE_TEXT = ("content", "body", "article", "document", "passage", "story", "page_content", "code")
@@ -95,10 +97,12 @@ class Reader:
         return document
 
     def _completion(self, record: dict[str, Any], where: str) -> Document | None:
-        prompt, completion = (_parsed(record[key]) for key in ("prompt", "completion"))
-        if isinstance(prompt, list) and isinstance(completion, list):
-            head = _messages(prompt, where)
-            return self._chat(head + _messages(completion, where), record, where, first=len(head))
+        prompt, completion = record["prompt"], record["completion"]
+        head, tail = _parsed(prompt), _parsed(completion)
+        # strings that are JSON by chance, such as numbers to be added, stay strings
+        if isinstance(prompt, list) or (_is_chat(head) and _is_chat(tail)):
+            head = _messages(head, where)
+            return self._chat(head + _messages(tail, where), record, where, first=len(head))
         prompt, completion = checked(prompt, "prompt", where), checked(completion, "completion", where)
         text = prompt + completion
         return Document(text, [(len(prompt), len(text))], ends=True) if text.strip() else None
@@ -186,10 +190,14 @@ def _parsed(value: Any) -> Any:
     """Lists and objects that a column holds as JSON text."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            return json.loads(value, object_pairs_hook=once)
         except (ValueError, RecursionError):
             return value
     return value
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) and one.keys() & {"role", "from"} for one in value)
 
 
 def _messages(value: Any, where: str) -> list[Any]:
@@ -203,6 +211,10 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     """A message as templates read it: role, content, tool calls with their arguments as objects."""
     if not isinstance(message, dict):
         raise CorpusError(f"{where}: got message {brief.repr(message)}: expected an object with role and content")
+    for name, other in (("role", "from"), ("content", "value")):
+        said = [OTHER_NAMES.get(str(value), value) for key in (name, other) if (value := message.get(key)) is not None]
+        if len(said) == 2 and said[0] != said[1]:
+            raise CorpusError(f"{where}: got message {brief.repr(message)}: {name} and {other} differ: leave one out")
     found = {key: value for key, value in message.items() if value is not None and key not in ("from", "value")}
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
@@ -213,8 +225,11 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         calls = _parsed(content)
         calls = calls if isinstance(calls, list) else [calls]
         found |= {"content": None, "tool_calls": [{"type": "function", "function": call} for call in calls]}
-    if found.get("tool_calls"):
-        found["tool_calls"] = [_tool_call(call, where) for call in _list(found["tool_calls"], where)]
+    if calls := _parsed(found.pop("tool_calls", None)):
+        found["tool_calls"] = [_tool_call(call, where) for call in _list(calls, where)]
+    if not {"content", "value"} & message.keys() and (odd := found.keys() - {"role", "content", *BESIDE_CONTENT}):
+        named = ", ".join(sorted(map(str, odd)))
+        raise CorpusError(f"{where}: got message {brief.repr(message)}: it has {named} and no content: rename that")
     if isinstance(content, list):
         _check_parts(content, where)
     elif not (content is None or isinstance(content, str) or (role == "tool" and isinstance(content, dict))):
@@ -251,8 +266,7 @@ def _check_parts(parts: list[Any], where: str) -> None:
 
 def _is_empty(message: dict[str, Any]) -> bool:
     """Whether nobody says anything here."""
-    others = ("tool_calls", "tool_responses", "reasoning", "reasoning_content", "thinking")
-    return message["content"] is None and not any(message.get(key) for key in others)
+    return message["content"] is None and not any(message.get(key) for key in BESIDE_CONTENT)
 
 
 def _check_speakers(messages: list[dict[str, Any]], source: str, where: str) -> None:

@@ -17,16 +17,17 @@ PACKINGS = (".gz", ".xz", ".bz2", ".zst")
 ROLES = ("text", "messages", "prompt", "completion", "tools")
 MAX_FILES = 100_000
 # A folder's papers and settings are no text to train on. One that is named by itself is read.
-PAPERS = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|citation|contributing|authors)(?![a-z])", re.I)
+PAPERS = re.compile(
+    r"(readme|licen[cs]e|copying|notice|changelog|citation|contributing|authors|requirements|robots)(?![a-z])", re.I
+)
 SETTINGS = re.compile(
     r"(config|generation_config|(tokenizer|processor|preprocessor|special_tokens|added_tokens)\w*|dataset_infos?"
     r"|dataset_dict|state|package|metadata|.*\.index)\.json",
     re.I,
 )
 WORDS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
-WORDS |= {"test": "test", "eval": "test"}
-FOLDERS = WORDS | {"training": "train", "testing": "test", "evaluation": "test"}
-SPLIT_IN_NAME = re.compile(rf"(?:^|[-_. ])({'|'.join(WORDS)})(?=$|[-_. ])", re.I)
+WORDS |= {"test": "test", "eval": "test", "training": "train", "testing": "test", "evaluation": "test"}
+SPLIT_IN_NAME = re.compile(rf"(?:^|[-_. ])({'|'.join(WORDS)})(?:set)?\d*(?=$|[-_. ])", re.I)
 WANTED = {"training": ("train",), "evaluation": ("validation", "test")}
 ALL = "all"
 
@@ -81,7 +82,9 @@ def kind_of(path: Path) -> str:
     """The suffix of `KINDS` that a file's name ends in, before that of its packing; empty if there is none."""
     name = path.name.lower()
     packing = next((suffix for suffix in PACKINGS if name.endswith(suffix)), "")
-    kind = next((kind for kind in KINDS if name.removesuffix(packing).endswith(kind)), "")
+    name = name.removesuffix(packing)
+    # Windows shows data.jsonl.txt as data.jsonl
+    kind = next((kind for text in (".txt", "") for kind in KINDS if kind != text and name.endswith(kind + text)), "")
     return "" if packing and kind == ".parquet" else kind
 
 
@@ -133,6 +136,9 @@ def find_files(folder: Path, split: str | None, purpose: str, reading: Reading) 
         papers = reading.left_out.get("no data")
         advice = f", or the name of one file of it ({some(papers)} were left out)" if papers else ""
         raise CorpusError(f"{folder}: no text in this folder: expected files that end in {expected_kinds()}{advice}")
+    twice = next((name for name in found for packing in PACKINGS if name + packing in found), None)
+    if twice is not None:
+        raise CorpusError(f"{folder}: {twice} is there packed too, and would be read twice: remove one of the two")
     return [folder / name for name in choose(found, folder, split, purpose, reading)]
 
 
@@ -164,4 +170,4 @@ def _split_of(path: Path) -> str | None:
     words = SPLIT_IN_NAME.findall(path.name[: path.name.lower().rindex(kind)]) if kind != ".md" else []
     if words:
         return WORDS[words[-1].lower()]
-    return next((FOLDERS[part.lower()] for part in reversed(path.parts[:-1]) if part.lower() in FOLDERS), None)
+    return next((WORDS[part.lower()] for part in reversed(path.parts[:-1]) if part.lower() in WORDS), None)
