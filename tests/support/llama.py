@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from intaglio.measure import llamacpp
+from intaglio.measure import llamacpp, process
 from tests.support.tiny import VOCABULARY
 
 STAND_IN = """
@@ -47,7 +47,11 @@ FATES = {
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, *, do: str, fate: str, time: int = 1) -> Path:
-    """Put a stand-in in llama.cpp's place which fails at the given request of that name. Its folder, for `pids`."""
+    """Put a stand-in in llama.cpp's place which fails at the given request of that name. Its folder, for `pids`.
+
+    The processor has no AMX, whatever this machine's is: messages speak of it.
+    """
+    monkeypatch.setattr(process, "CPUINFO", folder / "cpuinfo")
     text = STAND_IN.replace("VOCABULARY", str(VOCABULARY)).replace("DO", repr(do)).replace("TIME", str(time))
     folder.mkdir(exist_ok=True)
     (folder / "stand_in.py").write_text(text.replace("FATE", FATES[fate]))

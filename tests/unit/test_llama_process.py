@@ -99,9 +99,8 @@ def test_amx_kernels_are_off_from_the_start_and_it_is_said(
     amx: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = "fpu avx512_vnni" + (" amx_bf16 amx_tile amx_int8" if amx else "")
-    (tmp_path / "cpuinfo").write_text(f"model name\t: amx_tile\nflags\t\t: {flags} arch_capabilities\n\n" * 2)
-    monkeypatch.setattr(process, "CPUINFO", tmp_path / "cpuinfo")
     folder = stand_in(monkeypatch, tmp_path / "child", do="decode", fate="SIGSEGV")
+    (folder / "cpuinfo").write_text(f"model name\t: amx_tile\nflags\t\t: {flags} arch_capabilities\n\n" * 2)
     with LlamaCpp(model, threads=1) as llama:
         assert json.loads((folder / "load").read_text())["extra_buffers"] is not amx
         assert ("extra buffers off: the processor has AMX" in llama.version) is amx

@@ -68,6 +68,12 @@ def script(folder: Path, text: str) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def _no_amx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor has none, whatever this machine's is: messages speak of it."""
+    monkeypatch.setattr(process, "CPUINFO", tmp_path / "cpuinfo")
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
     for name in ("model.gguf", "draft.gguf"):
@@ -183,11 +189,8 @@ def test_an_answer_that_is_none_is_shown(files: tuple[Path, Path], program: Path
         server.complete("nonsense", 2)
 
 
-def test_on_a_processor_with_amx_its_kernels_are_off(
-    files: tuple[Path, Path], program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_processor_with_amx_its_kernels_are_off(files: tuple[Path, Path], program: Path, tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("flags\t\t: fpu amx_tile\n")
-    monkeypatch.setattr(process, "CPUINFO", tmp_path / "cpuinfo")
     with LlamaServer(files[0], program=program) as server:
         assert "--no-repack" in json.loads(server.complete("Hello", 2).text)[1].values()
 
