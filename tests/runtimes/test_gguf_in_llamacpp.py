@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from intaglio.errors import ConfigError
 from intaglio.measure.llamacpp import LlamaCpp
-from tests.support.cases import Case, make_case
+from intaglio.plan.recipe import Recipe
+from tests.support.cases import Case, make_case, with_type
 from tests.support.texts import CHAT, texts
 from tests.support.tiny import GEMMA4, ROPES, VOCABULARY, with_rope
 
@@ -39,6 +41,21 @@ def test_llamacpp_computes_the_exported_model(case: Case) -> None:
 
 def test_llamacpp_computes_the_text_of_a_model_without_encoders(tmp_path: Path) -> None:
     check_logits(make_case("unified", tmp_path))
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-dense", "gemma3"])
+def test_llamacpp_computes_two_bits(tmp_path: Path, name: str) -> None:
+    check_logits(make_case(name, tmp_path, recipe="q2_0"))
+
+
+def test_llamacpp_computes_rows_of_the_mobile_format(tmp_path: Path) -> None:
+    check_logits(make_case("gemma4", tmp_path, recipe=Recipe.load("mobile", ["channel_scales=bf16"])))
+
+
+def test_a_type_that_llamacpp_does_not_know_yet_is_said(gemma4: Case, tmp_path: Path) -> None:
+    path = with_type(gemma4.gguf, tmp_path / "newer.gguf", "blk.0.ffn_up.weight", 77)
+    with pytest.raises(ConfigError, match=r"invalid ggml type 77.*install llama-cpp-python 0\.3\.36 or later"):
+        LlamaCpp(path, threads=1)
 
 
 SCALED = (

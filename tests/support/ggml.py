@@ -11,7 +11,7 @@ import libggml
 import numpy as np
 
 # ggml.h: enum ggml_type; ggml-common.h: columns and bytes of a block
-TYPES = {"Q4_0": (2, 32, 18), "Q8_0": (8, 32, 34), "Q6_K": (14, 256, 210)}
+TYPES = {"Q4_0": (2, 32, 18), "Q8_0": (8, 32, 34), "Q6_K": (14, 256, 210), "Q2_0": (42, 64, 18)}
 
 
 @functools.cache
@@ -34,6 +34,31 @@ def library() -> ctypes.CDLL:
     for name in TYPES:
         getattr(loaded, dequantizer(name)).argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     return loaded
+
+
+class _Init(ctypes.Structure):
+    """gguf.h: struct gguf_init_params."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
+
+
+def tensors(path: Path) -> dict[str, tuple[int, np.ndarray]]:
+    """Type number and bytes, uint8, of each tensor of a GGUF file, as ggml's own reader finds them."""
+    lib = library()
+    for name, result in (("init_from_file", "void_p"), ("get_tensor_name", "char_p"), ("get_data_offset", "size_t")):
+        getattr(lib, f"gguf_{name}").restype = getattr(ctypes, f"c_{result}")
+    for name in ("get_tensor_offset", "get_tensor_size"):
+        getattr(lib, f"gguf_{name}").restype = ctypes.c_size_t
+    context = ctypes.c_void_p(lib.gguf_init_from_file(str(path).encode(), _Init(True, None)))
+    assert context, f"ggml does not read {path}"
+    data, base = np.memmap(path, np.uint8, "r"), lib.gguf_get_data_offset(context)
+    found = {}
+    for i in map(ctypes.c_int64, range(lib.gguf_get_n_tensors(context))):
+        start, size = base + lib.gguf_get_tensor_offset(context, i), lib.gguf_get_tensor_size(context, i)
+        name = lib.gguf_get_tensor_name(context, i).decode()
+        found[name] = (lib.gguf_get_tensor_type(context, i), data[start : start + size])
+    lib.gguf_free(context)
+    return found
 
 
 def dequantizer(ggml_type: str) -> str:

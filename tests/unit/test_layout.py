@@ -14,12 +14,12 @@ from transformers.integrations import gemma_quant
 
 from intaglio.numerics import layout
 from intaglio.numerics.fit_stock import fit_stock
-from intaglio.numerics.grid import INT2, INT4, INT8, Q4_0_FREE, Q6_K_FREE, Q8_0_FREE, BlockGrid, Quantized
+from intaglio.numerics.grid import GGUF_GRIDS, INT2, INT4, INT8, Q4_0_FREE, Q6_K_FREE, Q8_0_FREE, BlockGrid, Quantized
 from intaglio.numerics.layout import CHUNK_ELEMENTS, from_blocks, row_chunks, to_blocks
 from intaglio.packed.codes import pack_codes, unpack_codes
 from tests.support import ggml
 
-GRIDS = (Q4_0_FREE, Q8_0_FREE, Q6_K_FREE)
+GRIDS = [free for _, free in GGUF_GRIDS.values()]
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/ggml.npz")
 KINDS = sorted({key.split("/")[0] for key in GOLDEN})
 
@@ -27,8 +27,10 @@ each_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.ggml_ty
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def bits(x: torch.Tensor | np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x).view(np.int32)
+def bits(x: torch.Tensor | np.ndarray, ggml_type: str | None = None) -> np.ndarray:
+    """Bits of float32 values. Zeros of Q2_0, whose codes and scales are mirrored, may have either sign."""
+    values = np.ascontiguousarray(x)
+    return (values + np.float32(0) if ggml_type == "Q2_0" else values).view(np.int32)
 
 
 @each_grid
@@ -42,7 +44,8 @@ def test_stock_fit_gives_the_golden_bytes(grid: BlockGrid, kind: str) -> None:
 @each_kind
 def test_golden_bytes_decode_to_the_golden_values(grid: BlockGrid, kind: str) -> None:
     decoded = from_blocks(grid, GOLDEN[f"{kind}/{grid.ggml_type}/blocks"]).decode()
-    assert np.array_equal(bits(decoded), bits(GOLDEN[f"{kind}/{grid.ggml_type}/values"]))
+    expected = GOLDEN[f"{kind}/{grid.ggml_type}/values"]
+    assert np.array_equal(bits(decoded, grid.ggml_type), bits(expected, grid.ggml_type))
 
 
 @each_kind
@@ -75,7 +78,8 @@ def test_any_bytes_come_back(grid: BlockGrid, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_any_bytes_are_read_as_ggml_reads_them(grid: BlockGrid, data: st.DataObject) -> None:
     blocks = data.draw(any_blocks(grid))
-    assert np.array_equal(bits(from_blocks(grid, blocks).decode()), bits(ggml.dequantize(blocks, grid.ggml_type)))
+    ours, theirs = from_blocks(grid, blocks).decode(), ggml.dequantize(blocks, grid.ggml_type)
+    assert np.array_equal(bits(ours, grid.ggml_type), bits(theirs, grid.ggml_type))
 
 
 def test_q4_0_by_hand() -> None:
@@ -83,6 +87,14 @@ def test_q4_0_by_hand() -> None:
     block = to_blocks(Quantized(Q4_0_FREE, codes, torch.tensor([[-0.5]], dtype=torch.float16)))
     # -0.5 is 0xB800; code j and code j + 16 share byte j, each raised by 8
     assert block.tolist() == [[0x00, 0xB8, *[j | j << 4 for j in range(16)]]]
+
+
+def test_q2_0_by_hand() -> None:
+    codes = torch.tensor([[-2, -1, 0, 1] * 16], dtype=torch.int8)
+    block = to_blocks(Quantized(GGUF_GRIDS["Q2_0"][1], codes, torch.tensor([[0.5]], dtype=torch.float16)))
+    # ggml has 2, 1, 0, -1 times -0.5 (0xB800); each raised by 1, the first code in the lowest bits
+    assert block.tolist() == [[0x00, 0xB8, *[0b00_01_10_11] * 16]]
+    assert ggml.dequantize(block, "Q2_0")[0, :4].tolist() == [-1.0, -0.5, 0.0, 0.5]
 
 
 def by_transformers(packed: torch.Tensor, grid: BlockGrid, columns: int) -> torch.Tensor:

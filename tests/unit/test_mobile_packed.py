@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import intaglio.tiny as tiny
 from intaglio.errors import ConfigError, InputError, RecipeError, WeightError
 from intaglio.formats.gguf.write import export_gguf
+from intaglio.formats.verify import verify
 from intaglio.measure.simulate import decoded_model
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.checkpoint import load_model, stream_tensors
@@ -20,6 +21,7 @@ from intaglio.packed.model import FILE_NAME, PackedModel, write_packed
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.quantize import fit_tensor, quantize
+from tests.support.cases import Case
 from tests.support.repack import resave as rewrite
 
 DOWN = "model.layers.2.mlp.down_proj"
@@ -137,10 +139,12 @@ def test_a_plan_of_another_digest_is_named(copy: Path) -> None:
         resave(copy, {}, plan="0" * 64)
 
 
-def test_gguf_has_no_such_grids(mobile_packed: PackedModel, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"recipe mobile puts it on grid int2, which GGUF does not have: export to"):
+def test_gguf_has_no_such_grids(mobile_packed: PackedModel, gemma4: Case, tmp_path: Path) -> None:
+    says = r"on grid int2, whose scales are float32, and GGUF's are .*channel_scales=bf16"
+    with pytest.raises(RecipeError, match=says):
         export_gguf(mobile_packed, tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
+    assert "token_embd.weight" in verify(mobile_packed, gemma4.gguf).unlike
 
 
 def test_the_bundled_model_goes_through(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from intaglio.plan.schedule import Schedule
 from intaglio.plan.static import Activations, KvCache
 
 PRESETS = ["drafter", "drafter-mobile", "drafter-q4_0", "mobile", "mobile-e2b", "mobile-e4b"]
-PRESETS += ["q4_0", "q4_0-free", "q4_0-litert", "q4_0-stock"]
+PRESETS += ["q2_0", "q4_0", "q4_0-free", "q4_0-litert", "q4_0-stock"]
 RULE = '[weights.linear]\nroles = ["mlp"]\ngrid = "q4_0"\n'
 MINIMAL = f'name = "x"\n{RULE}'
 

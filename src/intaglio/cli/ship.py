@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from intaglio.formats.verify import Verification
     from intaglio.packed.model import PackedModel
 
-TARGETS = "gguf, hf (a transformers checkpoint of floats), gemma-mobile, vllm, mlx, onnx, web, ollama, lmstudio"
+TARGETS = "gguf, hf (a transformers checkpoint of floats), gemma-mobile, vllm, mlx, litert, onnx, web, ollama, lmstudio"
 
 # Options of `export` that one target alone knows.
 OWN_OPTIONS = {"draft": "ollama", "python": "litert", "context_tokens": "litert", "transformers_js": "web"}

@@ -29,6 +29,13 @@ def mlx_note(plan: Plan) -> str:
     return "MLX has no static scales: activations and KV cache stay in floats." if plan.static_scales else ""
 
 
+def gguf_note(plan: Plan) -> str:
+    """The note says which of the plan's scales a GGUF cannot hold; it is empty where it holds all."""
+    if not plan.static_scales:
+        return ""
+    return "GGUF has no static scales: llama.cpp scales activations as they come and keeps the KV cache in floats."
+
+
 def litert_note(plan: Plan) -> str:
     """The note says which values LiteRT rounds by itself; it is empty where the plan rounds them too."""
     return "" if plan.static_scales else "LiteRT rounds activations to 8 bits as they come where weights are Q4_0."

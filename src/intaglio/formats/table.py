@@ -15,12 +15,12 @@ from intaglio.formats.gguf.write import check_exportable, check_grids, export_gg
 from intaglio.formats.gguf.write_bundles import export_lmstudio, export_ollama
 from intaglio.formats.litert.write import check_litert, export_litert
 from intaglio.formats.mobile.write import export_mobile
-from intaglio.formats.notes import litert_note, mlx_note, mobile_note, not_run, too_wide, vllm_note
+from intaglio.formats.notes import gguf_note, litert_note, mlx_note, mobile_note, not_run, too_wide, vllm_note
 from intaglio.formats.onnx.write import export_onnx
 from intaglio.formats.onnx.write_page import export_web
 from intaglio.formats.words.write_mlx import export_mlx
 from intaglio.formats.words.write_vllm import export_vllm
-from intaglio.numerics.grid import Q4_0, Q4_0_FREE, Q4_0_POSITIVE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE, Grid
+from intaglio.numerics.grid import F16, GGUF_GRIDS, Q4_0_POSITIVE, BlockGrid, Grid
 from intaglio.plan.plan import Plan
 from intaglio.plan.recipe import Recipe
 
@@ -44,12 +44,12 @@ class Export:
 class Format:
     """The files that a run exports, and the baseline that it is compared with.
 
-    label: what the report calls the rounding. stock_label, stock_recipe: what anyone's tool would do
+    label: what the report calls the rounding, for a plan. stock_label, stock_recipe: what anyone's tool would do
     without training, for a recipe. exports: what a run writes. check: raises before training what an
     export would raise after it, for a plan and the source model's folder.
     """
 
-    label: str
+    label: Callable[[Plan], str]
     stock_label: str
     stock_recipe: Callable[[Recipe], Recipe]
     exports: tuple[Export, ...]
@@ -61,15 +61,21 @@ def _check_gguf(plan: Plan, model_dir: Path) -> None:
     check_exportable(plan.model, model_dir)
 
 
-# llama.cpp's quantizer writes these grids into the tensor types of portable ones.
-STOCK_GRIDS: dict[Grid, Grid] = {Q4_0: Q4_0_FREE, Q6_K: Q6_K_FREE, Q8_0: Q8_0_FREE}
+# llama.cpp's quantizer writes any scale of a tensor type where a recipe has portable ones.
+STOCK_GRIDS: dict[Grid, Grid] = dict(GGUF_GRIDS.values())
 
 
 def _llama_quantize(recipe: Recipe) -> Recipe:
     """The same tensor types as the recipe's, filled as llama.cpp's own quantizer would."""
     rules = tuple(replace(rule, grid=STOCK_GRIDS.get(rule.grid, rule.grid)) for rule in recipe.rules)
     summary = "What llama-quantize writes, bit for bit; the reference that training is measured against"
-    return replace(recipe, name="q4_0-stock", summary=summary, fit="stock", rules=rules)
+    return replace(recipe, name=f"{recipe.name}-stock", summary=summary, fit="stock", rules=rules)
+
+
+def _coarsest(plan: Plan) -> str:
+    """The tensor type of the fewest bits, after which the rounding of the whole is called."""
+    grids = (tensor.grid for tensor in plan if isinstance(tensor.grid, BlockGrid))
+    return str(min(grids, key=lambda grid: grid.code_bits, default=F16).ggml_type)
 
 
 def _absmax(recipe: Recipe) -> Recipe:
@@ -78,7 +84,7 @@ def _absmax(recipe: Recipe) -> Recipe:
 
 HF = Export(name="hf", kind="trained", write=export_hf, runs=False, on_device=True)
 GGUF = Format(
-    label="Q4_0",
+    label=_coarsest,
     stock_label="Stock rounding",
     stock_recipe=_llama_quantize,
     exports=(
@@ -89,7 +95,7 @@ GGUF = Format(
     check=_check_gguf,
 )
 MOBILE = Format(
-    label="mobile absmax",
+    label=lambda plan: "mobile absmax",
     stock_label="Absmax rounding",
     stock_recipe=_absmax,
     exports=(
@@ -101,7 +107,7 @@ MOBILE = Format(
 
 
 LITERT = Format(
-    label="absmax for LiteRT",
+    label=lambda plan: "absmax for LiteRT",
     stock_label="Absmax rounding",
     stock_recipe=_absmax,
     exports=(HF,),  # the bundle needs an environment
@@ -168,7 +174,7 @@ class Runtime:
 
 
 RUNTIMES: dict[str, Runtime] = {
-    "gguf": Runtime(title="llama.cpp", command="llama-cli -m {path}", file="model.gguf"),
+    "gguf": Runtime(title="llama.cpp", command="llama-cli -m {path}", file="model.gguf", note=gguf_note),
     "ollama": Runtime(
         title="Ollama", command="ollama create {name} -f {path}/Modelfile && ollama run {name}", note=not_run
     ),

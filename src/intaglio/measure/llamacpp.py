@@ -32,6 +32,7 @@ SCRIPT = Path(llama_child.__file__)
 SHARED_BYTES = 1 << 26  # of logits that pass from process to process at once
 MOST_TOKENS = 1 << 24  # of a vocabulary that is not nonsense
 ANSWER_SECONDS = 60.0  # limit for requests that compute next to nothing
+NEWER_TYPE = "invalid ggml type"  # as llama.cpp says it of a type that it has no number for
 OUT_OF_MEMORY = ("bad_alloc", "insufficient memory", "Cannot allocate memory")  # as llama.cpp says it
 EXTRA_BUFFERS_OFF = ", extra buffers off: the processor has AMX"
 
@@ -186,7 +187,8 @@ class LlamaCpp:
             return self._child.ask(do, answers, seconds=seconds or ANSWER_SECONDS, where=where, **arguments)
         except InputError as error:
             if do == "load" and not any(words in str(error) for words in OUT_OF_MEMORY):
-                raise ConfigError(f"{self._path}: {error}") from None
+                newer = ": the file needs a newer llama.cpp: install llama-cpp-python 0.3.36 or later"
+                raise ConfigError(f"{self._path}: {error}{newer if NEWER_TYPE in str(error) else ''}") from None
             raise RuntimeFailureError(f"{self._path}: {error}, {where}") from None
 
 

@@ -23,9 +23,9 @@ Q6_K_EMPTY = 1e-15  # ggml: GROUP_MAX_EPS
 def fit_stock(values_RC: Tensor, grid: BlockGrid) -> Quantized:
     """The codes and scales that llama.cpp's quantizer would write, bit for bit (without an importance matrix).
 
-    Source of the rules: ggml-quants.c, quantize_row_{q4_0,q8_0,q6_K}_ref.
+    Source of the rules: ggml-quants.c, quantize_row_{q4_0,q8_0,q6_K,q2_0}_ref.
     """
-    rule = {"Q4_0": _stock_q4_0, "Q8_0": _stock_q8_0, "Q6_K": _stock_q6_k}[str(grid.ggml_type)]
+    rule = {"Q4_0": _stock_q4_0, "Q8_0": _stock_absmax, "Q6_K": _stock_q6_k, "Q2_0": _stock_absmax}[str(grid.ggml_type)]
     parts = [rule(chunk.float(), grid) for chunk in row_chunks(values_RC)]
     return concatenate(parts)
 
@@ -40,9 +40,10 @@ def _stock_q4_0(values_RC: Tensor, grid: BlockGrid) -> Quantized:
     return Quantized(grid, codes.flatten(-2).to(torch.int8), _to_half(step, grid))
 
 
-def _stock_q8_0(values_RC: Tensor, grid: BlockGrid) -> Quantized:
+def _stock_absmax(values_RC: Tensor, grid: BlockGrid) -> Quantized:
+    # Q2_0 takes the largest magnitude itself for the scale, so of its four codes 2 stays unused; its signs are mirrored
     blocks = grid.blocks(values_RC)
-    step = divide(blocks.abs().amax(-1), 127)
+    step = divide(blocks.abs().amax(-1), 127 if grid.ggml_type == "Q8_0" else -1)
     inverse = _inverse(step)
     scaled = blocks * inverse.unsqueeze(-1)
     # C's roundf: halves away from zero. Adding 0.5 in float32 would round 0.49999997 up.

@@ -224,6 +224,9 @@ Q6_K = BlockGrid(
     super_block=256,
 )
 Q6_K_FREE = replace(Q6_K, name="q6_k-free", step_bits=18)
+# In the file codes and scale have the other sign: ggml's are -1..2 (see `layout`).
+Q2_0 = BlockGrid(name="q2_0", ggml_type="Q2_0", code_min=-2, code_max=1, block_size=64, step_bits=7)
+Q2_0_FREE = replace(Q2_0, name="q2_0-free", step_bits=11)
 # The ranges of the Gemma mobile format; its reader is transformers' integrations/gemma_quant.py.
 INT2 = BlockGrid(
     name="int2",
@@ -249,10 +252,15 @@ I64 = IndexGrid(name="i64", ggml_type=None, bytes_per_value=8)
 GRIDS: dict[str, Grid] = {
     g.name: g
     for g in (
-        *(Q4_0, Q4_0_FREE, Q4_0_POSITIVE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE),
+        *(Q4_0, Q4_0_FREE, Q4_0_POSITIVE, Q6_K, Q6_K_FREE, Q8_0, Q8_0_FREE, Q2_0, Q2_0_FREE),
         *(INT2, INT4, INT8, INT2_BF16, INT4_BF16, INT8_BF16),
         *(F16, F32, BF16, I64),
     )
+}
+# By tensor type of GGUF: the portable grid, and the one of all scales that the type can hold.
+GGUF_GRIDS: dict[str, tuple[BlockGrid, BlockGrid]] = {
+    str(free.ggml_type): (portable, free)
+    for portable, free in ((Q4_0, Q4_0_FREE), (Q6_K, Q6_K_FREE), (Q8_0, Q8_0_FREE), (Q2_0, Q2_0_FREE))
 }
 
 

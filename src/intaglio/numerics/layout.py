@@ -1,7 +1,7 @@
 """Byte layouts of GGUF blocks: codes and scales in, bytes out, and back. Nothing is re-derived.
 
 R rows, C columns; what is said of rows holds for [E, R, C], the weights of experts, where R is counted through.
-Source of the layouts: ggml-common.h (block_q4_0, block_q8_0, block_q6_K).
+Source of the layouts: ggml-common.h (block_q4_0, block_q8_0, block_q6_K, block_q2_0) and ggml-quants.c.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from intaglio.numerics.grid import BlockGrid, Quantized
 
 CHUNK_ELEMENTS = 1 << 20  # rows are handled in chunks of about this size, for their temporaries
+PAIR_SHIFTS = np.array([0, 2, 4, 6], dtype=np.uint8)  # of the four bit pairs of a byte
 Result = TypeVar("Result")
 
 
@@ -51,14 +52,14 @@ def to_blocks(quantized: Quantized) -> np.ndarray:
     """uint8 [..., R, bytes of a row], as ggml stores the tensor."""
     lead = quantized.codes.shape[:-1]
     quantized = quantized.rows()
-    pack = {"Q4_0": _pack_q4_0, "Q8_0": _pack_q8_0, "Q6_K": _pack_q6_k}[str(quantized.grid.ggml_type)]
+    pack, _ = LAYOUTS[str(quantized.grid.ggml_type)]
     blocks = pack(quantized)
     return blocks.reshape(*lead, -1)
 
 
 def from_blocks(grid: BlockGrid, data: np.ndarray) -> Quantized:
     """Read uint8 [..., R, bytes of a row] back into codes and scales."""
-    unpack = {"Q4_0": _unpack_q4_0, "Q8_0": _unpack_q8_0, "Q6_K": _unpack_q6_k}[str(grid.ggml_type)]
+    _, unpack = LAYOUTS[str(grid.ggml_type)]
     rows = unpack(grid, data.reshape(np.prod(data.shape[:-1], dtype=int), -1, grid.bytes_per_block))
     return rows.with_lead(data.shape[:-1])
 
@@ -119,8 +120,30 @@ def _unpack_q6_k(grid: BlockGrid, data: np.ndarray) -> Quantized:
     low = data[..., :128].reshape(rows, supers, 2, 2, 32)
     high = data[..., 128:192].reshape(rows, supers, 2, 1, 32)
     low = np.concatenate([low & 15, low >> 4], axis=-2)  # runs 0, 1, 2, 3
-    shifts = np.array([0, 2, 4, 6], dtype=np.uint8).reshape(4, 1)
-    codes = (low | (((high >> shifts) & 3) << 4)).astype(np.int8) - 32
+    codes = (low | (((high >> PAIR_SHIFTS.reshape(4, 1)) & 3) << 4)).astype(np.int8) - 32
     scale = np.ascontiguousarray(data[..., 192:208]).view(np.int8)
     super_scale = data[..., 208:].copy().view(np.float16)[..., 0]
     return Quantized(grid, _tensor(codes.reshape(rows, -1)), _tensor(scale.reshape(rows, -1)), _tensor(super_scale))
+
+
+def _pack_q2_0(q: Quantized) -> np.ndarray:
+    # Byte j holds codes 4j to 4j + 3 from its lowest bits on, as ggml's code + 1. ggml's codes are -1..2, so codes and
+    # scale change their sign: the products are the same, but for the sign of zeros.
+    codes = (1 - _blocks_of(q.codes, 64)).astype(np.uint8)
+    packed = codes[..., 0::4] | codes[..., 1::4] << 2 | codes[..., 2::4] << 4 | codes[..., 3::4] << 6
+    return np.concatenate([_bytes_of(-q.scale), packed], axis=-1)
+
+
+def _unpack_q2_0(grid: BlockGrid, data: np.ndarray) -> Quantized:
+    scale = data[..., :2].copy().view(np.float16)[..., 0]
+    codes = 1 - ((data[..., 2:, None] >> PAIR_SHIFTS) & 3).astype(np.int8)
+    return Quantized(grid, _tensor(codes.reshape(len(data), -1)), -_tensor(scale))
+
+
+# One row a tensor type of GGUF: codes and scales to the bytes of blocks [R, S, bytes_per_block], and back.
+LAYOUTS: dict[str, tuple[Callable[[Quantized], np.ndarray], Callable[[BlockGrid, np.ndarray], Quantized]]] = {
+    "Q4_0": (_pack_q4_0, _unpack_q4_0),
+    "Q8_0": (_pack_q8_0, _unpack_q8_0),
+    "Q6_K": (_pack_q6_k, _unpack_q6_k),
+    "Q2_0": (_pack_q2_0, _unpack_q2_0),
+}

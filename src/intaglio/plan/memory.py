@@ -178,7 +178,7 @@ def _int8_bytes(values: int) -> int:
 def learns_scales(tensor: PlannedTensor) -> bool:
     """Whether training moves a tensor's scales; those of finer grids stay as fitted."""
     grid = tensor.grid
-    return isinstance(grid, BlockGrid) and tensor.rule.trainable and (grid.positive or grid.ggml_type == "Q4_0")
+    return isinstance(grid, BlockGrid) and tensor.rule.trainable and (grid.positive or grid.code_bits <= 4)
 
 
 def _scales(tensor: PlannedTensor) -> int:

@@ -89,7 +89,7 @@ def prove(
     return Report(
         title=f"{model_name(bench.model_dir)}, {bench.plan.recipe.name}",
         model=model_name(bench.model_dir),
-        format=bench.format.label,
+        format=bench.format.label(bench.plan),
         recipe_name=bench.plan.recipe.name,
         recipe_toml=bench.plan.recipe.to_toml(),
         plan=plan_rows(bench.plan),

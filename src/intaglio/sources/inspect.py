@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intaglio.numerics.grid import Q4_0, Q6_K, Q8_0, BlockGrid, Quantized
+from intaglio.numerics.grid import GGUF_GRIDS, Q4_0, BlockGrid, Quantized
 from intaglio.numerics.identify import EXCEPTIONS, LATENT, NAMES, Hypothesis, identify
 from intaglio.numerics.recover import ANY, FLOAT, HALF, NOTHING, SCALE_NAMES, Recovered, blocks_of, recover
 from intaglio.numerics.rounding import round_half, round_significant
@@ -27,7 +27,6 @@ CHUNK_BLOCKS = 1 << 14  # recovered at once: their temporaries stay in the proce
 WHOLE = 0.99  # share of blocks on a grid from which on a tensor counts as lying on it
 TABLES = ("embed_tokens_per_layer.weight", "per_layer_token_embd.weight")  # whose rows are slices, one for each layer
 MIXED, VECTOR, OTHER = "mixed", "vector", "no floats"
-PORTABLE: dict[str, BlockGrid] = {"Q4_0": Q4_0, "Q6_K": Q6_K, "Q8_0": Q8_0}
 
 
 @dataclass(kw_only=True)
@@ -253,7 +252,7 @@ def _examine_codes(tensor: Stored, verdict: Verdict) -> Verdict:
         rows = torch.Size(tensor.shape[:-1]).numel()
         tally = Tally(all=rows, recovered=rows)
         return replace(verdict, grid=tensor.kind, tally=tally, scale_dtype="float32")
-    portable = PORTABLE.get(tensor.kind, Q4_0)
+    portable = GGUF_GRIDS[tensor.kind if tensor.kind in GGUF_GRIDS else "Q4_0"][0]
     for _, value in tensor.pieces():
         assert isinstance(value, Quantized)
         codes, step = codes_of(value)

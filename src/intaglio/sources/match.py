@@ -10,19 +10,7 @@ from torch import Tensor
 
 from intaglio.errors import ConfigError
 from intaglio.formats.gguf.names import GGUF_ROPE_FACTORS, gguf_name
-from intaglio.numerics.grid import (
-    F16,
-    F32,
-    Q4_0,
-    Q4_0_FREE,
-    Q6_K,
-    Q6_K_FREE,
-    Q8_0,
-    Q8_0_FREE,
-    BlockGrid,
-    Grid,
-    Quantized,
-)
+from intaglio.numerics.grid import F16, F32, GGUF_GRIDS, Q4_0, Q8_0, BlockGrid, Grid, Quantized
 from intaglio.numerics.identify import ROW_GRIDS
 from intaglio.packed.names import check_rest, own_name, untied
 from intaglio.plan.carried import describe_whole, unused_names
@@ -34,14 +22,8 @@ from intaglio.sources.agree import check_agreement
 from intaglio.sources.inspect import Verdict
 from intaglio.sources.stored import DEQUANTIZED, GgufFile, Source, Stored
 
-PRESETS = ("q4_0", "q4_0-free", "mobile-e2b", "mobile-e4b", "mobile")
+PRESETS = ("q4_0", "q4_0-free", "q2_0", "mobile-e2b", "mobile-e4b", "mobile")
 CONVERTED = Recipe(name="converted", summary="The grids of a converted checkpoint")
-# GGUF types with the grids that hold them: portable ones if all tensors of the type allow it, or the others.
-TYPES: tuple[tuple[str, BlockGrid, BlockGrid], ...] = (
-    ("Q4_0", Q4_0, Q4_0_FREE),
-    ("Q6_K", Q6_K, Q6_K_FREE),
-    ("Q8_0", Q8_0, Q8_0_FREE),
-)
 GGUF_TOWERS = ("v.", "a.", "mm.")  # what llama.cpp calls tensors of vision, audio and what joins them to the text
 EMBEDDING = "token_embedding"
 SHOWN = 3  # names in a message
@@ -153,7 +135,7 @@ def recipe_of(model: ModelSpec, found: dict[str, Stored], verdicts: dict[str, Ve
     base = Recipe.load("mobile" if by_row else "q4_0")
     types = {
         kind: portable if all(v.portable for v in verdicts.values() if _is_of(kind, v)) else free
-        for kind, portable, free in TYPES
+        for kind, (portable, free) in GGUF_GRIDS.items()
     }
     grids = {}
     for spec in (*model.tensors, *model.carried):

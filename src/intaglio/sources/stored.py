@@ -20,11 +20,10 @@ from torch import Tensor
 
 from intaglio.errors import ConfigError
 from intaglio.formats.gguf.read import read_gguf
-from intaglio.numerics.grid import Q4_0_FREE, Q6_K_FREE, Q8_0_FREE, BlockGrid, Quantized
+from intaglio.numerics.grid import GGUF_GRIDS, Quantized
 from intaglio.numerics.layout import from_blocks
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-GGUF_GRIDS: dict[str, BlockGrid] = {"Q4_0": Q4_0_FREE, "Q8_0": Q8_0_FREE, "Q6_K": Q6_K_FREE}
 # Types of GGUF without a grid here, which gguf-py decodes.
 DEQUANTIZED = ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS")
 PIECE_ELEMENTS = 1 << 22  # of a tensor that is in memory at once, and several times that of temporaries
@@ -130,8 +129,8 @@ class GgufFile:
         data = np.fromfile(self.path, np.uint8, (last - first) * row_bytes, offset=offset + first * row_bytes)
         part = ((last - first), *shape[1:]) if shape else ()
         if kind in GGUF_GRIDS:
-            grid, rows_of_part = GGUF_GRIDS[kind], math.prod(part[:-1])
-            return from_blocks(grid, data.reshape(rows_of_part, -1))
+            (_, free), rows_of_part = GGUF_GRIDS[kind], math.prod(part[:-1])
+            return from_blocks(free, data.reshape(rows_of_part, -1))
         if kind in DEQUANTIZED:
             rows_of_part = math.prod(part[:-1])
             decoded = dequantize(data.reshape(rows_of_part, -1), GGMLQuantizationType[kind])
@@ -150,7 +149,7 @@ def open_gguf(path: Path) -> Source:
         shape = tuple(int(size) for size in reversed(tensor.shape))
         kind = tensor.tensor_type.name
         file.at[tensor.name] = (kind, shape, int(tensor.data_offset), int(tensor.n_bytes))
-        bits = GGUF_GRIDS[kind].code_bits if kind in GGUF_GRIDS else None
+        bits = GGUF_GRIDS[kind][0].code_bits if kind in GGUF_GRIDS else None
         tensors.append(Stored(tensor.name, kind, shape, int(tensor.n_bytes), file, bits))
     try:
         short = {name: f.contents() for name, f in reader.fields.items() if len(f.data) <= MOST_LAYERS}

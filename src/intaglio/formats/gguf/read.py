@@ -5,29 +5,33 @@ The keys are turned back into the facts of a transformers config. The tokenizer 
 
 from __future__ import annotations
 
+import math
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from gguf import GGUFReader
-from gguf.gguf_reader import ReaderTensor
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.gguf_reader import ReaderField, ReaderTensor
 from torch import Tensor
 
 from intaglio.errors import ConfigError
 from intaglio.formats.facts import CONFIG, Facts, compare_facts, config_facts
 from intaglio.formats.gguf.names import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors, in_gguf
 from intaglio.formats.gguf.read_text import compare_text
+from intaglio.formats.gguf.types import GgmlType, stored_grid, type_of
 from intaglio.formats.speech import read_speech
 from intaglio.formats.tally import Tally
-from intaglio.numerics.grid import Quantized
+from intaglio.numerics.grid import GGUF_GRIDS, Quantized
 from intaglio.numerics.layout import from_blocks, map_chunks
 from intaglio.packed.model import PackedModel
 from intaglio.plan.family import ModelSpec
-from intaglio.plan.plan import PlannedTensor
 from intaglio.plan.rope import Rope
 
 NO_ANGLE = 1e29  # a factor beyond it stops a pair of channels
+KNOWN = {int(kind) for kind in GGMLQuantizationType}
+NEWER = {int(kind): kind for kind in GgmlType if kind not in KNOWN}  # types of ours that this gguf-py has no name for
 
 
 def compare_gguf(packed: PackedModel, path: Path, tally: Tally) -> None:
@@ -35,6 +39,8 @@ def compare_gguf(packed: PackedModel, path: Path, tally: Tally) -> None:
     reader = read_gguf(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
     _compare_tensors(packed, found, tally)
+    if packed.plan.static_scales:
+        tally.unsaid.append("scales of activations and KV cache")
     try:
         keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     except (ValueError, LookupError, TypeError) as error:
@@ -75,44 +81,52 @@ def _compare_tensors(packed: PackedModel, found: dict[str, ReaderTensor], tally:
     expected = named | ({GGUF_ROPE_FACTORS} if factors else set())
     tally.missing += sorted(expected - set(found))
     tally.extra += sorted(set(found) - expected)
-    if factors and GGUF_ROPE_FACTORS in found:
+    if factors and _is_like(GgmlType.F32, (len(factors),), found.get(GGUF_ROPE_FACTORS), tally):
         _compare_floats(torch.tensor(factors), found[GGUF_ROPE_FACTORS], tally)
     for tensor, value in packed:
         stored = found.get(gguf_name(tensor.name)) if in_gguf(tensor) else None
-        if stored is None:
+        kind = type_of(tensor) if stored_grid(tensor) else None
+        if stored is None or not _is_like(kind, tensor.spec.shape, stored, tally):
             continue
         if isinstance(value, Quantized):
-            _compare_blocks(tensor, value, stored, tally)
+            _compare_blocks(value, stored, tally)
         else:
             offset = packed.plan.model.family.norm_offset
             shifted = tensor.spec.role == "norm" and offset != 0  # adding zero would turn -0.0 into 0.0
             _compare_floats(value.float() + offset if shifted else value.float(), stored, tally)
 
 
-def _compare_blocks(tensor: PlannedTensor, value: Quantized, stored: ReaderTensor, tally: Tally) -> None:
+def _is_like(kind: GgmlType | None, shape: tuple[int, ...], stored: ReaderTensor | None, tally: Tally) -> bool:
+    """Whether the tensor is there, of this type and shape. It is counted; one that is unlike them is noted."""
+    if stored is None:
+        return False
     tally.counts["tensors"] += 1
-    shape = tuple(int(size) for size in reversed(stored.shape))
-    if stored.tensor_type.name != value.grid.ggml_type or shape != tensor.spec.shape:
+    if stored.tensor_type != kind or tuple(reversed(stored.shape)) != shape:
         tally.unlike.append(stored.name)
-        return
+        return False
+    return True
+
+
+def _compare_blocks(value: Quantized, stored: ReaderTensor, tally: Tally) -> None:
+    """Codes and scales by their bits. A row's only scale must stand in each of its blocks."""
+    _, blocks = GGUF_GRIDS[stored.tensor_type.name]
 
     def read(rows: slice, part: Quantized) -> tuple[Quantized, Quantized]:
-        return part, from_blocks(value.grid, np.asarray(stored.data[rows]))
+        return part, from_blocks(blocks, np.asarray(stored.data[rows]))
 
     for part, found in map_chunks(read, value):
         tally.compare("codes", part.codes, found.codes)
-        tally.compare("scales", part.scale, found.scale)
+        repeat = found.scale.shape[-1] // part.scale.shape[-1]
+        tally.compare("scales", part.scale.repeat_interleave(repeat, dim=-1), found.scale.to(part.scale.dtype))
         if part.super_scale is not None and found.super_scale is not None:
             tally.compare("scales", part.super_scale, found.super_scale)
 
 
 def _compare_floats(expected: Tensor, stored: ReaderTensor, tally: Tally) -> None:
-    tally.counts["tensors"] += 1
-    data = np.asarray(stored.data)
-    if stored.tensor_type.name not in ("F16", "F32") or data.shape != tuple(expected.shape):
-        tally.unlike.append(stored.name)
-        return
-    tally.compare("values", expected, torch.from_numpy(data.astype(np.float32)))
+    found = torch.from_numpy(np.array(stored.data))
+    if stored.tensor_type == GgmlType.BF16:  # which gguf-py gives as bytes
+        found = found.view(torch.bfloat16)
+    tally.compare("values", expected, found.float())
 
 
 # The keys as a config
@@ -200,6 +214,33 @@ class _Reader(GGUFReader):
         if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
             raise ValueError(f"the file ends at byte {len(self.data)}, before what it announces")
         return super()._get(offset, dtype, count, override_order)
+
+    def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
+        """`tensors`, those of NEWER types too, whose rows are bytes, as gguf-py has them of any blocks."""
+        kinds = [int(field.parts[4][0]) for field in fields]
+        for field, kind in zip(fields, kinds, strict=True):
+            if kind not in KNOWN and kind not in NEWER:
+                raise ConfigError(
+                    f"{self.data.filename}: {field.name} is of ggml type {kind}, which neither intaglio nor gguf-py "
+                    f"{version('gguf')} knows: expected one of {', '.join(kind.name for kind in GgmlType)}"
+                )
+        super()._build_tensors(start_offs, [f for f, kind in zip(fields, kinds, strict=True) if kind in KNOWN])
+        for field, kind in zip(fields, kinds, strict=True):
+            if kind in NEWER:
+                self.tensors.append(self._newer(NEWER[kind], start_offs, field))
+        if len({tensor.name for tensor in self.tensors}) < len(fields):
+            raise ValueError("two tensors have one name")
+
+    def _newer(self, kind: GgmlType, start: int, field: ReaderField) -> ReaderTensor:
+        """A tensor whose info gguf-py has parsed: its name, sizes from the last dimension on, type and offset."""
+        (_, blocks), shape, offset = GGUF_GRIDS[kind.name], field.parts[3], start + int(field.parts[5][0])
+        columns, *lead = shape.tolist()
+        if columns % blocks.column_multiple:
+            raise ValueError(f"{field.name}: rows of {columns} are no whole blocks of {blocks.column_multiple}")
+        row = columns // blocks.column_multiple * blocks.bytes_per_block
+        count = math.prod(lead)
+        data = self._get(offset, np.uint8, count * row).reshape(*reversed(lead), row)
+        return ReaderTensor(field.name, cast(Any, kind), shape, columns * count, count * row, offset, data, field)
 
 
 def read_gguf(path: Path) -> GGUFReader:

@@ -11,35 +11,28 @@ model it would compute differently is refused.
 from __future__ import annotations
 
 import errno
-import math
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFType, GGUFWriter, LlamaFileType, size_label
+from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, size_label
 from gguf.constants import RopeScalingType
 from torch import Tensor
 
 from intaglio.errors import ConfigError, RecipeError
 from intaglio.formats.gguf.names import GGUF_ROPE_FACTORS, check_llamacpp_rope, gguf_name, gguf_rope_factors, in_gguf
+from intaglio.formats.gguf.types import FILE_TYPES, GgmlType, stored_grid, stored_value, type_of
 from intaglio.formats.gguf.write_tokenizer import add_tokenizer
-from intaglio.numerics.grid import Quantized
+from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.numerics.layout import map_chunks, to_blocks
+from intaglio.numerics.rounding import HALF_SIGNIFICANT_BITS
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
 from intaglio.plan.family import ModelSpec
 from intaglio.plan.plan import Plan, PlannedTensor
-
-FILE_TYPES = {
-    "Q4_0": LlamaFileType.MOSTLY_Q4_0,
-    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
-    "Q6_K": LlamaFileType.MOSTLY_Q6_K,
-    "F16": LlamaFileType.MOSTLY_F16,
-    "F32": LlamaFileType.ALL_F32,
-}
 
 
 def export_gguf(
@@ -86,11 +79,25 @@ def check_exportable(spec: ModelSpec, folder: str | Path) -> None:
 def check_grids(plan: Plan) -> None:
     """Raise RecipeError for a plan with grids that GGUF has no type for."""
     for tensor in filter(in_gguf, plan):
-        if tensor.grid.ggml_type is None:
+        if stored_grid(tensor) is None:
+            lacks, instead = _lacking(tensor)
             raise RecipeError(
-                f"{tensor.name}: recipe {plan.recipe.name} puts it on grid {tensor.grid.name}, which GGUF does not "
-                "have: export to another format, or choose a recipe for GGUF, for example q4_0"
+                f"{tensor.name}: recipe {plan.recipe.name} puts it on grid {tensor.grid.name}, {lacks}: "
+                f"export to another format, or {instead}"
             )
+
+
+def _lacking(tensor: PlannedTensor) -> tuple[str, str]:
+    """Why GGUF has no type for a planned tensor, and what to do."""
+    grid, rule = tensor.grid, f"weights.{tensor.rule.name}"
+    if not isinstance(grid, BlockGrid):
+        return "which GGUF does not have", "choose a recipe for GGUF, for example q4_0"
+    if grid.step_bits > HALF_SIGNIFICANT_BITS:
+        return "whose scales are float32, and GGUF's are float16", "quantize or train with --set channel_scales=bf16"
+    return (
+        f"with a scale for {grid.block_size} columns, which are no whole blocks of GGUF",
+        f"choose another grid, for example --set {rule}.grid=q8_0",
+    )
 
 
 def check_supported(spec: ModelSpec) -> None:
@@ -156,28 +163,19 @@ def _announce_tensors(writer: GGUFWriter, plan: Plan) -> None:
     if factors is not None:
         writer.add_tensor_info(GGUF_ROPE_FACTORS, [len(factors)], np.dtype(np.float32), 4 * len(factors))
     for tensor in filter(in_gguf, plan):
-        shape, kind = tensor.spec.shape, _ggml_type(tensor)
-        if kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32):
-            dtype = np.dtype(np.float16 if kind is GGMLQuantizationType.F16 else np.float32)
-            size = int(np.prod(shape)) * dtype.itemsize
-        else:
-            dtype, size = np.dtype(np.uint8), tensor.size_bytes
-            shape = (
-                *shape[:-1],
-                size // math.prod(shape[:-1]),
-            )  # gguf-py takes the shape in bytes and works out the columns
-        writer.add_tensor_info(gguf_name(tensor.name), shape, dtype, size, raw_dtype=kind)
+        # gguf-py has no name for newer types, but only writes the number; of uint8 it would take the shape for bytes
+        kind, shape, size = cast(Any, type_of(tensor)), tensor.spec.shape, _stored_bytes(tensor)
+        writer.add_tensor_info(gguf_name(tensor.name), shape, np.dtype(np.int8), size, raw_dtype=kind)
 
 
-def _ggml_type(tensor: PlannedTensor) -> GGMLQuantizationType:
-    # llama.cpp multiplies float32 activations by norm gains and layer scalars, and wants them in float32
-    return GGMLQuantizationType[str(tensor.grid.ggml_type) if len(tensor.spec.shape) > 1 else "F32"]
+def _stored_bytes(tensor: PlannedTensor) -> int:
+    grid = stored_grid(tensor)
+    assert grid is not None
+    return grid.size_bytes(tensor.spec.shape)
 
 
 def _add_general(writer: GGUFWriter, packed: PackedModel) -> None:
-    matrices = Counter(
-        str(tensor.grid.ggml_type) for tensor in filter(in_gguf, packed.plan) if len(tensor.spec.shape) > 1
-    )
+    matrices = Counter(type_of(tensor).name for tensor in filter(in_gguf, packed.plan) if len(tensor.spec.shape) > 1)
     writer.add_type(GGUFType.MODEL)
     name = str(packed.provenance.get("name") or packed.path.resolve().name)
     writer.add_name(name.encode("utf-8", "replace").decode("utf-8"))  # a folder's name may hold stray bytes
@@ -272,10 +270,11 @@ def _write_tensors(writer: GGUFWriter, packed: PackedModel, on_progress: Callabl
 
 
 def _stored(tensor: PlannedTensor, value: Quantized | Tensor, norm_offset: float) -> np.ndarray:
-    """A planned tensor as its bytes: blocks of uint8 [R, bytes of a row], float16 or float32."""
+    """A planned tensor as its bytes: blocks of uint8 [R, bytes of a row], float32, or 16 bits of another float."""
+    value = stored_value(tensor, value)
     if isinstance(value, Quantized):
         lead = value.codes.shape[:-1]
-        blocks = np.empty((*lead, tensor.size_bytes // lead.numel()), dtype=np.uint8)
+        blocks = np.empty((*lead, _stored_bytes(tensor) // lead.numel()), dtype=np.uint8)
 
         def fill(rows: slice, part: Quantized) -> None:
             blocks[rows] = to_blocks(part)
@@ -284,7 +283,10 @@ def _stored(tensor: PlannedTensor, value: Quantized | Tensor, norm_offset: float
         return blocks
     if tensor.spec.role == "norm" and norm_offset:  # adding zero would turn -0.0 into 0.0
         return (value.float() + norm_offset).numpy()  # in float32, as the model's own forward adds it
-    return value.to(torch.float16 if _ggml_type(tensor) is GGMLQuantizationType.F16 else torch.float32).numpy()
+    kind = type_of(tensor)
+    if kind is GgmlType.BF16:  # which numpy does not know
+        return value.to(torch.bfloat16).view(torch.int16).numpy()
+    return value.to(torch.float16 if kind is GgmlType.F16 else torch.float32).numpy()
 
 
 def _write(writer: GGUFWriter, data: np.ndarray) -> int:
