@@ -34,7 +34,6 @@ from intaglio.measure.simulate import decoded_model
 from intaglio.packed.assets import load_tokenizer
 from intaglio.packed.checkpoint import load_model
 from intaglio.packed.model import PackedModel
-from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.runs.demo import run_demo
 from intaglio.runs.proof import Evaluation
@@ -86,10 +85,8 @@ def _w4a16(packed: PackedModel, ids_NT: np.ndarray, folder: Path) -> dict[str, A
 
 
 def _mobile(rules: list[str], ids_NT: np.ndarray, folder: Path) -> dict[str, Any]:
-    quantize_model(
-        MODEL_DIR, make_plan(MODEL_DIR, Recipe.load("mobile", MOBILE + rules)), folder / "packed", data=HELDOUT_TEXT
-    )
-    packed = PackedModel.open(folder / "packed")
+    recipe = Recipe.load("mobile", MOBILE + rules)
+    packed, _ = quantize_model(MODEL_DIR, recipe, folder / "packed", data=HELDOUT_TEXT)
     EXPORTERS["vllm"](packed, folder / "vllm")
     model = decoded_model(load_model(MODEL_DIR), packed)
     switch_static(model, activations=True, kv_cache=False)

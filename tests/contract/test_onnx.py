@@ -24,7 +24,6 @@ from intaglio.formats.verify import verify
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.checkpoint import load_model
 from intaglio.packed.model import PackedModel
-from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.runs.quantize import quantize_model
 from tests.support.cases import Case
@@ -66,8 +65,7 @@ def calibrated(text: Path, tmp_path_factory: pytest.TempPathFactory) -> PackedMo
     folder = tmp_path_factory.mktemp("calibrated")
     checkpoint = make_checkpoint(folder / "checkpoint", GEMMA4)
     recipe = Recipe.load("mobile", ["schedule.calibration_tokens=512", "schedule.sequence_length=64"])
-    quantize_model(checkpoint, make_plan(checkpoint, recipe), folder / "packed", data=text)
-    return PackedModel.open(folder / "packed")
+    return quantize_model(checkpoint, recipe, folder / "packed", data=text)[0]
 
 
 @pytest.fixture(scope="module")

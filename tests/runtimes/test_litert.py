@@ -35,7 +35,6 @@ from intaglio.packed.checkpoint import TextModel, load_model
 from intaglio.packed.model import PackedModel
 from intaglio.plan import rope
 from intaglio.plan.family import read_spec
-from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.runs.proof import Evaluation
 from intaglio.runs.quantize import quantize_model
@@ -61,9 +60,7 @@ class Bundle:
 
 
 def make(folder: Path, recipe: Recipe, data: Path | None) -> Bundle:
-    plan = make_plan(MODEL_DIR, recipe)
-    quantize_model(MODEL_DIR, plan, folder / "packed", data=data)
-    packed = PackedModel.open(folder / "packed")
+    packed, _ = quantize_model(MODEL_DIR, recipe, folder / "packed", data=data)
     path = folder / "model.litertlm"
     export(packed, path)
     return Bundle(packed, path, decoded_model(load_model(MODEL_DIR), packed))

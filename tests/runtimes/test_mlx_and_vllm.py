@@ -144,8 +144,7 @@ def test_vllm_computes_the_mobile_format(rules: list[str], text: Path, tmp_path:
     """In float32, with multiplication by decoded weights: but for flipped int8 codes every logit is the same."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     settings = ["channel_scales=bf16", "schedule.calibration_tokens=512", "schedule.sequence_length=64", *rules]
-    quantize_model(checkpoint, make_plan(checkpoint, Recipe.load("mobile", settings)), tmp_path / "packed", data=text)
-    packed = PackedModel.open(tmp_path / "packed")
+    packed, _ = quantize_model(checkpoint, Recipe.load("mobile", settings), tmp_path / "packed", data=text)
     export_vllm(packed, tmp_path / "vllm")
     found = vllm("vllm_decoded", tmp_path / "vllm", tmp_path / "a", "float32", kernels=False)
     model = decoded_model(load_model(checkpoint), packed)

@@ -296,7 +296,7 @@ def test_a_stage_without_what_it_needs_is_refused(checkpoint: Path, corpus: Corp
     with pytest.raises(InputError, match="the stage 'layers' learns from text, and there is none: give --data"):
         quantize_model(
             checkpoint,
-            plan_of(checkpoint, "q4_0", "schedule.gptq_tokens=0", "schedule.stages=['layers']"),
+            Recipe.load("q4_0", ["schedule.gptq_tokens=0", "schedule.stages=['layers']"]),
             tmp_path / "c",
         )
     with pytest.raises(InputError, match="GPTQ chooses codes under learned scales, and this recipe has none"):

@@ -78,34 +78,30 @@ def quantize(
     from intaglio.packed.checkpoint import checkpoint_spec, notes
     from intaglio.packed.model import PackedModel
     from intaglio.packed.outputs import check_output
-    from intaglio.plan.plan import make_plan
     from intaglio.plan.recipe import Recipe
     from intaglio.runs.quantize import quantize_model
 
-    check_output(out, [model, data, images, audio, trained, recipe])
-    if data is not None and trained is not None:
-        raise typer.BadParameter("--trained has its static scales: expected it or --data, not both")
+    check_output(out, [recipe])
     text = None if trained is None else PackedModel.open(trained)
     chosen = Recipe.load(recipe, overrides) if text is None else text.plan.recipe
-    spec = checkpoint_spec(model, text_only=text_only)
-    print_notes(notes(model, spec))
-    made = make_plan(spec, chosen)
+    print_notes(notes(model, checkpoint_spec(model, text_only=text_only)))
     with Bars() as bars:
-        errors = quantize_model(
+        packed, errors = quantize_model(
             model,
-            made,
+            chosen,
             out,
             data=source_of(data, columns),
             images=images,
             audio=audio,
+            text_only=text_only,
             trained=text,
             replace=replace,
             progress=bars.progress,
         )
-    typer.echo(f"{out}: {made.size_bytes:,} bytes of tensors on recipe {made.recipe.name}")
+    typer.echo(f"{out}: {packed.plan.size_bytes:,} bytes of tensors on recipe {packed.plan.recipe.name}")
     for kind, error in errors.items():
         typer.echo(f"{kind} tower: 8-bit activations change its output on these samples by {error:.2%} (RMS)")
-    print_towers_off(PackedModel.open(out))
+    print_towers_off(packed)
 
 
 @app.command()

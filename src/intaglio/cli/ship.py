@@ -47,7 +47,7 @@ def export(
     """Write a packed model in a runtime's format and read it back. Nothing is re-quantized."""
     from intaglio.formats.table import EXPORTERS
     from intaglio.packed.model import PackedModel
-    from intaglio.packed.outputs import check_output
+    from intaglio.runs.release import export as run_export
 
     if (target is None) == (to is None):
         raise typer.BadParameter(f"expected a target, one of {', '.join(EXPORTERS)}, or --to, and not both")
@@ -59,16 +59,15 @@ def export(
         if target != OWN_OPTIONS[name] and not (to is not None and name == "transformers_js"):
             option = {"context_tokens": "context"}.get(name, name).replace("_", "-")
             raise typer.BadParameter(f"--{option} is for the target {OWN_OPTIONS[name]}")
-    check_output(out, [packed, draft, transformers_js])
     model = PackedModel.open(packed)
     model = model.text_only() if text_only else model
     if to is not None:
         _release(model, out, to, replace, given)
     elif target is not None:
-        EXPORTERS[target](model, out, replace=replace, **given)
+        result = run_export(model, out, target, replace=replace, options=given)
         if target == "gemma-mobile":
             print_towers_off(model)
-        _verify(packed, out, as_json=False)
+        typer.echo(result.summary())
         if target == "gguf" and any(tensor.role == "centroids" for tensor in model.plan.model.tensors):
             typer.echo(f"{out} is without the clusters of the head: llama.cpp computes all of it")
         if target == "gguf" and model.plan.model.whole and not text_only:
@@ -102,10 +101,6 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare an artifact with the packed model bit for bit. Exit code 3 if anything differs."""
-    _verify(packed, artifact, as_json)
-
-
-def _verify(packed: Path, artifact: Path, as_json: bool) -> None:
     from intaglio.errors import MismatchError
     from intaglio.formats.verify import verify as run_verify
     from intaglio.packed.model import PackedModel

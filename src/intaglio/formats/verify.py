@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from intaglio.errors import MismatchError
 from intaglio.formats.checkpoint.read import compare_folder_facts
 from intaglio.formats.facts import CONFIG, GENERATION, TEMPLATE, TOKENIZER
 from intaglio.formats.gguf.read import compare_gguf
@@ -135,6 +136,14 @@ def verify(packed: PackedModel, artifact: str | Path, *, device: torch.device | 
         differing_facts=tuple(tally.unlike_facts),
         unsaid=tuple(tally.unsaid),
     )
+
+
+def verify_exact(packed: PackedModel, artifact: str | Path, *, device: torch.device | str = "cpu") -> Verification:
+    """As `verify`, for what has just been written: raises MismatchError where anything differs."""
+    result = verify(packed, artifact, device=device)
+    if not result.exact:
+        raise MismatchError(f"{artifact}: {result.summary()}: the export is not what was packed; please report this")
+    return result
 
 
 def _as_in(packed: PackedModel, folder: Path) -> PackedModel:

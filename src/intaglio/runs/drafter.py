@@ -21,11 +21,11 @@ from torch import Tensor
 
 from intaglio.drafter.model import Shape, check_fits, load_drafter, new_drafter, target_config
 from intaglio.drafter.train import place_target, train_drafter
-from intaglio.errors import InputError, MismatchError, OutputError
+from intaglio.errors import InputError, OutputError
 from intaglio.formats.checkpoint.write import export_hf
 from intaglio.formats.gguf.write import export_gguf
 from intaglio.formats.table import format_of
-from intaglio.formats.verify import verify
+from intaglio.formats.verify import verify_exact
 from intaglio.measure.drafter_report import DrafterReport, Pair, measure_pair, write_report
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.assets import load_tokenizer
@@ -204,9 +204,7 @@ def export(packed: PackedModel, out: Path, *, replace: bool = False) -> tuple[Pa
         export_gguf(packed, out / "model.gguf", replace=replace)
         files.append(out / "model.gguf")
     for path in files:
-        found = verify(packed, path)
-        if not found.exact:
-            raise MismatchError(f"{found.summary()}: the export is not what was trained; please report this")
+        verify_exact(packed, path)
     return tuple(files)
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from intaglio.errors import InputError, MismatchError
+from intaglio.errors import InputError
 from intaglio.formats.table import format_of
-from intaglio.formats.verify import verify
+from intaglio.formats.verify import verify_exact
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_runtime, transformers_source
 from intaglio.measure.metrics import Comparison
 from intaglio.measure.simulate import decoded_model
@@ -130,9 +130,7 @@ def _export(packed: PackedModel, out: Path, *, replace: bool) -> tuple[Path, ...
         if export.kind != "trained":
             continue
         export.write(packed, out / export.name, replace=replace)
-        found = verify(packed, out / export.name)
-        if not found.exact:
-            raise MismatchError(f"{found.summary()}: the export is not what was trained; please report this")
+        verify_exact(packed, out / export.name)
         files.append(out / export.name)
     return tuple(files)
 

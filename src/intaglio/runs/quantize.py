@@ -11,13 +11,15 @@ import torch
 from intaglio.errors import InputError
 from intaglio.numerics.device import Device, device_for
 from intaglio.packed.assets import load_tokenizer
-from intaglio.packed.checkpoint import model_name
+from intaglio.packed.checkpoint import checkpoint_spec, model_name
 from intaglio.packed.model import PackedModel
+from intaglio.packed.outputs import check_output
 from intaglio.packed.store import scratch_folder
 from intaglio.plan.plan import Plan, make_plan
+from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.train.corpus import load_corpus
-from intaglio.train.data.sources import Data
+from intaglio.train.data.sources import Data, path_of
 from intaglio.train.layerwise import quantize_on_text
 from intaglio.train.media import audio_samples, image_samples
 from intaglio.train.quantize import quantize
@@ -26,25 +28,30 @@ from intaglio.train.towers import Towers
 
 def quantize_model(
     model_dir: str | Path,
-    plan: Plan,
+    recipe: Recipe,
     out: str | Path,
     *,
     data: Data | None = None,
     images: str | Path | None = None,
     audio: str | Path | None = None,
+    text_only: bool = False,
     trained: PackedModel | None = None,
     replace: bool = False,
     progress: Progress | None = None,
     device: Device = None,
-) -> dict[str, float]:
-    """Write a PackedModel without training; return what calibrated activations change in each tower's output.
+) -> tuple[PackedModel, dict[str, float]]:
+    """Write a PackedModel without training; return it, and what calibrated activations change in each tower's output.
 
     data: text to calibrate static scales on, for GPTQ where the schedule has gptq_tokens, and for the training of
     layers where that is one of its stages; None leaves the scales off. images, audio: folders, likewise for the towers'
-    scales. trained: as `quantize` takes it, a text model that is packed already. device: where tensors are fitted; None
-    picks a GPU if there is one. Raises InputError for samples of what the recipe does not quantize, and for GPTQ or
-    layers without text.
+    scales; of text_only there are none. trained: as `quantize` takes it, a text model that was packed by this recipe;
+    it has its static scales, so `data` has no use then. device: where tensors are fitted; None picks a GPU if there is
+    one. Raises InputError for samples of what the recipe does not quantize, and for GPTQ or layers without text.
     """
+    check_output(out, [model_dir, path_of(data), images, audio, None if trained is None else trained.path])
+    if data is not None and trained is not None:
+        raise InputError("--trained has its static scales: expected it or --data, not both")
+    plan = make_plan(checkpoint_spec(model_dir, text_only=text_only), recipe)
     if plan.recipe.schedule.gptq_tokens and data is None and trained is None:
         raise InputError("schedule.gptq_tokens: GPTQ needs text, and there is none: give --data")
     if "layers" in plan.recipe.schedule.stages and data is None and trained is None:
@@ -62,7 +69,7 @@ def quantize_model(
     towers = Towers(plan, samples, on_sample=on_sample) if samples else None
     if data is not None and not plan.carried:
         _fit_on_text(model_dir, plan, out, data, device, replace, progress)
-        return {}
+        return PackedModel.open(out), {}
     with ExitStack() as stack:
         if data is not None:  # the text model by itself, which what is carried then joins
             alone = stack.enter_context(scratch_folder(out)) / "text"
@@ -80,7 +87,7 @@ def quantize_model(
             device=device,
             on_tensor=lambda name: progress.part(next(done), total, name),
         )
-    return towers.errors if towers is not None else {}
+    return PackedModel.open(out), towers.errors if towers is not None else {}
 
 
 def _fit_on_text(

@@ -224,8 +224,8 @@ def _keep_start(
 
 
 def report(
-    model_dir: str | Path,
-    out: str | Path,
+    original: str | Path,
+    run_dir: str | Path,
     *,
     evaluation: Evaluation | None = None,
     progress: Progress | None = None,
@@ -235,9 +235,9 @@ def report(
 
     References that the evaluation asks for are measured if the run has them.
     """
-    progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
+    progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(run_dir)
     progress.stage("Reading the files back")
-    bench = Bench.open(model_dir, out, load_tokenizer(model_dir), ["trained"], device=device_for(device))
+    bench = Bench.open(original, out, load_tokenizer(original), ["trained"], device=device_for(device))
     bench = bench.with_those_there(evaluation.references)
     vocab_size = bench.plan.model.layer_config.vocab_size
     if evaluation.text is not None:
