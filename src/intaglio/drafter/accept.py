@@ -113,9 +113,9 @@ def softcap_of(model: Any) -> float | None:
 
 def draft_logits(drafter: Any, hidden: Tensor) -> Tensor:
     """Logits [..., V] of the drafter's head, clustered or not."""
-    if not drafter.config.use_ordered_embeddings:
-        return drafter.lm_head(hidden)
-    return clustered_logits(drafter.masked_embedding, hidden, drafter.lm_head(hidden))
+    logits: Tensor = drafter.lm_head(hidden)
+    clustered = drafter.config.use_ordered_embeddings
+    return clustered_logits(drafter.masked_embedding, hidden, logits) if clustered else logits
 
 
 def rounds(chance: NDArray[np.float32], draft_length: int, seed: int = 0) -> Acceptance:

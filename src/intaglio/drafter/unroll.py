@@ -104,7 +104,7 @@ def draft_step(
     """
     # 5.23 fails to cut queries short where no layer has keys of its own and there are no per-layer embeddings;
     # asked for hidden states it does not try to.
-    return drafter.model(
+    out: Tensor = drafter.model(
         inputs_embeds=drafter.pre_projection(torch.cat((embeds, state), -1)),
         attention_mask=allowed,
         position_ids=at,
@@ -112,6 +112,7 @@ def draft_step(
         use_cache=False,
         output_hidden_states=True,
     ).last_hidden_state
+    return out
 
 
 def window_of(model: Any) -> int:

@@ -39,7 +39,7 @@ class Speech:
     @property
     def adds_bos(self) -> bool:
         """Whether the tokenizer puts its first token before a text."""
-        return self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        return list(self.tokenizer("a")["input_ids"][:1]) == [self.tokenizer.bos_token_id]
 
     def texts(self) -> list[str]:
         """The fixed texts, and some with this tokenizer's special tokens."""

@@ -91,7 +91,8 @@ def _forward(model: Any, windows_NT: Tensor) -> Tensor:
     was_training = model.training
     model.eval()
     try:
-        return model(input_ids=windows_NT.to(model.device), use_cache=False).logits
+        logits: Tensor = model(input_ids=windows_NT.to(model.device), use_cache=False).logits
+        return logits
     finally:
         model.train(was_training)
 
@@ -171,4 +172,4 @@ def _continue(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     # sampling settings of the model's generation_config would only earn a warning here
     plain = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     output = model.generate(**inputs, max_new_tokens=tokens, **plain)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -48,7 +48,7 @@ def int8_cache(model: Any, scales: dict[str, float]) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     for number, plain in enumerate(cache.layers):
         sliding = isinstance(plain, DynamicSlidingWindowLayer)
-        layer = Int8SlidingLayer(plain.sliding_window) if sliding else Int8Layer()  # type: ignore[union-attr]
+        layer = Int8SlidingLayer(plain.sliding_window) if sliding else Int8Layer()  # type: ignore[no-untyped-call, union-attr]
         for kind in ("k", "v"):
             scale = scales[f"model.layers.{number}.self_attn.{kind}_cache_scale"]
             setattr(layer, f"{kind}_scale", torch.tensor(scale, device=model.device))

@@ -226,7 +226,8 @@ class LlamaServer:
             raise RuntimeFailureError(f"{PROGRAM} was stopped before {path}: start it again")
         try:
             with self._web.open(request, timeout=seconds) as answer:
-                return answer.read()
+                read: bytes = answer.read()
+                return read
         except HTTPError as error:
             raise InputError(f"{PROGRAM}: {error.read().decode('utf-8', 'replace')[:400]}") from None
         except (OSError, HTTPException) as error:
@@ -258,4 +259,4 @@ def find_program(program: str | Path | None = None) -> str:
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+        return int(listener.getsockname()[1])

@@ -121,7 +121,7 @@ class LlamaCpp:
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """The file's own tokenizer. add_special: <bos> as the file asks for it; parse_special: read
         the text's control tokens as such."""
-        return self._ask(
+        answer = self._ask(
             "tokenize",
             {"tokens": list},
             seconds=ANSWER_SECONDS + len(text) / 1e4,
@@ -129,16 +129,17 @@ class LlamaCpp:
             text=text.encode().decode(),  # UnicodeEncodeError here for what is no text
             add_special=add_special,
             parse_special=parse_special,
-        )["tokens"]
+        )
+        return list(answer["tokens"])
 
     def detokenize(self, tokens: Sequence[int], special: bool = False) -> str:
         """Text of the tokens. special: with control tokens in it."""
         where = "at tokens to read"
-        return self._ask("detokenize", {"text": str}, where=where, tokens=list(tokens), special=special)["text"]
+        return str(self._ask("detokenize", {"text": str}, where=where, tokens=list(tokens), special=special)["text"])
 
     def metadata(self) -> dict[str, str]:
         """Keys and values of the file as llama.cpp reads them, such as the chat template; without arrays."""
-        return self._ask("metadata", {"metadata": dict}, where="at the file's keys")["metadata"]
+        return dict(self._ask("metadata", {"metadata": dict}, where="at the file's keys")["metadata"])
 
     def close(self) -> None:
         """End the process, and free the model's memory with it. Calling it twice is fine."""

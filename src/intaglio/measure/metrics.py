@@ -80,7 +80,8 @@ class TokenStats(NamedTuple):
 
     @property
     def delta_p(self) -> np.ndarray:
-        return np.exp(-self.nll_candidate) - np.exp(-self.nll_reference)
+        difference: np.ndarray = np.exp(-self.nll_candidate) - np.exp(-self.nll_reference)
+        return difference
 
 
 class Accumulator:
@@ -228,4 +229,4 @@ def student_975(freedom: int) -> float:
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+    return float(z + sum(term / freedom**power for power, term in enumerate(terms, start=1)))

@@ -93,7 +93,7 @@ def free_bytes(device: torch.device) -> int:
     gc.collect()
     module = torch.get_device_module(device)
     module.empty_cache()
-    return module.mem_get_info(device)[0]
+    return int(module.mem_get_info(device)[0])
 
 
 def _room(model: TextModel, windows_NT: Tensor, device: torch.device) -> tuple[int, int]:

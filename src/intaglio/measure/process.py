@@ -100,9 +100,9 @@ class Child:
             self.close()
             raise
         try:
-            answer = json.loads(line)
+            answer: dict[str, Any] = json.loads(line)
         except (ValueError, RecursionError):
-            answer = None
+            answer = {}
         mine = isinstance(answer, dict) and answer.get("number") == self._count
         if mine and "refused" in answer:
             raise InputError(str(answer["refused"]))

@@ -197,7 +197,7 @@ class Report:
         if path is not None:
             names = ("kl_stock_nats", "kl_start_nats", "kl_trained_nats")
             derived["start"] = {"label": path.start.label} | dict(zip(names, path.kls, strict=True))
-        return finite(asdict(self) | derived)
+        return dict(finite(asdict(self) | derived))
 
 
 def plan_rows(plan: Plan) -> list[PlanRow]:

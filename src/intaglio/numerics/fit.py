@@ -80,7 +80,7 @@ def row_chunks(values_RC: Tensor) -> tuple[Tensor, ...]:
     """Views of rows: so few that one chunk's search stays in the processor's cache, more on a GPU."""
     elements = CHUNK_ELEMENTS if values_RC.device.type == "cpu" else GPU_CHUNK_ELEMENTS
     rows = max(1, elements // values_RC.shape[-1])
-    return values_RC.split(rows)
+    return tuple(values_RC.split(rows))
 
 
 def concatenate(parts: list[Quantized]) -> Quantized:

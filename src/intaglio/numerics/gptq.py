@@ -42,7 +42,8 @@ def _error_weights(moments_CC: Tensor) -> Tensor:
     del moments, diagonal  # 2 GB each for the widest linears
     inverse = torch.cholesky_inverse(lower)
     del lower
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
 
 
 def gptq_codes(weight_RC: Tensor, step_RC: Tensor, moments_CC: Tensor, grid: BlockGrid, keep_RC: Tensor) -> Tensor:

@@ -113,7 +113,8 @@ class BlockGrid:
 
     def blocks(self, values_RC: Tensor) -> Tensor:
         """View [..., C] as [..., S, K]."""
-        return values_RC.unflatten(-1, (-1, self.block_size))
+        blocks: Tensor = values_RC.unflatten(-1, (-1, self.block_size))
+        return blocks
 
     def round_step(self, step: Tensor) -> Tensor:
         """Nearest allowed step, float32. Q6_K steps are rounded by their fit, two levels at once.

@@ -134,7 +134,10 @@ def _name(peak: Tensor, blocks_NK: Tensor) -> tuple[str, bool]:
     top = blocks_NK.abs().amax(1)
     positive = blocks_NK.amax(1) == top  # the extremum, or one that ties with it
     at_eight = peak == 8
-    share = lambda which: float(which.float().mean())  # noqa: E731
+
+    def share(which: Tensor) -> float:
+        return float(which.float().mean())
+
     signed = share(at_eight & positive) > EXCEPTIONS
     if share(~at_eight) <= EXCEPTIONS:
         return "extremum-8", True

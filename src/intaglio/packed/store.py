@@ -240,7 +240,7 @@ class SafetensorsReader:
         if self.file is None or self.read_bytes > REMAP_BYTES:
             self.close()
             self.file = self.stack.enter_context(open_safetensors(self.path))
-        tensor = self.file.get_tensor(name) if rows is None else self.file.get_slice(name)[rows]
+        tensor: Tensor = self.file.get_tensor(name) if rows is None else self.file.get_slice(name)[rows]
         self.read_bytes += tensor.nbytes
         return tensor
 

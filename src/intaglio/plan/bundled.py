@@ -31,7 +31,9 @@ def bundled_name(name: str) -> str | None:
 
 def bundled_config(name: str) -> dict[str, Any]:
     """The config of one of `bundled_names`."""
-    return json.loads((resources.files("intaglio.plan") / "configs" / f"{name}.json").read_text("utf-8"))
+    text = (resources.files("intaglio.plan") / "configs" / f"{name}.json").read_text("utf-8")
+    config: dict[str, Any] = json.loads(text)
+    return config
 
 
 def find_config(model: str | Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def typed(table: dict[str, Any], key: str, kind: type, where: str) -> Any:
 
 def one_of(table: dict[str, Any], key: str, allowed: tuple[str, ...], default: str, where: str) -> str:
     """The value of a key, or its default. RecipeError if it is not among those allowed."""
-    value = table.get(key, default)
+    value: str = table.get(key, default)
     if value not in allowed:
         raise RecipeError(f"{where}: {key} = {value!r}: expected one of {', '.join(allowed)}")
     return value

@@ -131,7 +131,7 @@ class ModelSpec:
     def first_late_layer(self) -> int:
         """Where the late layers begin: the KV-shared ones, or without any the second half."""
         config = self.layer_config
-        layers, shared = config.num_hidden_layers, getattr(config, "num_kv_shared_layers", 0)
+        layers, shared = int(config.num_hidden_layers), int(getattr(config, "num_kv_shared_layers", 0))
         return layers - shared if 0 < shared < layers else (layers + 1) // 2
 
     @functools.cached_property
@@ -240,7 +240,8 @@ def build_meta_model(config: dict[str, Any]) -> torch.nn.Module:
     hf_config = transformers_config(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(hf_config)
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(hf_config)
+            return model
     except Exception as error:  # transformers raises many types for a config that contradicts itself
         raise ConfigError(f"transformers cannot build this config: {one_line(error)}") from error
 

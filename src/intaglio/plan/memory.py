@@ -220,10 +220,10 @@ def _loss_bytes(plan: Plan, tokens: int, head: int, gradient_checkpointing: bool
     config = plan.model.layer_config
     chunk = min(tokens, max(LOSS_CHUNK_TOKENS, LOSS_CHUNK_LOGITS // config.vocab_size))
     trained = any(t.rule.trainable for t in plan if t.name == HEAD or t.spec.role == "token_embedding")
-    logits = HALF * LOGITS_AT_ONCE * chunk * config.vocab_size
+    logits: int = HALF * LOGITS_AT_ONCE * chunk * config.vocab_size
     if gradient_checkpointing:
         logits = max(0, logits - tokens * max(layer_bytes(plan.model, n) for n in range(config.num_hidden_layers)))
-    return logits + HALF * (tokens * config.hidden_size + head * trained)
+    return logits + HALF * (tokens * int(config.hidden_size) + head * trained)
 
 
 def activation_bytes(model: ModelSpec, tokens: int, gradient_checkpointing: bool) -> int:
@@ -233,7 +233,7 @@ def activation_bytes(model: ModelSpec, tokens: int, gradient_checkpointing: bool
     width, per_layer = config.hidden_size, getattr(config, "hidden_size_per_layer_input", 0) or 0
     outside = 2 * FLOAT * width + per_layer * len(layers) * (3 * FLOAT) + (HALF * width if per_layer else 0)
     kept = HALF * width * len(layers) + max(layers) if gradient_checkpointing else sum(layers)
-    return tokens * (outside + kept)
+    return int(tokens * (outside + kept))
 
 
 def attention_bytes(model: ModelSpec, tokens: int, length: int) -> int:
@@ -243,7 +243,7 @@ def attention_bytes(model: ModelSpec, tokens: int, length: int) -> int:
     checkpoint computes twice. torch 2.13 does not.
     """
     config: Any = model.layer_config
-    size = 0
+    size: int = 0
     for layer, kind in enumerate(config.layer_types):
         window = config.sliding_window if kind == "sliding_attention" else None
         pairs = sum((q.stop - q.start) * (k.stop - k.start) for q, k in attention_chunks(length, window))
@@ -268,7 +268,7 @@ def layer_bytes(model: ModelSpec, layer: int) -> int:
     queries = config.num_attention_heads * own.head_dim
     keys = own.num_key_value_heads * own.head_dim if model.kv_donors[layer] == layer else 0
     value_norm = FLOAT if model.family.gguf_architecture == "gemma4" else 0
-    size = width * (4 * norm + 2 * HALF)  # four norms, and what q/k/v and gate/up multiply
+    size: int = width * (4 * norm + 2 * HALF)  # four norms, and what q/k/v and gate/up multiply
     # queries and their norm; queries, keys and values of all heads, and the result twice, for attention and o
     size += queries * (norm + 5 * HALF) + keys * (norm + value_norm)
     size += _mlp_width(model, layer) * 4 * HALF  # gate, its activation, up, and the product

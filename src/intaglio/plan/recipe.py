@@ -13,6 +13,7 @@ import re
 import tomllib
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def preset_names() -> list[str]:
     return sorted(p.name.removesuffix(".toml") for p in _presets().iterdir() if p.name.endswith(".toml"))
 
 
-def _presets():  # type: ignore[no-untyped-def]
+def _presets() -> Traversable:
     return resources.files("intaglio.plan") / "presets"
 
 
@@ -259,9 +260,10 @@ def _parse_names(names: Any, key: str, known: list[str], where: str) -> tuple[st
 
 
 def _parse_layers(layers: Any, where: str) -> str:
-    span = re.fullmatch(r"(\d{1,4})-(\d{1,4})", layers) if isinstance(layers, str) else None
-    if layers in ("", EARLY, LATE) or (span and int(span[1]) <= int(span[2])):
-        return layers
+    if isinstance(layers, str):
+        span = re.fullmatch(r"(\d{1,4})-(\d{1,4})", layers)
+        if layers in ("", EARLY, LATE) or (span and int(span[1]) <= int(span[2])):
+            return layers
     raise RecipeError(
         f"{where}: layers = {layers!r}: expected {EARLY!r} or {LATE!r}, or the first and last layer, for example '0-14'"
     )

@@ -118,5 +118,5 @@ def kv_scales(model: ModelSpec) -> list[StaticScale]:
     for layer, donor in enumerate(model.kv_donors):
         for kind in ("k_cache", "v_cache"):
             module, owner = (f"model.layers.{number}.self_attn" for number in (layer, donor))
-            scales.append(StaticScale(f"{module}.{kind}_scale", kind, module, f"{owner}.{kind}_scale"))  # type: ignore[arg-type]
+            scales.append(StaticScale(f"{module}.{kind}_scale", kind, module, f"{owner}.{kind}_scale"))
     return scales

@@ -22,6 +22,7 @@ from intaglio.errors import InputError
 from intaglio.formats.table import Format
 from intaglio.formats.verify import Verification
 from intaglio.measure.candidates import artifact_candidate
+from intaglio.measure.charts import CurvePoint
 from intaglio.measure.distances import weight_distances
 from intaglio.measure.evaluate import Candidate, evaluate_pair, greedy, logits_of, transformers_runtime
 from intaglio.measure.llamacpp import installed, why_unusable
@@ -29,7 +30,6 @@ from intaglio.measure.original import Original, open_original
 from intaglio.measure.report import (
     Artifact,
     ComparisonRow,
-    CurvePoint,
     Provenance,
     Report,
     Sample,

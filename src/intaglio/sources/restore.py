@@ -97,7 +97,7 @@ def _with_scales(kept: SafetensorsReader, tensor: PlannedTensor, codes: Tensor, 
 
 def _value(kept: SafetensorsReader, tensor: PlannedTensor, stored: Stored, rows: slice | None) -> Quantized | Tensor:
     """Some rows of a tensor by their values and their scales."""
-    values = stored.reader.read(stored.name, rows)
+    values: Tensor = stored.reader.read(stored.name, rows)
     if not isinstance(tensor.grid, BlockGrid):
         if not torch.equal(values.to(tensor.stored_dtype).to(values.dtype), values):
             raise _changed(stored, tensor.name)

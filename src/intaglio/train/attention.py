@@ -106,7 +106,7 @@ def chunked_attention(
     if dropout or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = ChunkedAttention.apply(query, key, value, attention_mask, scale, sliding_window)
+    output = ChunkedAttention.apply(query, key, value, attention_mask, scale, sliding_window)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None
 
 

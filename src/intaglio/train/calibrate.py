@@ -47,16 +47,16 @@ class Observers:
         """Observe all forwards inside."""
         handles = [m.register_forward_hook(self._hook(name)) for name, m in self.modules.items() if _is_linear(m)]
         for name, module in self.modules.items():
-            module.static.observer = lambda kind, x, name=name: self.see(name, kind, x)  # type: ignore[union-attr]
+            module.static.observer = lambda kind, x, name=name: self.see(name, kind, x)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
             for module in self.modules.values():
-                module.static.observer = None  # type: ignore[union-attr]
+                module.static.observer = None
 
-    def _hook(self, name: str) -> Callable:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self.see(name, "input", inputs[0])
             self.see(name, "output", output)

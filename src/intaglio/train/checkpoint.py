@@ -152,7 +152,9 @@ def _parts(files: Sequence[Path]) -> dict[str, list[Part]]:
     return {name: sorted(found) for name, found in parts.items()}
 
 
-def _check_part(file: Path, name: str, parts: list[Part], wanted: tuple, first: int | None) -> None:
+def _check_part(
+    file: Path, name: str, parts: list[Part], wanted: tuple[torch.dtype, tuple[int, ...]], first: int | None
+) -> None:
     """Raise ConfigError unless the parts follow each other and hold the wanted rows."""
     dtype, shape = SAFETENSORS_DTYPES[wanted[0]], tuple(wanted[1])
     stop = 0

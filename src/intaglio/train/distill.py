@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Kernel = Callable[..., tuple[Tensor, Tensor]]  # summed loss of a chunk, and its gradient by the logits
 
 CHUNK_TOKENS = 128  # on a CPU: with a small vocabulary a chunk stays in its cache, which halves the time
 GPU_CHUNK_TOKENS = 512
@@ -35,7 +37,7 @@ def cap(logits: Tensor, softcap: float | None) -> Tensor:
 
 def _chunk_gradient(
     softcap: float | None, teacher_softcap: float | None, student_TV: Tensor, teacher_TV: Tensor, weight: float
-):
+) -> tuple[Tensor, Tensor]:
     """Summed KL of a chunk (float32 scalar) and weight x its gradient by the student's logits."""
     capped = cap(student_TV, softcap)
     log_q = capped.log_softmax(-1)
@@ -48,7 +50,7 @@ def _chunk_gradient(
 
 def _weighted_chunk_gradient(
     softcap: float | None, teacher_softcap: float | None, student_TV: Tensor, teacher_TV: Tensor, weight_T: Tensor
-):
+) -> tuple[Tensor, Tensor]:
     """The same with a weight for each token, of the loss and of the gradient."""
     capped = cap(student_TV, softcap)
     log_q = capped.log_softmax(-1)
@@ -59,7 +61,9 @@ def _weighted_chunk_gradient(
     return ((p * (log_p - log_q)).sum(-1) * weight_T).sum(), grad.to(student_TV.dtype)
 
 
-def _chunk_gradient_of_labels(softcap: float | None, student_TV: Tensor, labels_T: Tensor, weight_T: Tensor):
+def _chunk_gradient_of_labels(
+    softcap: float | None, student_TV: Tensor, labels_T: Tensor, weight_T: Tensor
+) -> tuple[Tensor, Tensor]:
     """Weighted cross-entropy of a chunk (float32 scalar) and its gradient by the student's logits."""
     capped = cap(student_TV, softcap)
     log_q = capped.log_softmax(-1)
@@ -70,8 +74,8 @@ def _chunk_gradient_of_labels(softcap: float | None, student_TV: Tensor, labels_
 
 
 @functools.cache
-def _kernel(function: Callable, softcaps: tuple[float | None, ...], compiled: bool) -> Callable:
-    kernel = functools.partial(function, *softcaps)
+def _kernel(function: Kernel, softcaps: tuple[float | None, ...], compiled: bool) -> Kernel:
+    kernel: Kernel = functools.partial(function, *softcaps)
     return torch.compile(kernel, dynamic=False) if compiled else kernel
 
 
@@ -79,7 +83,7 @@ class _Chunked(torch.autograd.Function):
     """kernel: summed loss and gradient of a chunk's logits [T, V]; told which rows of the tokens these are."""
 
     @staticmethod
-    def forward(ctx, hidden_TD, head_VD, kernel, scale, chunk):
+    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, kernel: Kernel, scale: float, chunk: int) -> Tensor:
         total = torch.zeros((), device=hidden_TD.device)
         grad_hidden = torch.empty_like(hidden_TD)
         grad_head = torch.zeros_like(head_VD) if ctx.needs_input_grad[1] else None
@@ -95,10 +99,15 @@ class _Chunked(torch.autograd.Function):
         return total * scale
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         grad_head = None if grad_head is None else grad_head * grad.to(grad_head.dtype)
         return grad_hidden * grad.to(grad_hidden.dtype), grad_head, None, None, None
+
+
+def _chunked(hidden_TD: Tensor, head_VD: Tensor, kernel: Kernel, scale: float, chunk: int) -> Tensor:
+    loss: Tensor = _Chunked.apply(hidden_TD, head_VD, kernel, scale, chunk)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def chunked_kl(
@@ -128,13 +137,13 @@ def chunked_kl(
         def of_counted(student_TV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             return weighted(student_TV, teacher_hidden_TD[rows] @ teacher_head_VD.T, weight_T[rows])
 
-        return _Chunked.apply(hidden_TD, head_VD, of_counted, 1.0, chunk)
+        return _chunked(hidden_TD, head_VD, of_counted, 1.0, chunk)
     kernel, weight = _kernel(_chunk_gradient, softcaps, compiled), 1.0 / hidden_TD.shape[0]
 
     def of_rows(student_TV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return kernel(student_TV, teacher_hidden_TD[rows] @ teacher_head_VD.T, weight)
 
-    return _Chunked.apply(hidden_TD, head_VD, of_rows, weight, chunk)
+    return _chunked(hidden_TD, head_VD, of_rows, weight, chunk)
 
 
 def _weights(counted_T: Tensor) -> Tensor:
@@ -162,7 +171,7 @@ def chunked_cross_entropy(
     def of_rows(student_TV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return kernel(student_TV, labels_T[rows], weight_T[rows])
 
-    return _Chunked.apply(hidden_TD, head_VD, of_rows, 1.0, chunk_tokens or _chunk_tokens(hidden_TD, head_VD))
+    return _chunked(hidden_TD, head_VD, of_rows, 1.0, chunk_tokens or _chunk_tokens(hidden_TD, head_VD))
 
 
 def _chunk_tokens(hidden_TD: Tensor, head_VD: Tensor) -> int:

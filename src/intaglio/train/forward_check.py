@@ -15,7 +15,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from intaglio.errors import MismatchError
-from intaglio.plan.family import one_line, transformers_config
+from intaglio.plan.family import transformers_config
+from intaglio.plan.files import one_line
 from intaglio.train.latents import Latents, owners_of
 from intaglio.train.sharding import world_size
 from intaglio.train.static import StaticScales, attach_static, bare_path, fix_scales, read_scales, switch_static

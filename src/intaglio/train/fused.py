@@ -10,7 +10,7 @@ Shape suffixes: N blocks of K neighbouring columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from intaglio.train.latent import BlockLatent, FloatLatent, take_gradient
 from intaglio.train.latents import Latents
 from intaglio.train.lean import Bfloat16AdamW
 from intaglio.train.sharding import local, sum_over_processes
+
+T = TypeVar("T")
 
 HYPER = ("lr", "beta1", "beta2", "eps", "decay", "bias1", "bias2", "clip")  # entries of a kernel's float32 [8]
 LARGEST_FIXED_BLOCK = 32  # of the GGUF grids; a larger block is a whole row
@@ -41,7 +43,9 @@ def _adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, hyper: Tens
     return value
 
 
-def _pulled(mode: str, grid: BlockGrid, grad: Tensor, latent: Tensor, codes: Tensor, z: Tensor, given: Tensor) -> Any:
+def _pulled(
+    mode: str, grid: BlockGrid, grad: Tensor, latent: Tensor, codes: Tensor, z: Tensor, given: Tensor
+) -> tuple[Tensor, Tensor]:
     """float32 gradients of latents [N, K] and of z [N], the latter empty where there is none."""
     scales = scales_of(mode, grid, *features(mode, latent, z, given))
     grad = grad.float().clone()
@@ -86,10 +90,10 @@ def _float_step(
     return grid.round(_adam(latent, grad.float(), moments[0], moments[1], hyper)).to(dtype)
 
 
-_compiled: dict[Callable, Callable] = {}
+_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
-def _kernel(function: Callable, *tensors: Tensor) -> Callable:
+def _kernel(function: Callable[..., T], *tensors: Tensor) -> Callable[..., T]:
     """The compiled function; the first dimension of these tensors may be another one at the next call.
 
     So may the width of a block that is a whole row: the widths of a model's rows share one compilation. All else is
@@ -219,7 +223,7 @@ class BlockBucket(Bucket):
         scales = [latent.scale_latent for latent in latents if latent.scale_latent is not None]
         self.z = self._adopt(scales, 0) if scales else none
         if scales:
-            self._learn(scales, 0)  # type: ignore[arg-type]
+            self._learn(scales, 0)
         self.codes = _flat([latent.codes for latent in latents], self.width) if self.mode == "frozen" else none  # type: ignore[misc]
         self.given = none if self.mode == "canonical" else _flat([latent.z_and_given()[1] for latent in latents], 0)
         self.codes_views = _views(self.codes, [latent.codes for latent in latents]) if self.mode == "frozen" else []  # type: ignore[misc]

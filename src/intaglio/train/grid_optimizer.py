@@ -47,14 +47,14 @@ class GridOptimizer(torch.optim.Optimizer):
         self.inner = optimizer_class(groups if groups is not None else _groups(latents, scale_lr), **defaults)
         self.moments: torch.dtype = getattr(self.inner, "moments", torch.float32)  # of AdamW's, in checkpoints
         self.defaults, self._checked = self.inner.defaults, False
-        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}  # type: ignore[assignment]
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}
 
     # Schedulers and trainers read and write these; they are the wrapped optimizer's own.
-    param_groups = property(lambda self: self.inner.param_groups)  # type: ignore[assignment]
-    state = property(lambda self: self.inner.state)  # type: ignore[assignment]
+    param_groups = property(lambda self: self.inner.param_groups)
+    state = property(lambda self: self.inner.state)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Pull, step, decode. closure: evaluates the loss again, as torch optimizers take it."""
         loss = None
         if closure is not None:

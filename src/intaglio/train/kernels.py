@@ -151,7 +151,7 @@ def expect_compilations(count: int) -> None:
     config.accumulated_recompile_limit = max(count, config.accumulated_recompile_limit)
 
 
-def in_chunks(kernel: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
+def in_chunks(kernel: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """Run an elementwise kernel over runs of blocks whose temporaries stay in the processor's cache.
 
     On a CPU this takes a tenth of the time of one pass over a large weight. The first of `tensors` is

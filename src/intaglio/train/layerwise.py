@@ -135,7 +135,8 @@ class Walk:
         whole = without_memory(transformers_config(plan.model.config), dtype)
         if plan.recipe.kv_cache is not None:
             use_static_attention(whole)
-        self.model, self.templates = whole.model, list(whole.model.layers)
+        self.model: nn.Module = whole.model
+        self.templates: list[nn.Module] = list(whole.model.layers)
 
     def windows(self) -> Iterator[range]:
         """Numbers of the layers that are trained together."""
@@ -222,7 +223,7 @@ class Walk:
         stored = {name: value.to(self.device, non_blocking=True) for name, value in values.items()}
         exact = torch.float32 if self.device.type == "cpu" else None
         root = rooted({path: filled(self._template(path), path, stored, self.dtype) for path in paths})
-        root.config = self.templates[0].config  # type: ignore[assignment]
+        root.config = self.templates[0].config
         root.requires_grad_(True).train()
         latents = prepare(root, self.plan.under(*paths), source=stored)
         if self.sides == 1:

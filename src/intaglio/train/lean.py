@@ -28,7 +28,7 @@ class Bfloat16AdamW(torch.optim.AdamW):
     moments = torch.bfloat16
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all parameters that have a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
@@ -64,10 +64,11 @@ class GridAdamW8bit(GridOptimizer):
 
     def new_moment(self, parameter: Tensor, key: str) -> Tensor:
         """A moment of zeros as torchao keeps it: in 8 bits where the parameter is made of whole blocks."""
-        return self.inner._new_buffer(parameter, key == "exp_avg")  # type: ignore[attr-defined]
+        moment: Tensor = self.inner._new_buffer(parameter, key == "exp_avg")  # type: ignore[attr-defined]
+        return moment
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Pull, clip, step and decode; as `GridOptimizer.step`."""
         on_cpu = all(parameter.device.type == "cpu" for _, parameter in self.latents.named_parameters())
         with torch.compiler.set_stance("force_eager" if on_cpu else "default"):
@@ -133,7 +134,8 @@ def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
         raise InputError(
             f"schedule.moments = 'int8' needs torchao ({error}): pip install 'intaglio[lean]', or choose bfloat16"
         ) from error
-    return AdamW8bit
+    optimizer: Callable[..., torch.optim.Optimizer] = AdamW8bit
+    return optimizer
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.tracking import TensorBoardTracker
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -302,7 +303,7 @@ class Session:
         self.optimizer.step()
         return loss
 
-    def micro_batches(self, indices) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    def micro_batches(self, indices: NDArray[np.int64]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """This process's share of a batch, cut into micro-batches on the device: tokens, positions, and what counts."""
         indices = indices[rank() :: world_size()]
         size = self.schedule.micro_batch or len(indices)
@@ -330,7 +331,7 @@ class Session:
         with torch.no_grad():
             taught = self.teach(input_ids, positions)
         masked = {} if counted is None else {"counted": counted}
-        loss = self.lesson(input_ids, positions, *taught, **masked) * weight
+        loss: Tensor = self.lesson(input_ids, positions, *taught, **masked) * weight
         loss.backward()
         return loss.detach()
 

@@ -149,7 +149,8 @@ class LoraOnGrid:
             raise InputError("adapter_names: one quantized weight cannot serve several adapters in a batch")
         _check_plain(self, self.latent.adapter.path)
         self.latent.adapter.decode_if_switched()
-        return self.base_layer(x)  # type: ignore[attr-defined]
+        output: Tensor = self.base_layer(x)  # type: ignore[attr-defined]
+        return output
 
     def refresh(self) -> None:
         """Decode for the adapters that are active now."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from intaglio.errors import ConfigError, InputError
-from intaglio.plan.family import one_line
+from intaglio.plan.files import one_line
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 RECORDINGS = (".wav",)
@@ -101,7 +101,7 @@ def read_wav(path: Path, rate: int) -> NDArray[np.float32]:
         padded = np.zeros((len(raw), 4), np.uint8)
         padded[:, 4 - width :] = raw
         values = padded.view("<i4")[:, 0].astype(np.float64) / 2.0 ** (8 * (4 - width))
-    mono = values.reshape(-1, channels).mean(-1) / 2.0 ** (8 * width - 1)
+    mono: NDArray[np.float64] = values.reshape(-1, channels).mean(-1) / 2.0 ** (8 * width - 1)
     return mono.astype(np.float32)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from intaglio.errors import ConfigError, WeightError
 from intaglio.numerics.device import Device, device_for
-from intaglio.numerics.fit import check_finite, fit_absmax, fit_mse
+from intaglio.numerics.fit import check_finite as check_finite
+from intaglio.numerics.fit import fit_absmax, fit_mse
 from intaglio.numerics.fit_stock import fit_stock
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.packed.checkpoint import model_name, stream_chunks

@@ -174,7 +174,8 @@ def shard(model: TextModel, device: torch.device) -> None:
 
 
 def _read(self: Any, input_ids: Tensor, positions: Tensor) -> Tensor:
-    return self.model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+    hidden: Tensor = self.model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+    return hidden
 
 
 def final_hidden(model: TextModel, input_ids: Tensor, positions: Tensor) -> Tensor:

@@ -99,12 +99,12 @@ class StaticQuantize(torch.autograd.Function):
     """`quantize_static` with gradients; keeps x, which whoever made it keeps as a rule."""
 
     @staticmethod
-    def forward(ctx, x, latent):
+    def forward(ctx: Any, x: Tensor, latent: Tensor) -> Tensor:
         ctx.save_for_backward(x, latent)
         return quantize_static(x, latent)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         x, latent = ctx.saved_tensors
         return static_gradients(grad, x, latent)
 
@@ -117,13 +117,15 @@ class StaticLinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, input_z, output_z):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, input_z: Tensor | None, output_z: Tensor | None
+    ) -> Tensor:
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x, weight, None if output_z is None else bias, input_z, output_z)
         return quantize_static(F.linear(quantize_static(x, input_z), weight, bias), output_z)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, input_z, output_z = ctx.saved_tensors
         needs = ctx.needs_input_grad
         quantized_x = quantize_static(x, input_z)
@@ -144,9 +146,11 @@ class StaticLinear:
     def forward(self, x: Tensor) -> Tensor:
         scales = self._modules["static"]  # type: ignore[attr-defined]
         weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
-        learned = scales.on and not scales.fixed and scales.latents  # type: ignore[union-attr]
+        learned = scales.on and not scales.fixed and scales.latents
         if learned and not torch.compiler.is_compiling():
-            return StaticLinearFunction.apply(x, weight, bias, scales.latent("input"), scales.latent("output"))  # type: ignore[union-attr]
+            given = (x, weight, bias, scales.latent("input"), scales.latent("output"))
+            output: Tensor = StaticLinearFunction.apply(*given)  # type: ignore[no-untyped-call]
+            return output
         return static(self, "output", F.linear(static(self, "input", x), weight, bias))
 
 

@@ -89,7 +89,8 @@ class Towers:
     def features(self, kind: str, inputs: Inputs) -> Tensor:
         """Output of the tower for the text model: [soft tokens, width] of an image, [1, T, width] of a recording."""
         hidden = self.model[f"{kind}_tower"](**inputs, return_dict=True).last_hidden_state
-        return self.model[f"embed_{kind}"](inputs_embeds=hidden)
+        embedded: Tensor = self.model[f"embed_{kind}"](inputs_embeds=hidden)
+        return embedded
 
     def fix(self, values: dict[str, float]) -> None:
         """Compute with these scales from here on, by their names; 0 is off."""
@@ -104,7 +105,7 @@ class Towers:
 
     @contextmanager
     def _watching(self, counts: dict[str, Tensor], positions: Tensor) -> Iterator[None]:
-        def hook_of(name: str) -> Callable:
+        def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
                 for kind, x in (("input", inputs[0]), ("output", output)):
                     seen = x[positions] if x.shape[:2] == positions.shape else x  # behind a pooler nothing is padding

@@ -67,7 +67,9 @@ def fixes_of(plan: Plan, gpus: int, gradient_checkpointing: bool) -> list[tuple[
     schedule = plan.recipe.schedule
     found: list[tuple[str, int]] = []
 
-    def offer(name: str, *, more_gpus: int = gpus, checkpointing: bool = gradient_checkpointing, **changes: object):
+    def offer(
+        name: str, *, more_gpus: int = gpus, checkpointing: bool = gradient_checkpointing, **changes: object
+    ) -> None:
         changed = replace(plan, recipe=plan.recipe.with_schedule(**changes)) if changes else plan
         found.append((name, training_memory(changed, gpus=more_gpus, gradient_checkpointing=checkpointing).total))
 

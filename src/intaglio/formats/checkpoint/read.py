@@ -10,8 +10,8 @@ from intaglio.formats.facts import CONFIG, Facts, compare_facts, config_facts, s
 from intaglio.formats.speech import compare_folder_speech, read_speech
 from intaglio.formats.tally import Tally
 from intaglio.packed.assets import ASSETS
-from intaglio.packed.checkpoint import shards
 from intaglio.packed.model import PackedModel
+from intaglio.packed.shards import shards
 from intaglio.packed.store import headers
 from intaglio.plan.family import ModelSpec, load_config, text_config
 

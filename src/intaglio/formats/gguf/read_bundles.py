@@ -100,7 +100,7 @@ def bundled_gguf(folder: Path) -> Path:
         for path in _inside(folder, [named[key] for key in ("FROM", "DRAFT") if key in named]):
             if not path.is_file():
                 raise ConfigError(f"{path}: no such file: {MODELFILE} names it")
-        return folder / named["FROM"]
+        return folder / str(named["FROM"])
     files = sorted(folder.rglob("*.gguf"))
     if len(files) != 1:
         raise ConfigError(f"{folder}: {len(files)} GGUF files: expected one")

@@ -250,7 +250,7 @@ def sliding_period(layer_types: list[str]) -> int:
 def _head_size(config: Any, layer_type: str) -> int:
     """Channels of an attention head in layers of this type, or in all where no layer has it."""
     index = config.layer_types.index(layer_type) if layer_type in config.layer_types else 0
-    return config.per_layer_config[index].head_dim
+    return int(config.per_layer_config[index].head_dim)
 
 
 def _same_or_each(values: list[int]) -> int | list[int]:

@@ -134,11 +134,11 @@ def resolve_bits(module: str, quantization: dict[str, Any]) -> int | None:
     for entry in quantization.get("modules_to_not_convert") or []:
         if module.endswith(entry) or pattern(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))").match(module, error=ConfigError):
             return None
-    default = quantization.get("num_bits", 4)
+    default: int = quantization.get("num_bits", 4)
     patterns: dict[str, dict[str, Any]] = quantization.get("module_quant_configs") or {}
     joined = "|".join(f"(?P<g{i}>{p})" for i, p in enumerate(patterns))
     found = pattern(joined).search(module, error=ConfigError) if patterns else None
     if found is None:
         return default
     group = next(i for i in range(len(patterns)) if found[f"g{i}"] is not None)
-    return list(patterns.values())[group].get("num_bits", default)
+    return int(list(patterns.values())[group].get("num_bits", default))

@@ -160,10 +160,10 @@ def _compare_kernel(packed: PackedModel, matrix: Matrix, node: Any, graph: Graph
     same = node.op_type == KERNELS[matrix.session] and node.domain == "com.microsoft" and len(node.input) == 3
     codes, scale = (graph.array(node.input[place]) for place in places) if same else (None, None)
     same = same and graph.attributes(node) == expected and codes is not None and scale is not None
-    if not same or codes is None or scale is None or (codes.dtype, codes.shape) != (np.uint8, shape):
+    if not same or codes is None or scale is None or (codes.dtype, codes.shape) != (np.dtype(np.uint8), shape):
         tally.unlike.append(matrix.module)
         return
-    if (scale.dtype, scale.shape) != (np.float32, (rows, columns // kernel.block)):
+    if (scale.dtype, scale.shape) != (np.dtype(np.float32), (rows, columns // kernel.block)):
         tally.unlike.append(matrix.module)
         return
     codes = codes.reshape(rows, -1)
@@ -195,7 +195,7 @@ def _compare_small(packed: PackedModel, graph: Graph, tally: Tally) -> None:
             tally.missing.append(tensor.name)
             continue
         tally.counts["tensors"] += 1
-        if (found.dtype, found.shape) != (np.float32, tensor.spec.shape):
+        if (found.dtype, found.shape) != (np.dtype(np.float32), tensor.spec.shape):
             tally.unlike.append(tensor.name)
             continue
         tally.compare("values", packed.decode(tensor.name), torch.from_numpy(np.array(found)))

@@ -10,8 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from intaglio.formats.checkpoint.read import spelled_twice
-from intaglio.formats.facts import CONFIG, TOKENIZER, Facts, compare_facts, config_facts, strange_files
+from intaglio.formats.facts import CONFIG, TOKENIZER, Facts, compare_facts, config_facts, spelled_twice, strange_files
 from intaglio.formats.onnx.layout import DECODER, EMBEDDINGS, FOLDER, GRAPH_KEY, file_name, graph_digest
 from intaglio.formats.speech import compare_folder_speech, compare_tokens, plain_tokens, read_speech
 from intaglio.formats.tally import Tally

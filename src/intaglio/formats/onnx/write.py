@@ -114,7 +114,7 @@ def _finished(model: Any, packed: PackedModel) -> bytes:
     said = {"intaglio.plan": packed.plan.digest, "intaglio.recipe": packed.plan.recipe.name}
     for key, value in (said | {GRAPH_KEY: graph_digest(model)}).items():
         model.metadata_props.add(key=key, value=value)
-    return model.SerializeToString(deterministic=True)
+    return bytes(model.SerializeToString(deterministic=True))
 
 
 # Embeddings

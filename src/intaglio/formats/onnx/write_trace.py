@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from intaglio.errors import ConfigError, InputError
-from intaglio.plan.family import ModelSpec, build_meta_model, one_line
+from intaglio.plan.family import ModelSpec, build_meta_model
+from intaglio.plan.files import one_line
 
 DOMAIN = "intaglio"  # of the nodes that stand for something else
 LINEAR, CACHE = "Linear", "Cache"
@@ -161,7 +162,7 @@ def _cache(past: list[Tensor]) -> Any:
 
     class NamedLayer(DynamicLayer):
         def __init__(self, module: str, keys: Tensor, values: Tensor) -> None:
-            super().__init__()
+            super().__init__()  # type: ignore[no-untyped-call]
             self.module, self.keys, self.values = module, keys, values
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 

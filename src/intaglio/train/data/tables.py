@@ -39,7 +39,7 @@ def parquet_records(path: Path, choose: Callable[[list[str]], list[str]]) -> Rec
 def _grown(path: Path, metadata: Any) -> int:
     """Bytes of a file's tables, unpacked. CorpusError if no text can be packed so small."""
     # Not column by column: pyarrow ends the process at a damaged description of a column.
-    size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+    size: int = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     if size > files.GROWTH_FLOOR and size > files.MAX_GROWTH * path.stat().st_size:
         raise grows(path)
     return size

@@ -74,7 +74,7 @@ class Model:
         return len(self.root.operatorCodes) - 1
 
     def operator(self, opcode: int) -> int:
-        return self.root.operatorCodes[opcode].builtinCode
+        return int(self.root.operatorCodes[opcode].builtinCode)
 
     def buffer(self, data: bytes | None = None) -> int:
         self.root.buffers.append(schema.BufferT(data=None if data is None else np.frombuffer(data, np.uint8)))

@@ -46,13 +46,13 @@ linear.register_fake(lambda x, name, features: x.new_empty((*x.shape[:-1], featu
 floats.register_fake(lambda like, name: torch.empty_like(like))
 
 
-@lowerings.lower(torch.ops.intaglio.linear)
+@lowerings.lower(torch.ops.intaglio.linear)  # type: ignore[untyped-decorator]
 def _lower_linear(context: Any, x: ir.Value, name: str, features: int) -> ir.Value:
     result = ir.RankedTensorType.get((*x.type.shape[:-1], features), x.type.element_type)
     return _call(LINEAR, name, x, result)
 
 
-@lowerings.lower(torch.ops.intaglio.floats)
+@lowerings.lower(torch.ops.intaglio.floats)  # type: ignore[untyped-decorator]
 def _lower_floats(context: Any, like: ir.Value, name: str) -> ir.Value:
     return _call(FLOATS, name, like, like.type)
 
@@ -69,7 +69,8 @@ class PlaceholderLinear(nn.Module):
         self.name, self.features = name, features
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.name, self.features)
+        result: Tensor = linear(x, self.name, self.features)
+        return result
 
 
 class PlaceholderFloats(nn.Module):
@@ -80,10 +81,11 @@ class PlaceholderFloats(nn.Module):
         self.name = name
 
     def forward(self, like: Tensor) -> Tensor:
-        return floats(like, self.name)
+        result: Tensor = floats(like, self.name)
+        return result
 
 
-def placeholder_model(plan: Plan) -> nn.Module:
+def placeholder_model(plan: Plan) -> Any:
     """transformers' model, as litert-torch changes it for LiteRT, with placeholders for all tensors of the plan."""
     with patches.get_patch_context(plan.model.family.model_type):
         model: Any = build_meta_model(plan.model.config | {"dtype": "float32"})
@@ -116,7 +118,7 @@ class _PerLayer:
     """Mixin: the per-layer embeddings BTLP are one more input."""
 
     def adapt_inputs(self, *args: Any, per_layer_embeddings: Tensor, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().adapt_inputs(*args, **kwargs)  # type: ignore[misc]
+        inputs: dict[str, Any] = super().adapt_inputs(*args, **kwargs)  # type: ignore[misc]
         return inputs | {"per_layer_inputs": per_layer_embeddings}
 
     def _get_input(self, batch: int, tokens: int, dimension: Any, config: Any) -> Any:
@@ -125,11 +127,11 @@ class _PerLayer:
         return inputs | {"per_layer_embeddings": torch.ones(shape)}, dynamic
 
 
-class Prefill(external.LiteRTExportableModuleForDecoderOnlyLMPrefillExternalEmbedder):
+class Prefill(external.LiteRTExportableModuleForDecoderOnlyLMPrefillExternalEmbedder):  # type: ignore[misc]
     """Reads T tokens into the caches."""
 
 
-class Decode(external.LiteRTExportableModuleForDecoderOnlyLMGenerateExternalEmbedder):
+class Decode(external.LiteRTExportableModuleForDecoderOnlyLMGenerateExternalEmbedder):  # type: ignore[misc]
     """Reads one token; gives its logits too."""
 
 
@@ -143,7 +145,7 @@ class PerLayerDecode(_PerLayer, Decode):
 
 def trace(plan: Plan, *, context_tokens: int, prefill_tokens: tuple[int, ...]) -> bytes:
     """The .tflite of the model behind its embeddings, with placeholders and float activations."""
-    model: Any = placeholder_model(plan)
+    model = placeholder_model(plan)
     config = ExportableModuleConfig(
         model="", prefill_lengths=list(prefill_tokens), cache_length=context_tokens, externalize_embedder=True
     )
@@ -153,4 +155,4 @@ def trace(plan: Plan, *, context_tokens: int, prefill_tokens: tuple[int, ...]) -
         module = kind(model, config).eval()
         for name, (inputs, _) in module.get_sample_inputs(model.config).items():
             converter.add_signature(name, module, sample_kwargs=inputs)
-    return converter.convert(strict_export=False).model_content()
+    return bytes(converter.convert(strict_export=False).model_content())
