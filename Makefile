@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-runtimes check format browser clean
+.PHONY: demo test test-runtimes check coverage docs release format browser clean
 
 demo: $(VENV)/.demo
 	$(BIN)/intaglio demo
@@ -28,14 +28,21 @@ test-runtimes: $(VENV)/.test browser $(RUNTIMES:%=.runtimes/%/.done)
 	test ! -f benchmarks/runners/$*.sh || bash benchmarks/runners/$*.sh .runtimes/$*
 	touch $@
 
+CODE := src tests benchmarks docs/site
+
 check: $(VENV)/.test
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 format: $(VENV)/.test
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+# site/index.html opens from the folder. The warning is about a later version than the one that is pinned.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # llama.cpp's kernels for AMX die where gcc 12 compiled them. Without the macro that guards them they are left out,
 # and everything else is compiled for this processor as before.
@@ -56,6 +63,10 @@ $(VENV)/.test: $(VENV)/.base
 	$(WITHOUT_AMX) $(PIP) --editable '.[llama,onnx,tensorboard,dev]'
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) --editable '.[docs]'
+	touch $@ $(VENV)/.demo
+
 # The report is tested in a real browser; on Debian and Ubuntu the package manager has one.
 browser:
 	@command -v chromium chromium-headless-shell google-chrome >/dev/null 2>&1 \
@@ -63,4 +74,4 @@ browser:
 	  || echo "no Chromium found: install one, the browser tests need it"
 
 clean:
-	rm -rf $(VENV) .runtimes build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .runtimes build dist site *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
