@@ -5,13 +5,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-runtimes check coverage docs release format browser clean
+.PHONY: demo test light test-runtimes check coverage docs release format browser clean
 
 demo: $(VENV)/.demo
 	$(BIN)/intaglio demo
 
 test: $(VENV)/.test browser
 	$(BIN)/python -m pytest
+
+# Tests that need no browser and run no artifact in llama.cpp.
+light: $(VENV)/.test
+	$(BIN)/python -m pytest tests/unit -m "not runtime and not browser and not environment"
+
+# Lines and branches that tests/unit reaches in this process; the floor is in pyproject.toml.
+coverage: $(VENV)/.test
+	$(BIN)/coverage run -m pytest tests/unit
+	$(BIN)/coverage report
 
 # Each runtime that pins other versions than ours has an environment of its own, with what its .txt lists; one
 # that cannot be installed fails here. The artifacts are written in $(VENV) and run there.
@@ -62,6 +71,17 @@ $(VENV)/.demo: $(VENV)/.base
 $(VENV)/.test: $(VENV)/.base
 	$(WITHOUT_AMX) $(PIP) --editable '.[llama,onnx,tensorboard,dev]'
 	touch $@ $(VENV)/.demo
+
+# What a release is: both archives, checked, and the wheel's own demo in an environment that has nothing else.
+release: $(VENV)/.base
+	$(PIP) --editable '.[release]'
+	rm -rf dist build
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/fresh
+	build/fresh/bin/python -m pip install --quiet --constraint constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	build/fresh/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build && fresh/bin/intaglio demo --out demo
 
 $(VENV)/.docs: $(VENV)/.base
 	$(PIP) --editable '.[docs]'

@@ -8,7 +8,6 @@ which no packed weight computes, and is refused at the first optimizer step.
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from intaglio.train.latent import BlockLatent
 from intaglio.train.latents import Latents, prepare
 from intaglio.train.pack import pack_model
 from intaglio.train.student import cast_weights
-from tests.support.tiny import GEMMA4, TOKENIZER, make_checkpoint
+from tests.support.tiny import TOKENIZER
 from tests.support.training import plain_fake_quantize, small_corpus, small_model, small_plan
 
 Q_PROJ = "layers.0.self_attn.q_proj"
@@ -500,27 +499,3 @@ def test_sft_trainer_trains_a_prepared_model_and_it_packs(teacher: nn.Module, tm
     after = logits_of(latents.model.eval())
     assert not torch.equal(after, before)
     assert torch.equal(shipped_logits(latents, teacher, tmp_path), after)
-
-
-# The page
-
-
-SNIPPETS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/trainers.md").read_text("utf-8"), re.S)
-
-
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_the_snippets_of_the_docs_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from datasets import Dataset as Table
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    make_checkpoint(tmp_path / "MODEL", GEMMA4)
-    code = SNIPPETS[number].replace("max_steps=100", "max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True")
-    if "SFTConfig" in code:
-        code = code.replace("use_cpu=True", "use_cpu=True, bf16=False")
-        dataset: Any = Table.from_dict({"input_ids": CORPUS.tokens.tolist()})
-    else:
-        dataset = Sequences()
-    loader = torch.utils.data.DataLoader(Sequences(), batch_size=16)
-    exec(code, {"dataset": dataset, "loader": loader})
-    assert PackedModel.open(tmp_path / "packed").plan.recipe.name == "q4_0"
