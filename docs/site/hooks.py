@@ -37,7 +37,12 @@ def command_line() -> str:
     """A section for each verb, from the application itself: what --help prints, as tables."""
     group: Any = typer.main.get_command(app)
     return "\n\n".join(
-        ["# Command line", group.help, EXIT_CODES, *(_section(name, verb) for name, verb in group.commands.items())]
+        [
+            "# Command line",
+            group.help,
+            EXIT_CODES,
+            *(_section(name, verb) for name, verb in sorted(group.commands.items())),
+        ]
     )
 
 

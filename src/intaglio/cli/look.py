@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,9 +24,6 @@ from intaglio.cli.options import (
     source_of,
 )
 from intaglio.errors import RuntimeFailureError
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()
