@@ -31,6 +31,12 @@ def test_pre_commit_has_the_versions_that_were_tested() -> None:
             assert hook["additional_dependencies"] == [f"{tool}=={PINS[tool]}"]
 
 
+def test_the_wheel_says_that_it_is_typed() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]
+    assert "py.typed" in settings["setuptools"]["package-data"]["intaglio"]
+    assert settings["mypy"]["strict"] and (ROOT / "src/intaglio/py.typed").is_file()
+
+
 @pytest.mark.parametrize("extra", ["dev", "docs", "release"])
 def test_every_tool_is_pinned(extra: str) -> None:
     names = {re.split(r"[=>]", need)[0].lower() for need in PROJECT["optional-dependencies"][extra]}

@@ -47,7 +47,7 @@ SETTINGS = {intaglio.Evaluation, intaglio.Options, intaglio.Wishes, intaglio.Tex
 def kinds(hint: typing.Any) -> Iterator[typing.Any]:
     """The types of a union."""
     arguments = typing.get_args(hint)
-    yield from (kind for argument in arguments for kind in kinds(argument))
+    yield from (kind for argument in arguments if not isinstance(argument, list) for kind in kinds(argument))
     if not arguments:
         yield hint
 
@@ -83,6 +83,13 @@ def test_parameters_of_verb_and_function_are_named_alike(verb: str) -> None:
     said = {option if option in known else OF_VERB.get((verb, option), GIVEN.get(option, option)) for option in options}
     assert said <= known, "options without a parameter"
     assert own <= said | ONLY_PYTHON, "parameters without an option"
+
+
+@pytest.mark.parametrize("name", [name for name in intaglio.__all__ if name[0].islower()])
+def test_a_path_may_be_text(name: str) -> None:
+    hints = typing.get_type_hints(getattr(intaglio, name), localns={"Tokenizer": object, "PreTrainedModel": object})
+    hints.pop("return", None)
+    assert not [parameter for parameter, hint in hints.items() if Path in kinds(hint) and str not in kinds(hint)]
 
 
 def test_the_reference_has_every_public_name() -> None:

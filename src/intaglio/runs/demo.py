@@ -54,12 +54,14 @@ PROMPTS = (
 )
 
 
-def run_demo(out: Path, *, recipe: str = "q4_0", replace: bool = False, progress: Progress | None = None) -> Report:
+def run_demo(
+    out: str | Path, *, recipe: str = "q4_0", replace: bool = False, progress: Progress | None = None
+) -> Report:
     """Train, export, verify and measure the bundled model in `out`."""
     if recipe not in SCHEDULES:
         raise RecipeError(f"the demo has no schedule for recipe {recipe!r}: expected {' or '.join(SCHEDULES)}")
-    if out.exists():
-        _remove_run(out, replace)
+    if Path(out).exists():
+        _remove_run(Path(out), replace)
     report = run(
         MODEL_DIR,
         Recipe.load(recipe).with_schedule(**SCHEDULES[recipe]),
@@ -86,12 +88,12 @@ def _remove_run(out: Path, replace: bool) -> None:
                 remove(path)
 
 
-def run_demo_drafter(out: Path, *, recipe: str = "q4_0", progress: Progress | None = None) -> DrafterReport:
+def run_demo_drafter(out: str | Path, *, recipe: str = "q4_0", progress: Progress | None = None) -> DrafterReport:
     """Train the bundled drafter again for the model that `run_demo` has just left in `out`."""
     report = run_drafter(
-        out / "packed",
+        Path(out) / "packed",
         Recipe.load(f"drafter-{recipe}").with_schedule(**DRAFTER_SCHEDULE),
-        out / "drafter",
+        Path(out) / "drafter",
         data=TRAIN_TEXT,
         drafter_dir=DRAFTER_DIR,
         original_dir=MODEL_DIR,

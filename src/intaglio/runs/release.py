@@ -218,11 +218,12 @@ def is_release(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def verify_release(packed: PackedModel, folder: Path) -> tuple[list[Verification], list[str]]:
+def verify_release(packed: PackedModel, folder: str | Path) -> tuple[list[Verification], list[str]]:
     """Read every artifact of a release back; and say which files the manifest knows otherwise, or not at all.
 
     Raises ConfigError for a manifest or an artifact that cannot be read.
     """
+    folder = Path(folder)
     manifest = folder / MANIFEST
     listed: dict[str, str] = {}
     for line in manifest.read_text("utf-8", errors="replace").splitlines():

@@ -32,8 +32,8 @@ def export_ollama(
     path: str | Path,
     *,
     replace: bool = False,
-    gguf: Path | None = None,
-    draft: Path | None = None,
+    gguf: str | Path | None = None,
+    draft: str | Path | None = None,
     on_progress: Callable[[int, int], None] = silent,
 ) -> None:
     """Write the folder `path` with model.gguf and a Modelfile, for `ollama create NAME -f path/Modelfile`.
@@ -73,7 +73,7 @@ def export_lmstudio(
     path: str | Path,
     *,
     replace: bool = False,
-    gguf: Path | None = None,
+    gguf: str | Path | None = None,
     on_progress: Callable[[int, int], None] = silent,
 ) -> None:
     """Write the folder `path` with PUBLISHER/MODEL/MODEL.gguf, to be copied into LM Studio's folder of models.
@@ -108,14 +108,14 @@ def _check_runs_alone(packed: PackedModel) -> None:
         )
 
 
-def _check_draft(packed: PackedModel, draft: Path) -> None:
+def _check_draft(packed: PackedModel, draft: str | Path) -> None:
     """Raise ConfigError for a file that is no drafter's GGUF, or that of a drafter for another model.
 
     llama.cpp, which Ollama runs, looks at the width alone before it computes.
     """
-    if not draft.is_file():
+    if not Path(draft).is_file():
         raise ConfigError(f"{draft}: no such file: expected the GGUF of a drafter")
-    found = read_gguf(draft).fields
+    found = read_gguf(Path(draft)).fields
     architecture = found["general.architecture"].contents() if "general.architecture" in found else None
     if architecture != DRAFTER:
         raise ConfigError(f"{draft}: general.architecture = {architecture!r}: expected {DRAFTER!r}, a drafter's")
@@ -142,7 +142,7 @@ def _check_draft(packed: PackedModel, draft: Path) -> None:
             raise ConfigError(f"{draft}: {key}: {got.get(key)}, this model's is {value}: it drafts for another model")
 
 
-def _place(packed: PackedModel, target: Path, gguf: Path | None, on_progress: Callable[[int, int], None]) -> None:
+def _place(packed: PackedModel, target: Path, gguf: str | Path | None, on_progress: Callable[[int, int], None]) -> None:
     if gguf is None:
         export_gguf(packed, target, on_progress=on_progress)
         return
