@@ -11,7 +11,8 @@ import pytest
 
 from intaglio.measure.render import size
 from intaglio.plan.bundled import bundled_config, bundled_name, find_config
-from intaglio.sizing.planning import Wishes, survey
+from intaglio.plan.plan import make_plan
+from intaglio.sizing.planning import Wishes, bundled_spec, survey
 from intaglio.sizing.published import LEFT_OUT, PUBLISHED_GB
 from tests.support.cases import Case
 from tests.support.cli import intaglio
@@ -41,6 +42,13 @@ def test_a_name_is_enough() -> None:
         assert re.search(line, outcome.out), line
     assert all(len(line) <= 80 for line in outcome.out.splitlines())
     assert "…" not in outcome.out  # nothing is cut off
+
+
+def test_a_drafter_on_mobile_grids_is_its_codes_and_scales() -> None:
+    command = ("plan", "e4b", "--recipe=mobile-e4b", "--drafter=e4b-assistant", "--json")
+    drafter = json.loads(intaglio(*command).out)["drafter"]
+    expected = make_plan(bundled_spec("gemma-4-e4b-assistant"), "drafter-mobile").size_bytes
+    assert drafter["file"]["total"] == sum(part["disk_bytes"] for part in drafter["parts"]) == expected
 
 
 def test_the_family_beside_what_is_published() -> None:

@@ -63,13 +63,16 @@ class Footprint:
 
 
 def footprint(plan: Plan, metadata_bytes: int) -> Footprint:
-    """Footprint in the plan's own format, Gemma mobile or GGUF. Raises RecipeError for another."""
+    """Footprint in the plan's own format, Gemma mobile or GGUF. Raises RecipeError for another.
+
+    No format holds a drafter on mobile grids: its codes and scales are counted by themselves.
+    """
     if any(tensor.grid == Q4_0_POSITIVE for tensor in plan):
         raise RecipeError(
             f"recipe {plan.recipe.name} is for LiteRT-LM alone, and sizes of its bundles are not predicted: "
             "choose mobile or q4_0, or export the bundle and look"
         )
-    stored = _mobile_bytes(plan) if plan.mobile else _gguf_bytes(plan)
+    stored = _mobile_bytes(plan) if plan.mobile and not plan.model.family.drafter else _grid_bytes(plan)
     untied = "head" in stored
     grids: dict[str, set[str]] = {}
     for carried, tensors in ((False, plan.tensors), (True, plan.carried)):
@@ -88,7 +91,7 @@ def footprint(plan: Plan, metadata_bytes: int) -> Footprint:
     return Footprint(tuple(parts), file_size(plan, metadata_bytes))
 
 
-def _gguf_bytes(plan: Plan) -> dict[str, int]:
+def _grid_bytes(plan: Plan) -> dict[str, int]:
     """Bytes by component; towers as they would lie in a file of their own."""
     sizes: dict[str, int] = {}
     for carried, tensors in ((False, plan.tensors), (True, plan.carried)):

@@ -78,7 +78,9 @@ def w4a16_size(plan: Plan) -> FileSize:
 
 
 def file_size(plan: Plan, metadata_bytes: int = GEMMA_METADATA_BYTES) -> FileSize:
-    """The file that a plan is made for: mobile or GGUF."""
+    """The file that a plan is made for: mobile or GGUF; of a drafter on mobile grids the codes and scales alone."""
+    if plan.mobile and plan.model.family.drafter:
+        return FileSize(0, 0, plan.size_bytes, 0)
     return mobile_size(plan) if plan.mobile else gguf_size(plan, metadata_bytes)
 
 
