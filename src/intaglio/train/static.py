@@ -186,7 +186,8 @@ def static(module: Any, kind: str, x: Tensor) -> Tensor:
     if scales is None or not scales.on:
         return x
     if kind in scales.latents:
-        return StaticQuantize.apply(x, scales.latents[kind])
+        quantized: Tensor = StaticQuantize.apply(x, scales.latents[kind])  # type: ignore[no-untyped-call]
+        return quantized
     return fake_quantize(x, scales.fixed[kind]) if kind in scales.fixed else x
 
 

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from intaglio.formats.litert.read_facts import compare_litert_facts
-from intaglio.formats.litert.read_tflite import Bytes, Signature, TfliteTensor, read_bundle
+from intaglio.formats.litert.read_flatbuffer import Bytes
+from intaglio.formats.litert.read_tflite import Signature, TfliteTensor, read_bundle
 from intaglio.formats.tally import Tally
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.model import PackedModel
