@@ -17,7 +17,7 @@ test: $(VENV)/.test browser
 light: $(VENV)/.test
 	$(BIN)/python -m pytest tests/unit -m "not runtime and not browser and not environment"
 
-# Lines and branches that tests/unit reaches in this process; the floor is in pyproject.toml.
+# Lines and branches that tests/unit reaches in its own process.
 coverage: $(VENV)/.test
 	$(BIN)/coverage run -m pytest tests/unit
 	$(BIN)/coverage report
