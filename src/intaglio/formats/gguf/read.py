@@ -101,7 +101,7 @@ def _is_like(kind: GgmlType | None, shape: tuple[int, ...], stored: ReaderTensor
     if stored is None:
         return False
     tally.counts["tensors"] += 1
-    if stored.tensor_type != kind or tuple(reversed(stored.shape)) != shape:
+    if int(stored.tensor_type) != kind or tuple(reversed(stored.shape)) != shape:
         tally.unlike.append(stored.name)
         return False
     return True
@@ -124,7 +124,7 @@ def _compare_blocks(value: Quantized, stored: ReaderTensor, tally: Tally) -> Non
 
 def _compare_floats(expected: Tensor, stored: ReaderTensor, tally: Tally) -> None:
     found = torch.from_numpy(np.array(stored.data))
-    if stored.tensor_type == GgmlType.BF16:  # which gguf-py gives as bytes
+    if int(stored.tensor_type) == GgmlType.BF16:  # which gguf-py gives as bytes
         found = found.view(torch.bfloat16)
     tally.compare("values", expected, found.float())
 
