@@ -83,7 +83,7 @@ def files_of(heading: str) -> set[str]:
 def test_contributing_lists_files_that_exist(heading: str) -> None:
     listed = files_of(heading)
     assert len(listed) > 4
-    assert not [path for path in listed if not (ROOT / path).exists()]
+    assert not [path for path in listed if "NAME" not in path and not (ROOT / path).exists()]
 
 
 def naming(word: str) -> set[str]:
