@@ -133,7 +133,8 @@ def test_both_spellings_of_the_head_size_say_the_same(gemma4: Case, tmp_path: Pa
 
 def test_tensor_names_are_those_of_gguf_py(case: Case) -> None:
     spec = case.packed.plan.model
-    architecture = {"gemma4": gguf.MODEL_ARCH.GEMMA4, "gemma3": gguf.MODEL_ARCH.GEMMA3}[spec.family.gguf_architecture]
+    known = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
+    architecture = known[spec.family.gguf_architecture]
     names = gguf.get_tensor_name_map(architecture, spec.config["num_hidden_layers"])
     for tensor in spec.tensors:
         expected = names.get_name(tensor.name.removesuffix(".weight"))

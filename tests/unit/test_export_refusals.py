@@ -18,7 +18,7 @@ from intaglio.formats.checkpoint.write import export_hf
 from intaglio.formats.gguf.write import check_supported, export_gguf
 from intaglio.formats.verify import verify
 from intaglio.packed.model import PackedModel
-from intaglio.plan.family import describe
+from intaglio.plan.family import check_settings, describe
 from tests.support.cases import Case, fields
 from tests.support.samples import forget
 from tests.support.tiny import GEMMA3, GEMMA4, TOKENIZER, VOCABULARY, make_checkpoint, pack
@@ -103,6 +103,22 @@ def test_what_llamacpp_computes_otherwise_is_refused(config: dict[str, Any], cha
     spec = describe(config | changes)
     with pytest.raises(ConfigError, match=message):
         check_supported(spec)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "runtime"),
+    [
+        (GEMMA4, {"hidden_activation": "silu"}, "mlx-lm"),
+        (GEMMA4, {"use_bidirectional_attention": "all"}, "vLLM"),
+        (GEMMA3, {"final_logit_softcapping": 30.0}, "mlx-lm"),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "vLLM"),
+    ],
+)
+def test_what_another_runtime_does_not_ask_is_refused(config: dict[str, Any], changes: Any, runtime: str) -> None:
+    check_settings(describe(config), runtime)
+    ((name, value),) = changes.items()
+    with pytest.raises(ConfigError, match=rf"{name} = {value!r}: {runtime} computes this model with"):
+        check_settings(describe(config | changes), runtime)
 
 
 def test_kv_donors_need_to_be_right_for_shared_layers_only() -> None:

@@ -11,7 +11,7 @@ from intaglio.errors import RecipeError
 from intaglio.formats.table import MOBILE
 from intaglio.numerics.grid import F16, Q4_0, Q4_0_FREE, Q8_0
 from intaglio.plan.drafting import Drafting
-from intaglio.plan.family import ROLES
+from intaglio.plan.families import ROLES
 from intaglio.plan.recipe import Recipe, WeightRule, preset_names
 from intaglio.plan.schedule import Schedule
 from intaglio.plan.static import Activations, KvCache

@@ -267,7 +267,7 @@ def layer_bytes(model: ModelSpec, layer: int) -> int:
     norm = 2 * FLOAT
     queries = config.num_attention_heads * own.head_dim
     keys = own.num_key_value_heads * own.head_dim if model.kv_donors[layer] == layer else 0
-    value_norm = FLOAT if model.family.gguf_architecture == "gemma4" else 0
+    value_norm = FLOAT if model.family.value_norm else 0
     size = width * (4 * norm + 2 * HALF)  # four norms, and what q/k/v and gate/up multiply
     # queries and their norm; queries, keys and values of all heads, and the result twice, for attention and o
     size += queries * (norm + 5 * HALF) + keys * (norm + value_norm)

@@ -6,11 +6,13 @@ turns from one position to the next, and the factor on cosines and sines.
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from intaglio.errors import ConfigError
+from intaglio.plan.families import FAMILIES
 from intaglio.plan.family import ModelSpec
 
 BY_LENGTH = ("dynamic", "longrope")  # their angles depend on the length of the text
@@ -57,10 +59,8 @@ def ropes(config: Any) -> dict[str, Rope]:
 
     Raises ConfigError for parameters that transformers cannot compute.
     """
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
-    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
-
-    kind = Gemma3RotaryEmbedding if config.model_type.startswith("gemma3") else Gemma4TextRotaryEmbedding
+    module, name = FAMILIES[config.model_type].rotary
+    kind = getattr(importlib.import_module(f"transformers.models.{module}"), name)
     try:
         table = kind(config)
     except Exception as error:  # transformers raises many types for parameters that contradict themselves
