@@ -193,6 +193,11 @@ def test_a_tensor_of_unknown_role_is_named() -> None:
         make_plan(GEMMA4 | {"attention_bias": True}, "q4_0")
 
 
+def test_sliding_layers_need_a_window() -> None:
+    with pytest.raises(ConfigError, match="sliding_window = None: expected a number of tokens"):
+        make_plan(GEMMA3 | {"sliding_window": None}, "q4_0")
+
+
 # The plan and the file
 
 

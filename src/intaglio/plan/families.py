@@ -71,12 +71,16 @@ class Family:
     exports: of `intaglio export`, the names which not every family has and this one has.
 
     rotary: transformers' class of its rotary embedding, as module and name.
+    eager: whether transformers attends by plain matrix products, and keeps the squares of all heads: torch's fused
+        kernels have no soft cap.
     value_norm: whether values are normed.
     norm_offset: what the forward adds to norm gains, and llama.cpp to stored ones (Gemma 3 computes with 1 + w).
     full_heads: whether full layers may have heads of another size and number, `global_head_dim` and
         `num_global_key_value_heads`.
     older_names: whether mlx-lm reads the rope and the period of layers as older configs have them.
-    fixed: by runtime, fields of the text config that its code does not ask, and the values that it computes with.
+    fixed: by runtime, fields of the text config that its code does not ask, and the values that it computes with; an
+        empty tuple stands for any number but 0.
+    plain_in: runtimes that give each layer the whole text and a rotary embedding without scaling.
 
     gguf_architecture: `general.architecture` of its GGUF.
     gguf_tokenizer: how llama.cpp runs its tokenizer.
@@ -96,11 +100,13 @@ class Family:
     exports: tuple[str, ...] = ("mlx",)
 
     rotary: tuple[str, str]
+    eager: bool = False
     value_norm: bool = False
     norm_offset: float = 0.0
     full_heads: bool = False
     older_names: bool = False
     fixed: Mapping[str, Mapping[str, tuple[Any, ...]]]
+    plain_in: tuple[str, ...] = ()
 
     gguf_architecture: str
     gguf_tokenizer: GgufTokenizer

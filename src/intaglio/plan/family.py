@@ -168,6 +168,9 @@ def describe(config: dict[str, Any]) -> ModelSpec:
         raise ConfigError(
             f"num_kv_shared_layers = {shared}: no layer has keys and values to share: only a drafter may have so many"
         )
+    layers = model.config.get_text_config()
+    if "sliding_attention" in layers.layer_types and not layers.sliding_window:
+        raise ConfigError(f"sliding_window = {layers.sliding_window}: expected a number of tokens for sliding layers")
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
     stored = parameters | dict(model.named_buffers())
     order = [name for name in model.state_dict() if name in stored]  # without a tied head, and tables computed anew
@@ -183,13 +186,20 @@ def check_settings(model: ModelSpec, runtime: str) -> None:
     """Raise ConfigError for a field that a runtime of `Family.fixed` does not ask, and computes by another value."""
     for key, values in model.family.fixed.get(runtime, {}).items():
         check_setting(model, key, values, runtime)
+    config, slides = model.layer_config, "sliding_attention" in model.layer_config.layer_types
+    if runtime in model.family.plain_in and slides and config.sliding_window < config.max_position_embeddings:
+        raise ConfigError(
+            f"sliding_window = {config.sliding_window}: in {runtime} every layer attends to the whole text, so longer "
+            f"texts give other logits: quantize it with max_position_embeddings = {config.sliding_window} in its "
+            f"config.json, which says {config.max_position_embeddings}, or export it to another format"
+        )
 
 
 def check_setting(model: ModelSpec, key: str, values: tuple[Any, ...], runtime: str) -> None:
-    """Raise ConfigError unless a field of the text config is one of these, with which a runtime computes the model."""
+    """Raise ConfigError unless a field of the text config is one of these, or without any a number but 0."""
     found = getattr(model.layer_config, key)
-    if found not in values:
-        expected = " or ".join(repr(value) for value in values)
+    if found not in values if values else not found:
+        expected = " or ".join(repr(value) for value in values) or "a number"
         raise ConfigError(f"{key} = {found!r}: {runtime} computes this model with {expected} only")
 
 

@@ -15,9 +15,9 @@ from intaglio.formats.gguf.names import GGUF_ROPE_FACTORS, gguf_rope_factors
 from intaglio.formats.gguf.read import read_gguf
 from intaglio.plan.family import ModelSpec
 from intaglio.plan.files import read_json
+from intaglio.plan.rope import KINDS, rope_parameters
 from intaglio.sources.stored import Source
 
-KINDS = ("full_attention", "sliding_attention")
 TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 
 
@@ -48,7 +48,7 @@ def _expected(model: ModelSpec) -> dict[str, tuple[Any, Any]]:
     config = model.layer_config
     kinds, layers = list(config.layer_types), config.per_layer_config
     full, sliding = (layers[kinds.index(kind) if kind in kinds else 0] for kind in KINDS)
-    rope = config.rope_parameters
+    rope = rope_parameters(config)
     widths = [tensor.shape[0] for tensor in model.tensors if tensor.name.endswith(".mlp.gate_proj.weight")]
     family = model.family
     # scaled ropes of families with factors have no key

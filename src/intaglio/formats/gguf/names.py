@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from intaglio.errors import ConfigError
 from intaglio.plan.family import ModelSpec
 from intaglio.plan.plan import PlannedTensor
-from intaglio.plan.rope import RELATIVE, plain_rope, refusal, ropes
+from intaglio.plan.rope import RELATIVE, plain_rope, refusal, rope_parameters, ropes
 
 # What llama.cpp calls the tensors of these families (gguf-py: TENSOR_NAMES).
 GGUF_MODEL_NAMES = {
@@ -114,7 +114,7 @@ def check_llamacpp_rope(spec: ModelSpec) -> None:
     It takes factors of the angles for Gemma 4's full layers alone, and for Gemma 3's only one for all angles.
     """
     for layer_type, rope in ropes(spec.layer_config).items():
-        said = spec.layer_config.rope_parameters[layer_type]
+        said = rope_parameters(spec.layer_config)[layer_type]
         factor = 1.0
         if layer_type == "full_attention" and said["rope_type"] == "linear":
             factor = said["factor"]

@@ -33,6 +33,7 @@ from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
 from intaglio.plan.family import ModelSpec, check_setting, check_settings
 from intaglio.plan.plan import Plan, PlannedTensor
+from intaglio.plan.rope import KINDS, rope_parameters
 
 RUNTIME = "llama.cpp"
 
@@ -184,7 +185,7 @@ def _add_general(writer: GGUFWriter, packed: PackedModel) -> None:
 
 def _add_architecture(writer: GGUFWriter, spec: ModelSpec) -> None:
     config, family = spec.layer_config, spec.family
-    rope_full, rope_sliding = (config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
+    rope_full, rope_sliding = (rope_parameters(config)[kind] for kind in KINDS)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

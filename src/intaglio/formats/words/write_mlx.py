@@ -27,7 +27,7 @@ from intaglio.packed.model import PackedModel
 from intaglio.plan.families import check_export
 from intaglio.plan.family import check_settings, transformers_config
 from intaglio.plan.plan import Plan
-from intaglio.plan.rope import check_rope
+from intaglio.plan.rope import KINDS, check_rope, rope_parameters
 
 ADVICE = "the packed scales have more significant bits than their grid allows: pack the model again"
 
@@ -97,7 +97,7 @@ def _entry(bits: int, group: int) -> dict[str, Any]:
 
 def _older_fields(config: Any) -> dict[str, Any]:
     """Fields that mlx-lm reads under the names of older configs."""
-    full, sliding = (config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
+    full, sliding = (rope_parameters(config)[kind] for kind in KINDS)
     scaling = {"type": full["rope_type"], "factor": full["factor"]} if full["rope_type"] == "linear" else None
     return {
         "rope_theta": full["rope_theta"],
