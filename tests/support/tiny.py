@@ -86,6 +86,27 @@ GEMMA3 = {
     "pad_token_id": 0,
 }
 
+# A cap of attention scores so low that it changes those of random weights.
+GEMMA2 = {
+    "model_type": "gemma2",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 32,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 30.0,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
 # A text model between a vision and an audio tower, clipped linears and all.
 MULTIMODAL = {
     "model_type": "gemma4",
@@ -201,6 +222,7 @@ FAMILY = {
     "assistant": ASSISTANT,
     "unified-assistant": UNIFIED_ASSISTANT,
     "gemma3": GEMMA3,
+    "gemma2": GEMMA2,
 }
 
 

@@ -18,9 +18,9 @@ from intaglio.plan.recipe import Recipe
 from intaglio.train.latents import Latents
 from intaglio.train.optimizer import make_optimizer
 from intaglio.train.student import build_student, cast_weights
-from tests.support.tiny import GEMMA3, GEMMA4, GEMMA4_DENSE, build, fill
+from tests.support.tiny import GEMMA2, GEMMA3, GEMMA4, GEMMA4_DENSE, build, fill
 
-CONFIGS = {"gemma4": GEMMA4, "dense": GEMMA4_DENSE, "gemma3": GEMMA3}
+CONFIGS = {"gemma4": GEMMA4, "dense": GEMMA4_DENSE, "gemma3": GEMMA3, "gemma2": GEMMA2}
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 

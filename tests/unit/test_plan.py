@@ -183,7 +183,7 @@ def test_a_vector_takes_four_bytes_a_value_in_the_file_on_any_float_grid() -> No
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}), "utf-8")
     with pytest.raises(
-        ConfigError, match=r"model_type 'llama': expected one of gemma3, gemma3_text, gemma4, .*gemma4_text"
+        ConfigError, match=r"model_type 'llama': expected one of gemma2, gemma3, gemma3_text, gemma4, .*gemma4_text"
     ):
         make_plan(tmp_path, "q4_0")
 

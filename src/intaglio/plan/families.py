@@ -2,7 +2,7 @@
 
 A new family is a new row in `FAMILIES` and, where its modules have new names, new rows in `ROLES`. No other file
 compares a model_type: it asks the row (tests/unit/test_architecture.py). What llama.cpp computes is in its
-`src/models/gemma{3,4,4-assistant}.cpp`; what mlx-lm and vLLM do, in their `models/`.
+`src/models/gemma{2,3,4,4-assistant}.cpp`; what mlx-lm and vLLM do, in their `models/`.
 """
 
 from __future__ import annotations
@@ -127,6 +127,8 @@ CAUSAL = {"use_bidirectional_attention": (None, False)}
 CAUSAL_TEXT = {"use_bidirectional_attention": (None, "vision")}
 UNCAPPED_SCORES = {"attn_logit_softcapping": (None,)}
 UNCAPPED_LOGITS = {"final_logit_softcapping": (None,)}
+CAPPED: dict[str, tuple[Any, ...]] = {"attn_logit_softcapping": (), "final_logit_softcapping": ()}
+TIED = {"tie_word_embeddings": (True,)}
 
 _GEMMA4_LAYERS: dict[str, Any] = {
     "rotary": ("gemma4.modeling_gemma4", "Gemma4TextRotaryEmbedding"),
@@ -185,6 +187,24 @@ FAMILIES: dict[str, Family] = {
             gguf_caps={"final_logit_softcapping": 0.0},
             gguf_period=True,
             gguf_wide_scale=62,
+        ),
+        Family(
+            model_type="gemma2",
+            rotary=("gemma2.modeling_gemma2", "Gemma2RotaryEmbedding"),
+            eager=True,
+            norm_offset=1.0,
+            older_names=True,
+            fixed={
+                "llama.cpp": GELU | CAUSAL | CAPPED | TIED,
+                "mlx-lm": GELU | CAUSAL | CAPPED | TIED,
+                "vLLM": GELU | CAUSAL | TIED,
+            },
+            plain_in=("mlx-lm",),
+            gguf_architecture="gemma2",
+            gguf_tokenizer=BY_SCORES,
+            gguf_caps={"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+            gguf_period=True,
+            gguf_wide_scale=46,
         ),
     )
 }
