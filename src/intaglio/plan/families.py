@@ -123,8 +123,6 @@ class Family:
 
 
 GELU = {"hidden_activation": ("gelu_pytorch_tanh",)}
-CAUSAL = {"use_bidirectional_attention": (None, False)}
-CAUSAL_TEXT = {"use_bidirectional_attention": (None, "vision")}
 UNCAPPED_SCORES = {"attn_logit_softcapping": (None,)}
 UNCAPPED_LOGITS = {"final_logit_softcapping": (None,)}
 CAPPED: dict[str, tuple[Any, ...]] = {"attn_logit_softcapping": (), "final_logit_softcapping": ()}
@@ -139,7 +137,7 @@ _GEMMA4_LAYERS: dict[str, Any] = {
 _GEMMA4: dict[str, Any] = _GEMMA4_LAYERS | {
     "carries_towers": True,
     "value_norm": True,
-    "fixed": {"llama.cpp": GELU | CAUSAL_TEXT, "mlx-lm": GELU | CAUSAL_TEXT, "vLLM": CAUSAL_TEXT},
+    "fixed": {"llama.cpp": GELU, "mlx-lm": GELU},
     "gguf_architecture": "gemma4",
     "gguf_caps": {"final_logit_softcapping": 30.0},
     "ollama_code": "gemma4",
@@ -178,9 +176,9 @@ FAMILIES: dict[str, Family] = {
             norm_offset=1.0,
             older_names=True,
             fixed={
-                "llama.cpp": GELU | CAUSAL | UNCAPPED_SCORES,
-                "mlx-lm": GELU | CAUSAL | UNCAPPED_SCORES | UNCAPPED_LOGITS,
-                "vLLM": CAUSAL | UNCAPPED_SCORES,
+                "llama.cpp": GELU | UNCAPPED_SCORES,
+                "mlx-lm": GELU | UNCAPPED_SCORES | UNCAPPED_LOGITS,
+                "vLLM": UNCAPPED_SCORES,
             },
             gguf_architecture="gemma3",
             gguf_tokenizer=BY_SCORES,
@@ -195,9 +193,9 @@ FAMILIES: dict[str, Family] = {
             norm_offset=1.0,
             older_names=True,
             fixed={
-                "llama.cpp": GELU | CAUSAL | CAPPED | TIED,
-                "mlx-lm": GELU | CAUSAL | CAPPED | TIED,
-                "vLLM": GELU | CAUSAL | TIED,
+                "llama.cpp": GELU | CAPPED | TIED,
+                "mlx-lm": GELU | CAPPED | TIED,
+                "vLLM": GELU | TIED,
             },
             plain_in=("mlx-lm",),
             gguf_architecture="gemma2",
