@@ -114,7 +114,7 @@ CONFIGS = {
     "no model_type": ("{}", "no model_type"),
     "another architecture": (
         '{"model_type": "llama"}',
-        "model_type 'llama': expected one of gemma3, gemma3_text, gemma4, .*gemma4_unified_text",
+        "model_type 'llama': expected one of gemma2, gemma3, gemma3_text, gemma4, .*gemma4_unified_text",
     ),
     "a model_type that is a list": ('{"model_type": ["gemma4_text"]}', r"model_type \['gemma4_text'\]: expected"),
     "a text_config without model_type": ('{"model_type": "x", "text_config": {}}', "model_type None: expected"),

@@ -46,7 +46,10 @@ def test_a_drafter_is_packed_exported_and_read_back(drafter: Path, tmp_path: Pat
         ),
         (("export", "DRAFTER/packed", "--to=all", "--out=OUT"), "a drafter does not run by itself: export it to gguf"),
         (("export", "DRAFTER/packed", "ollama", "--out=OUT"), "a drafter does not run by itself: export it to gguf"),
-        (("export", "DRAFTER/packed", "mlx", "--out=OUT"), "mlx-lm has no such drafters"),
+        (
+            ("export", "DRAFTER/packed", "mlx", "--out=OUT"),
+            "this model is gemma4_assistant: export it to gguf or hf",
+        ),
     ],
 )
 def test_what_is_for_models_alone_says_so(

@@ -33,8 +33,8 @@ from intaglio.plan.recipe import Recipe
 from intaglio.runs.quantize import quantize_model
 from intaglio.sizing.planning import bundled_spec
 from intaglio.train.static import switch_static
-from tests.support.cases import Case
-from tests.support.tiny import GEMMA4, GEMMA4_MOE, ROPES, VOCABULARY, make_checkpoint, pack, with_rope
+from tests.support.cases import Case, make_case
+from tests.support.tiny import GEMMA2, GEMMA4, GEMMA4_MOE, ROPES, VOCABULARY, make_checkpoint, pack, with_rope
 
 IDS = np.random.default_rng(0).integers(3, VOCABULARY, (2, 80)).astype(np.int32)  # two windows and a half
 PROMPTS = IDS[:, :16]
@@ -77,6 +77,14 @@ def test_mlx_computes_q4_0(cases: dict[str, Case], name: str, tmp_path: Path) ->
 
 
 @pytest.mark.environment
+def test_mlx_computes_a_gemma2_whose_window_is_the_longest_text(tmp_path: Path) -> None:
+    case = make_case("gemma2", tmp_path, GEMMA2 | {"sliding_window": 128, "max_position_embeddings": 128})
+    export_mlx(case.packed, tmp_path / "mlx")
+    found, expected = run("mlx", tmp_path / "mlx", tmp_path / "out"), simulated(case.packed, case.checkpoint)
+    assert agreement(expected, found.logits, IDS).max_difference < 1e-3
+
+
+@pytest.mark.environment
 def test_mlx_computes_two_four_and_eight_bits(mobile_packed: PackedModel, tmp_path: Path) -> None:
     export_mlx(mobile_packed, tmp_path / "mlx")
     expected = simulated(mobile_packed, mobile_packed.path.parent / "checkpoint")
@@ -107,6 +115,19 @@ def test_vllm_computes_w4a16_as_it_does_the_decoded_weights(gemma4: Case, tmp_pa
             print(dtype, agreed)
             assert agreed.max_difference < difference and agreed.kl_nats < kl
     assert np.array_equal(dense.tokens, found.tokens)  # of the last, in float16: no near tie of these turns over
+
+
+@pytest.mark.environment
+def test_vllm_computes_a_gemma2_as_it_does_the_decoded_weights(cases: dict[str, Case], tmp_path: Path) -> None:
+    """In bfloat16: vLLM runs no Gemma 2 in float16."""
+    case = cases["gemma2"]
+    export_vllm(case.packed, tmp_path / "vllm")
+    dense, found = (vllm("vllm", path, tmp_path / "out", "bfloat16") for path in (case.hf, tmp_path / "vllm"))
+    assert found.kernels == ["CompressedTensorsWNA16 in CPUWNA16LinearKernel"] and not dense.kernels
+    exact = simulated(case.packed, case.checkpoint)
+    for a, b in ((dense.logits, found.logits), (exact, found.logits), (exact, dense.logits)):
+        print(agreement(a, b, IDS))
+        assert agreement(a, b, IDS).max_difference < 0.3 and agreement(a, b, IDS).kl_nats < 3e-5
 
 
 @pytest.mark.environment

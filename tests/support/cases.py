@@ -12,9 +12,9 @@ from intaglio.formats.checkpoint.write import export_hf
 from intaglio.formats.gguf.write import export_gguf
 from intaglio.packed.model import PackedModel
 from intaglio.plan.recipe import Recipe
-from tests.support.tiny import FAMILY, GEMMA3, GEMMA4, GEMMA4_DENSE, make_checkpoint, pack
+from tests.support.tiny import FAMILY, GEMMA2, GEMMA3, GEMMA4, GEMMA4_DENSE, make_checkpoint, pack
 
-CONFIGS = {"gemma4": GEMMA4, "gemma4-dense": GEMMA4_DENSE, "gemma3": GEMMA3}
+CONFIGS = {"gemma4": GEMMA4, "gemma4-dense": GEMMA4_DENSE, "gemma3": GEMMA3, "gemma2": GEMMA2}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from intaglio.packed.model import PackedModel
+from intaglio.plan.families import FAMILIES
 from intaglio.plan.family import build_meta_model
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
@@ -79,6 +80,27 @@ GEMMA3 = {
     "query_pre_attn_scalar": 64,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     "sliding_window": 32,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+# A cap of attention scores so low that it changes those of random weights.
+GEMMA2 = {
+    "model_type": "gemma2",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 32,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 30.0,
     "max_position_embeddings": 2048,
     "bos_token_id": 2,
     "eos_token_id": 1,
@@ -200,6 +222,7 @@ FAMILY = {
     "assistant": ASSISTANT,
     "unified-assistant": UNIFIED_ASSISTANT,
     "gemma3": GEMMA3,
+    "gemma2": GEMMA2,
 }
 
 
@@ -216,7 +239,8 @@ def make_checkpoint(folder: Path, config: dict[str, Any] = GEMMA4, *, seed: int 
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(TOKENIZER / name, folder / name)
-    if config["model_type"] == "gemma3_text":
+    family = FAMILIES.get(config["model_type"])
+    if family is not None and family.gguf_tokenizer.by_scores:
         complete_merges(folder / "tokenizer.json")
     return folder
 
@@ -243,10 +267,9 @@ def add_unused(folder: Path) -> list[str]:
 def fill(model: nn.Module, seed: int) -> None:
     """Random weights in a range where the model is not chaotic: small norms after each block."""
     generator = torch.Generator().manual_seed(seed)
-    gemma3 = model.config.model_type == "gemma3_text"
+    offset = FAMILIES[model.config.get_text_config().model_type].norm_offset
     # Gemma 3 divides attention scores by the root of the head size; so that heads attend to something:
-    query_gain = 4.0 if gemma3 else 1.0
-    offset = 1.0 if gemma3 else 0.0  # Gemma 3 computes with 1 + gain
+    query_gain = 4.0 if hasattr(model.config, "query_pre_attn_scalar") else 1.0
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         noise = torch.randn(tensor.shape, generator=generator)
         if name.endswith("layer_scalar"):

@@ -118,6 +118,20 @@ def test_numerics_know_no_model_and_no_file(module: str) -> None:
     assert not roots & {"pathlib", "os", "io", "json"}
 
 
+# Everything else asks the family's row. The class is the one by which Transformers.js knows the graphs of a file.
+NAMES_FAMILIES = {"intaglio.plan.families": None, "intaglio.formats.onnx.write": {"Gemma4ForConditionalGeneration"}}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if NAMES_FAMILIES.get(name, name) is not None])
+def test_only_the_table_names_a_family(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text("utf-8"))
+    documented = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    docstrings = {ast.get_docstring(node, clean=False) for node in documented}
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    named = {text for text in texts - docstrings if re.search(r"gemma_?\d", text, re.IGNORECASE)}
+    assert named == NAMES_FAMILIES.get(module, set())
+
+
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml", "ruamel"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_METHODS = {"torch.load", "torch.save", "np.fromstring", "os.system"}

@@ -315,7 +315,7 @@ def test_a_target_that_stores_nothing_for_a_layer(target: Any) -> None:
 
 
 def test_a_target_of_another_family(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="gemma3_text: only Gemma 4 models hand out"):
+    with pytest.raises(ConfigError, match="gemma3_text: only gemma4_text, gemma4_unified_text hand out"):
         new_drafter(load_model(make_checkpoint(tmp_path / "gemma3", GEMMA3)), SHAPE)
 
 

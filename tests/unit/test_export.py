@@ -93,7 +93,7 @@ def test_gemma4_keys_are_those_of_llamacpps_converter(gemma4: Case) -> None:
     assert found["intaglio.recipe"] == "q4_0"
 
 
-@pytest.mark.parametrize("name", ["gemma4-dense", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma4-dense", "gemma3", "gemma2"])
 def test_keys_that_other_models_have_otherwise(name: str, cases: dict[str, Case]) -> None:
     found = fields(cases[name].gguf)
     expected = {
@@ -109,6 +109,18 @@ def test_keys_that_other_models_have_otherwise(name: str, cases: dict[str, Case]
             "gemma3.final_logit_softcapping": 0.0,
             "tokenizer.ggml.model": "llama",
             "tokenizer.ggml.pre": "default",
+        },
+        "gemma2": {
+            "general.architecture": "gemma2",
+            "gemma2.attention.sliding_window": 32,
+            "gemma2.attention.sliding_window_pattern": 2,
+            "gemma2.attn_logit_softcapping": 2.0,
+            "gemma2.final_logit_softcapping": 30.0,
+            "gemma2.rope.freq_base": 10000.0,
+            "gemma2.rope.freq_base_swa": 10000.0,
+            "gemma2.attention.shared_kv_layers": None,
+            "gemma2.rope.dimension_count": None,
+            "tokenizer.ggml.model": "llama",
         },
     }[name]
     assert {key: found.get(key) for key in expected} == expected
@@ -133,7 +145,8 @@ def test_both_spellings_of_the_head_size_say_the_same(gemma4: Case, tmp_path: Pa
 
 def test_tensor_names_are_those_of_gguf_py(case: Case) -> None:
     spec = case.packed.plan.model
-    architecture = {"gemma4": gguf.MODEL_ARCH.GEMMA4, "gemma3": gguf.MODEL_ARCH.GEMMA3}[spec.family.gguf_architecture]
+    known = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
+    architecture = known[spec.family.gguf_architecture]
     names = gguf.get_tensor_name_map(architecture, spec.config["num_hidden_layers"])
     for tensor in spec.tensors:
         expected = names.get_name(tensor.name.removesuffix(".weight"))
@@ -164,8 +177,9 @@ def test_rope_factors_leave_three_quarters_of_a_full_head_unrotated(gemma4: Case
     assert np.array_equal(tensor.data, np.array([1.0] * 16 + [1e30] * 48, dtype=np.float32))
 
 
-def test_gemma3_norms_are_stored_one_higher(cases: dict[str, Case]) -> None:
-    made = cases["gemma3"]
+@pytest.mark.parametrize("name", ["gemma3", "gemma2"])
+def test_norms_are_stored_one_higher(cases: dict[str, Case], name: str) -> None:
+    made = cases[name]
     stored = next(t.data for t in GGUFReader(made.gguf).tensors if t.name == "output_norm.weight")
     assert np.array_equal(stored, (1.0 + made.packed.decode("model.norm.weight")).numpy())
 

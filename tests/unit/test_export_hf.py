@@ -33,8 +33,8 @@ def test_transformers_loads_the_trained_weights(case: Case) -> None:
 def test_the_config_has_every_spelling(case: Case) -> None:
     config = json.loads((case.hf / "config.json").read_text("utf-8"))
     assert config["dtype"] == "bfloat16"
-    if case.name == "gemma3":
-        assert config["architectures"] == ["Gemma3ForCausalLM"]
+    if case.name in ("gemma2", "gemma3"):
+        assert config["architectures"] == [f"{case.name.title()}ForCausalLM"]
         return
     assert config["architectures"] == ["Gemma4ForCausalLM"]
     assert config["global_head_dim"] == 128 and config["per_layer_config"]["1"]["head_dim"] == 128

@@ -17,11 +17,16 @@ from intaglio.errors import ConfigError, OutputError
 from intaglio.formats.checkpoint.write import export_hf
 from intaglio.formats.gguf.write import check_supported, export_gguf
 from intaglio.formats.verify import verify
+from intaglio.formats.words.write_mlx import export_mlx
 from intaglio.packed.model import PackedModel
-from intaglio.plan.family import describe
+from intaglio.plan.family import check_settings, describe
+from intaglio.plan.rope import check_rope
 from tests.support.cases import Case, fields
 from tests.support.samples import forget
-from tests.support.tiny import GEMMA3, GEMMA4, TOKENIZER, VOCABULARY, make_checkpoint, pack
+from tests.support.tiny import GEMMA2, GEMMA3, GEMMA4, TOKENIZER, VOCABULARY, make_checkpoint, pack
+
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
+GEMMA2_27B = {"num_hidden_layers": 46, "layer_types": ["sliding_attention", "full_attention"] * 23, "hidden_size": 512}
 
 
 def edit_tokenizer(packed: PackedModel, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -93,16 +98,49 @@ def test_placeholders_without_an_embedding_are_left_out(packed_copy: PackedModel
         (GEMMA4, {"layer_types": ["full_attention", "sliding_attention"] * 2}, "shares KV correctly only"),
         (GEMMA4, {"num_kv_shared_layers": 1}, "shares KV correctly only"),
         (GEMMA4, {"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
-        (GEMMA4, {"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all'"),
         (GEMMA4, {"vocab_size_per_layer_input": 512}, "vocab_size_per_layer_input = 512"),
         (GEMMA3, {"query_pre_attn_scalar": 32}, "query_pre_attn_scalar = 32"),
         (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        (GEMMA2, {"attn_logit_softcapping": None}, "attn_logit_softcapping = None: .* with a number only"),
+        (GEMMA2, {"final_logit_softcapping": None}, "final_logit_softcapping = None"),
+        (GEMMA2, {"tie_word_embeddings": False}, "tie_word_embeddings = False"),
+        (GEMMA2, {"query_pre_attn_scalar": 32}, "query_pre_attn_scalar = 32: .* with 64 only"),
+        (GEMMA2 | GEMMA2_27B, {}, "query_pre_attn_scalar = 64: .* with 128 only"),
+        (GEMMA2, {"rope_parameters": LINEAR}, "would compute another rotary embedding"),
     ],
 )
 def test_what_llamacpp_computes_otherwise_is_refused(config: dict[str, Any], changes: Any, message: str) -> None:
     spec = describe(config | changes)
     with pytest.raises(ConfigError, match=message):
         check_supported(spec)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "runtime"),
+    [
+        (GEMMA4, {"hidden_activation": "silu"}, "mlx-lm"),
+        (GEMMA3, {"final_logit_softcapping": 30.0}, "mlx-lm"),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "vLLM"),
+        (GEMMA2, {"hidden_activation": "silu"}, "vLLM"),
+    ],
+)
+def test_what_another_runtime_does_not_ask_is_refused(config: dict[str, Any], changes: Any, runtime: str) -> None:
+    check_settings(describe(config), runtime)
+    ((name, value),) = changes.items()
+    with pytest.raises(ConfigError, match=rf"{name} = {value!r}: {runtime} computes this model with"):
+        check_settings(describe(config | changes), runtime)
+
+
+def test_gemma2_in_mlx_has_no_windows_and_no_scaled_angles(tmp_path: Path) -> None:
+    packed = pack(make_checkpoint(tmp_path / "c", GEMMA2), tmp_path / "p")
+    with pytest.raises(ConfigError, match=r"sliding_window = 32: .*max_position_embeddings = 32 .*which says 2048"):
+        export_mlx(packed, tmp_path / "mlx")
+    short = GEMMA2 | {"max_position_embeddings": 32}
+    packed = pack(make_checkpoint(tmp_path / "short", short), tmp_path / "q")
+    export_mlx(packed, tmp_path / "mlx")
+    assert verify(packed, tmp_path / "mlx").exact
+    with pytest.raises(ConfigError, match="mlx-lm would compute another rotary embedding"):
+        check_rope(describe(short | {"rope_parameters": LINEAR}), "mlx-lm")
 
 
 def test_kv_donors_need_to_be_right_for_shared_layers_only() -> None:

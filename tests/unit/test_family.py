@@ -12,9 +12,11 @@ import transformers
 
 from intaglio.packed.store import headers
 from intaglio.plan.carried import describe_whole, text_name, unused_names
-from intaglio.plan.family import ROLES, TOWER_ROLES, build_meta_model, describe
+from intaglio.plan.families import FAMILIES, ROLES
+from intaglio.plan.family import TOWER_ROLES, build_meta_model, describe
 from intaglio.plan.mended import NEEDED_BY, kv_sharing_modes, mend_kv_sharing
 from intaglio.plan.plan import make_plan
+from tests.support.cases import CONFIGS
 from tests.support.tiny import (
     ASSISTANT,
     FAMILY,
@@ -26,6 +28,7 @@ from tests.support.tiny import (
     make_checkpoint,
 )
 
+ROOT = Path(__file__).parents[2]
 each_kind = pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY)
 
 
@@ -42,6 +45,24 @@ def test_every_parameter_has_exactly_one_role(config: dict[str, Any], tmp_path: 
     for tensor in spec.tensors:
         assert [role for pattern, role in ROLES if re.search(pattern, tensor.name)] == [tensor.role]
     assert {tensor.role for tensor in spec.carried} <= set(TOWER_ROLES)
+
+
+def test_each_family_has_a_tiny_model_which_goes_through_all_exports() -> None:
+    described = {describe(config).family.model_type for config in FAMILY.values()}
+    assert described == set(FAMILIES)
+    models = {family.gguf_architecture for family in FAMILIES.values() if not family.drafter}
+    assert {describe(config).family.gguf_architecture for config in CONFIGS.values()} == models
+
+
+def test_what_a_family_needs_is_listed() -> None:
+    """CONTRIBUTING.md names the files, and each of them has every family."""
+    section = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## Add a family")[2]
+    rows = re.findall(r"^\d\. `([^`]+)`", section, re.MULTILINE)
+    assert len(rows) == 3
+    for name in rows:
+        assert set(FAMILIES) <= set(re.findall(r"\w+", (ROOT / name).read_text("utf-8"))), name
+    for name in re.findall(r"`((?:src|tests|docs)/[^`]+)`", section):
+        assert (ROOT / name).is_file(), name
 
 
 def test_roles_of_experts_and_their_router() -> None:

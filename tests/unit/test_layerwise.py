@@ -32,7 +32,7 @@ from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
 from intaglio.train.start import plan_to_go_on
 from intaglio.train.student import build_student, calibrate_student, gptq_start
-from tests.support.tiny import GEMMA3, GEMMA4, GEMMA4_MOE, make_checkpoint
+from tests.support.tiny import GEMMA2, GEMMA3, GEMMA4, GEMMA4_MOE, make_checkpoint
 from tests.support.training import small_corpus, small_model
 
 SMALL = {"vocab_size": 256, "vocab_size_per_layer_input": 256, "max_position_embeddings": 128}
@@ -133,8 +133,9 @@ def test_batches_add_up_to_the_whole_text(
         assert found[5][name][2] == tokens == 512
 
 
-def test_gemma3_goes_through(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "model", GEMMA3)
+@pytest.mark.parametrize("config", [GEMMA3, GEMMA2], ids=["gemma3", "gemma2"])
+def test_earlier_families_go_through(config: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", config)
     corpus, plan = small_corpus(16, 32, vocabulary=4096), plan_of(folder)
     ours, _ = by_layers(folder, plan, corpus, tmp_path / "layers", gptq=True)
     assert not any(differing(ours, as_a_whole(folder, plan, corpus, tmp_path / "whole")).values())

@@ -183,7 +183,7 @@ def test_a_vector_takes_four_bytes_a_value_in_the_file_on_any_float_grid() -> No
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}), "utf-8")
     with pytest.raises(
-        ConfigError, match=r"model_type 'llama': expected one of gemma3, gemma3_text, gemma4, .*gemma4_text"
+        ConfigError, match=r"model_type 'llama': expected one of gemma2, gemma3, gemma3_text, gemma4, .*gemma4_text"
     ):
         make_plan(tmp_path, "q4_0")
 
@@ -191,6 +191,11 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
 def test_a_tensor_of_unknown_role_is_named() -> None:
     with pytest.raises(ConfigError, match=r"q_proj\.bias: a tensor of unknown role"):
         make_plan(GEMMA4 | {"attention_bias": True}, "q4_0")
+
+
+def test_sliding_layers_need_a_window() -> None:
+    with pytest.raises(ConfigError, match="sliding_window = None: expected a number of tokens"):
+        make_plan(GEMMA3 | {"sliding_window": None}, "q4_0")
 
 
 # The plan and the file

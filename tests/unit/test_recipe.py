@@ -11,7 +11,7 @@ from intaglio.errors import RecipeError
 from intaglio.formats.table import MOBILE
 from intaglio.numerics.grid import F16, Q4_0, Q4_0_FREE, Q8_0
 from intaglio.plan.drafting import Drafting
-from intaglio.plan.family import ROLES
+from intaglio.plan.families import ROLES
 from intaglio.plan.recipe import Recipe, WeightRule, preset_names
 from intaglio.plan.schedule import Schedule
 from intaglio.plan.static import Activations, KvCache
@@ -158,7 +158,7 @@ MALFORMED = {
         f'name = "x"\nfit = "absmax"\n{RULE}', "grid q4_0 of .*does not hold: use int2, int4 and int8"
     ),
     "families that are a string": (f'name = "x"\nfamilies = "gemma4"\n{RULE}', "families = 'gemma4': expected a list"),
-    "an unknown family": (f'name = "x"\nfamilies = ["gemma4"]\n{RULE}', "families = .*: expected a list of gemma3"),
+    "an unknown family": (f'name = "x"\nfamilies = ["gemma4"]\n{RULE}', "families = .*: expected a list of gemma2"),
     "layers that are a number": (rule(layers="3"), r"\[weights\.linear\]: layers = 3: expected 'early' or 'late'"),
     "layers that are unknown": (rule(layers='"first"'), "layers = 'first': expected 'early' or 'late'.* '0-14'"),
     "layers in the wrong order": (rule(layers='"9-3"'), "layers = '9-3': expected"),

@@ -12,9 +12,9 @@ from intaglio.errors import ConfigError
 from intaglio.packed.checkpoint import load_model
 from intaglio.plan.family import read_spec
 from intaglio.train.sharding import load_own_rows
-from tests.support.tiny import GEMMA3, GEMMA4, GEMMA4_DENSE, MULTIMODAL, make_checkpoint
+from tests.support.tiny import GEMMA2, GEMMA3, GEMMA4, GEMMA4_DENSE, MULTIMODAL, make_checkpoint
 
-CONFIGS = {"gemma4": GEMMA4, "no PLE": GEMMA4_DENSE, "gemma3": GEMMA3, "multimodal": MULTIMODAL}
+CONFIGS = {"gemma4": GEMMA4, "no PLE": GEMMA4_DENSE, "gemma3": GEMMA3, "gemma2": GEMMA2, "multimodal": MULTIMODAL}
 CPU = torch.device("cpu")
 
 

@@ -30,6 +30,7 @@ from intaglio.train.quantize import quantize
 from tests.support.cases import Case
 from tests.support.tiny import (
     ASSISTANT,
+    GEMMA2,
     GEMMA3,
     GEMMA4,
     GEMMA4_DENSE,
@@ -169,7 +170,7 @@ def test_tables_that_are_looked_up_are_mapped() -> None:
     assert mobile["head"].resident_bytes == mobile["token_embedding"].mapped_bytes
 
 
-@pytest.mark.parametrize("config", [GEMMA4, GEMMA4_DENSE, GEMMA3], ids=["shared", "dense", "gemma3"])
+@pytest.mark.parametrize("config", [GEMMA4, GEMMA4_DENSE, GEMMA3, GEMMA2], ids=["shared", "dense", "gemma3", "gemma2"])
 def test_the_kv_cache_is_transformers_own(config: dict[str, Any]) -> None:
     """Full layers hold every token; sliding ones a window, of which transformers drops the oldest one early."""
     tokens = 3 * config["sliding_window"]

@@ -20,6 +20,7 @@ from intaglio.packed.decoded import load_packed
 from intaglio.packed.identity import CHECKPOINT, PACKED, expect
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel
+from intaglio.plan.families import FAMILIES, drafter_of
 from intaglio.plan.family import build_meta_model, is_drafter, load_config, text_config, transformers_config
 
 LAYER_TYPES = ("sliding_attention", "sliding_attention", "sliding_attention", "full_attention")
@@ -59,8 +60,10 @@ def drafter_config(target: dict[str, Any], shape: Shape) -> dict[str, Any]:
     """The config of a drafter for a text model's config. ConfigError where a target cannot have this one."""
     target = text_config(target)
     kind = target["model_type"]
-    if not kind.startswith("gemma4"):
-        raise ConfigError(f"{kind}: only Gemma 4 models hand out the keys and values that a drafter reads")
+    family = drafter_of(kind)
+    if family is None:
+        known = ", ".join(other.drafts_for for other in FAMILIES.values() if other.drafts_for)
+        raise ConfigError(f"{kind}: only {known} hand out the keys and values that a drafter reads")
     layers = transformers_config(target)
     for needed in set(LAYER_TYPES):
         if needed not in _stored(layers):
@@ -70,7 +73,7 @@ def drafter_config(target: dict[str, Any], shape: Shape) -> dict[str, Any]:
     full = layers.per_layer_config[layers.layer_types.index("full_attention")]
     own_heads = full.num_key_value_heads != target["num_key_value_heads"]
     text = {key: target[key] for key in TAKEN if key in target} | {
-        "model_type": "gemma4_unified_text" if "unified" in kind else "gemma4_text",
+        "model_type": kind,
         "hidden_size": shape.width,
         "intermediate_size": shape.mlp,
         "num_attention_heads": shape.heads,
@@ -91,8 +94,7 @@ def drafter_config(target: dict[str, Any], shape: Shape) -> dict[str, Any]:
             f"{shape.clusters} clusters: expected a divisor of the vocabulary's {text['vocab_size']} tokens"
         )
     return {
-        "model_type": "gemma4_unified_assistant" if "unified" in kind else "gemma4_assistant",
-        "architectures": ["Gemma4UnifiedAssistantForCausalLM" if "unified" in kind else "Gemma4AssistantForCausalLM"],
+        "model_type": family.model_type,
         "backbone_hidden_size": target["hidden_size"],
         "use_ordered_embeddings": bool(shape.clusters),
         "num_centroids": shape.clusters or 2048,

@@ -16,6 +16,7 @@ from intaglio.errors import RecipeError
 from intaglio.formats.tally import Tally
 from intaglio.packed.assets import NAMED_TEMPLATES
 from intaglio.packed.outputs import MARKER
+from intaglio.plan.families import check_export
 from intaglio.plan.family import ModelSpec, transformers_config
 from intaglio.plan.rope import Rope, plain_rope, ropes
 
@@ -41,12 +42,9 @@ OTHER_SPELLINGS = (
 CODE = ("auto_map", "custom_generate")  # which make transformers run code that lies beside the weights
 
 
-def check_dense_gemma4(model: ModelSpec, what: str) -> None:
-    """Raise RecipeError, in the name of a format, for a family other than gemma4_text and for experts."""
-    if model.family.model_type != "gemma4_text":
-        raise RecipeError(
-            f"{what} is for gemma4_text, this model is {model.family.model_type}: export it to gguf or hf"
-        )
+def check_dense(model: ModelSpec, export: str, what: str) -> None:
+    """Raise RecipeError, in the name of a format, for a family that this export is not for and for experts."""
+    check_export(model.family, export, what)
     if any(tensor.role == "expert" for tensor in model.tensors):
         raise RecipeError(f"{what} has no experts, and this model does: export it to gguf, hf or vllm")
 

@@ -15,8 +15,7 @@ from intaglio.formats.speech import Speech
 from intaglio.packed.template import Renderer
 
 MARKS = ("first\u2060mark", "second\u2060mark", "third\u2060mark")  # contents that no template writes by itself
-# What Ollama calls its code for an architecture, and the words that it puts round turns.
-OLLAMA_CODE = {"gemma4": "gemma4"}
+# The words that Ollama's own code (`Family.ollama_code`) puts round turns.
 TURN = {"system": "system", "user": "user", "assistant": "model"}
 GEMMA4 = {role: (f"<|turn>{name}\n", "<turn|>\n") for role, name in TURN.items()}
 GEMMA4_ANSWERS = ("<|turn>model\n", "<|turn>model\n<|channel>thought\n<channel|>")  # the second of large models
@@ -80,12 +79,12 @@ def turns_of(speech: Speech, template: str) -> Turns | None:
     )
 
 
-def modelfile_facts(speech: Speech | None, architecture: str) -> Facts:
+def modelfile_facts(speech: Speech | None, code: str | None) -> Facts:
     """Lines of a Modelfile, so that Ollama talks to a model by the model's own template, stops and settings.
 
-    stop: texts of all end tokens. Raises ConfigError for a template that Ollama would not use.
+    code: `Family.ollama_code`. stop: texts of all end tokens. Raises ConfigError for a template that Ollama would not
+    use.
     """
-    code = OLLAMA_CODE.get(architecture)
     if speech is None:
         return {"RENDERER": code, "PARSER": code, "TEMPLATE": None, "stop": []} | sampling(None)
     template = speech.templates.get("default")
@@ -93,7 +92,7 @@ def modelfile_facts(speech: Speech | None, architecture: str) -> Facts:
     where = f"{speech.folder}: the chat template"
     instead = "export it to gguf or lmstudio: llama.cpp and LM Studio use the template in the file"
     if template and code and not _is_gemma4(turns):
-        raise ConfigError(f"{where} is not Gemma 4's, in whose form alone Ollama prompts {architecture}: {instead}")
+        raise ConfigError(f"{where} is not Gemma 4's, in whose form alone Ollama prompts {code}: {instead}")
     if template and not code and turns is None:
         raise ConfigError(f"{where} cannot be said in Ollama's language of templates: {instead}")
     own = turns.in_go() if turns is not None and code is None and turns.words != GEMMA3 else None

@@ -18,8 +18,8 @@ from intaglio.packed.names import TEXT_PREFIXES, WRAPPED, check_rest, is_tower, 
 from intaglio.packed.shards import INDEX, SINGLE, shards, tensor_files
 from intaglio.packed.store import SafetensorsReader, headers, open_safetensors, row_slices
 from intaglio.plan.carried import describe_whole, unused_names
+from intaglio.plan.families import WHOLES
 from intaglio.plan.family import (
-    WHOLES,
     ModelSpec,
     TensorSpec,
     build_meta_model,

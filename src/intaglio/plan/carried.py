@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from intaglio.errors import ConfigError
-from intaglio.plan.family import WHOLES, ModelSpec, TensorSpec, build_meta_model, describe, role_of
+from intaglio.plan.families import WHOLES, Family, role_of
+from intaglio.plan.family import ModelSpec, TensorSpec, build_meta_model, describe
 
 TEXT_PREFIX = "model.language_model."  # of the text model's tensors within the whole; alone they begin with "model."
 TOWER_KINDS = ("vision", "audio")
@@ -24,11 +25,6 @@ TOWERS = (
     *("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
     "model.vision_embedder.",  # of a model without encoders
 )
-# What files call some modules of a model without encoders (transformers: conversion_mapping, "gemma4_unified").
-STORED_NAMES = {
-    "model.embed_vision.multimodal_embedder.": "model.embed_vision.",
-    "model.embed_vision.": "model.vision_embedder.",
-}
 UNUSED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj)\.weight")
 SHARED_NORM = re.compile(r"model\.layers\.(\d+)\.self_attn\.(k_norm|v_norm)\.weight")
 
@@ -65,7 +61,7 @@ def describe_whole(config: dict[str, Any], unused: Iterable[str] = ()) -> ModelS
     """
     model = describe(config)
     multimodal = config.get("model_type") in WHOLES
-    towers = _towers(config) if multimodal else ()
+    towers = _towers(config, model.family) if multimodal else ()
     carried = (*(_unused(model, name) for name in unused), *towers)
     return replace(model, carried=carried, whole=config if multimodal else None)
 
@@ -99,13 +95,12 @@ def _unused(model: ModelSpec, name: str) -> TensorSpec:
     return TensorSpec(name, shape, role_of(name))
 
 
-def _towers(config: dict[str, Any]) -> tuple[TensorSpec, ...]:
+def _towers(config: dict[str, Any], family: Family) -> tuple[TensorSpec, ...]:
     """Every stored tensor of towers and embedders, under the names that files give them, in transformers' shapes."""
-    renamed = STORED_NAMES if config["model_type"] == "gemma4_unified" else {}
 
     def stored(name: str) -> str:
-        prefix = next((prefix for prefix in renamed if name.startswith(prefix)), "")
-        return renamed.get(prefix, "") + name.removeprefix(prefix)
+        prefix = next((prefix for prefix in family.stored_names if name.startswith(prefix)), "")
+        return family.stored_names.get(prefix, "") + name.removeprefix(prefix)
 
     model = build_meta_model(config)
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}

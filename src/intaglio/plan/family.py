@@ -1,15 +1,12 @@
-"""The model families, and the role of each of their tensors.
+"""A model of one of the families (see `families`) as its config describes it: every tensor with its role.
 
-A new family is a new row in `FAMILIES` and, where its modules have new names, new rows in `ROLES`.
-Everything else in intaglio speaks of roles. What llama.cpp calls the tensors is in `names_gguf`, what a
-checkpoint holds beside its text model in `carried`.
+Everything else in intaglio speaks of roles. What a checkpoint holds beside its text model is in `carried`.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,63 +15,12 @@ import torch
 
 from intaglio.errors import ConfigError
 from intaglio.plan.contradictions import check_nested, check_rope_scaling, check_sizes, check_values
+from intaglio.plan.families import FAMILIES, MULTIMODAL, Family, role_of
 from intaglio.plan.files import one_line, read_json
 from intaglio.plan.mended import mend_kv_sharing
 
-# Names are those of the text model's state dict; each has one role. `expert` tensors have three dimensions, the
-# first of which counts experts: gate_up_proj [E, 2I, H] and down_proj [E, H, I].
-ROLES: tuple[tuple[str, str], ...] = (
-    (r"\.layer_scalar$", "layer_scalar"),
-    (r"norm\w*\.weight$", "norm"),
-    (r"embed_tokens_per_layer\.weight$", "ple_embedding"),
-    (r"embed_tokens\.weight$", "token_embedding"),
-    (r"^lm_head\.weight$", "head"),
-    (r"per_layer_model_projection\.weight$", "ple_model_projection"),
-    (r"\.per_layer_(input_gate|projection)\.weight$", "ple_linear"),
-    (r"\.self_attn\.[qkvo]_proj\.weight$", "attention"),
-    (r"\.mlp\.(gate|up|down)_proj\.weight$", "mlp"),
-    (r"\.experts\.(gate_up|down)_proj$", "expert"),
-    (r"\.router\.(proj\.weight|scale|per_expert_scale)$", "router"),
-    # of drafters
-    (r"^(pre|post)_projection\.weight$", "drafter_projection"),
-    (r"^masked_embedding\.centroids\.weight$", "centroids"),
-    (r"^masked_embedding\.token_ordering$", "token_ordering"),
-)
-
 # Beside the text model: weights of linears in vision and audio towers and their embedders, and the rest of these.
 TOWER_ROLES = ("tower_linear", "tower_float")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """A text architecture.
-
-    model_type: as in config.json. gguf_architecture: `general.architecture` of its GGUF.
-    norm_offset: what llama.cpp adds to stored norm gains (Gemma 3 computes with 1 + w).
-    drafter: whether it drafts for another model, whose hidden states, keys and values it reads.
-    """
-
-    model_type: str
-    gguf_architecture: str
-    norm_offset: float = 0.0
-    drafter: bool = False
-
-
-FAMILIES: dict[str, Family] = {
-    f.model_type: f
-    for f in (
-        Family(model_type="gemma4_text", gguf_architecture="gemma4"),
-        Family(model_type="gemma4_unified_text", gguf_architecture="gemma4"),
-        Family(model_type="gemma4_assistant", gguf_architecture="gemma4-assistant", drafter=True),
-        Family(model_type="gemma4_unified_assistant", gguf_architecture="gemma4-assistant", drafter=True),
-        Family(model_type="gemma3_text", gguf_architecture="gemma3", norm_offset=1.0),
-    )
-}
-
-# Multimodal models, by the model_type of the whole: towers or embedders beside a nested text model are carried.
-WHOLES = ("gemma4", "gemma4_unified")
-# The same and those whose text model alone is taken.
-MULTIMODAL = (*WHOLES, "gemma3")
 
 
 @dataclass(frozen=True)
@@ -222,6 +168,9 @@ def describe(config: dict[str, Any]) -> ModelSpec:
         raise ConfigError(
             f"num_kv_shared_layers = {shared}: no layer has keys and values to share: only a drafter may have so many"
         )
+    layers = model.config.get_text_config()
+    if "sliding_attention" in layers.layer_types and not layers.sliding_window:
+        raise ConfigError(f"sliding_window = {layers.sliding_window}: expected a number of tokens for sliding layers")
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
     stored = parameters | dict(model.named_buffers())
     order = [name for name in model.state_dict() if name in stored]  # without a tied head, and tables computed anew
@@ -231,6 +180,27 @@ def describe(config: dict[str, Any]) -> ModelSpec:
         for name in order
     )
     return ModelSpec(FAMILIES[model_type], config, tensors)
+
+
+def check_settings(model: ModelSpec, runtime: str) -> None:
+    """Raise ConfigError for a field that a runtime of `Family.fixed` does not ask, and computes by another value."""
+    for key, values in model.family.fixed.get(runtime, {}).items():
+        check_setting(model, key, values, runtime)
+    config, slides = model.layer_config, "sliding_attention" in model.layer_config.layer_types
+    if runtime in model.family.plain_in and slides and config.sliding_window < config.max_position_embeddings:
+        raise ConfigError(
+            f"sliding_window = {config.sliding_window}: in {runtime} every layer attends to the whole text, so longer "
+            f"texts give other logits: quantize it with max_position_embeddings = {config.sliding_window} in its "
+            f"config.json, which says {config.max_position_embeddings}, or export it to another format"
+        )
+
+
+def check_setting(model: ModelSpec, key: str, values: tuple[Any, ...], runtime: str) -> None:
+    """Raise ConfigError unless a field of the text config is one of these, or without any a number but 0."""
+    found = getattr(model.layer_config, key)
+    if found not in values if values else not found:
+        expected = " or ".join(repr(value) for value in values) or "a number"
+        raise ConfigError(f"{key} = {found!r}: {runtime} computes this model with {expected} only")
 
 
 def build_meta_model(config: dict[str, Any]) -> torch.nn.Module:
@@ -255,11 +225,3 @@ def transformers_config(config: dict[str, Any]) -> Any:
         return AutoConfig.for_model(**config)
     except Exception as error:
         raise ConfigError(f"transformers cannot read this config: {one_line(error)}") from error
-
-
-def role_of(tensor_name: str) -> str:
-    """The role of a tensor. ConfigError for a name that no row of ROLES knows."""
-    for pattern, role in ROLES:
-        if re.search(pattern, tensor_name):
-            return role
-    raise ConfigError(f"{tensor_name}: a tensor of unknown role; intaglio does not know this architecture")

@@ -121,7 +121,7 @@ def training_memory(
     trained_weights = sum(t.spec.numel for t in trained)
     learning = [_scales(t) for t in trained if learns_scales(t)]
     learning += [] if scales_alone else [t.spec.numel for t in trained]
-    head = _head_values(plan)
+    head, chunked = _head_values(plan), gradient_checkpointing and compiled and not plan.model.family.eager
     tables = sum(t.spec.numel for t in plan if t.spec.role == "ple_embedding")
 
     def shared(size_bytes: int) -> int:
@@ -138,8 +138,8 @@ def training_memory(
         gradients=shared(HALF * trained_weights) + _step_bytes(schedule, trained, gpus),
         optimizer=0 if schedule.offload_moments else _moment_bytes(schedule, learning, gpus),
         gathered=_gathered_bytes(plan, weights - tables, head) if gpus > 1 else 0,
-        activations=activation_bytes(plan.model, tokens, gradient_checkpointing)
-        + (attention_bytes(plan.model, tokens, schedule.sequence_length) if gradient_checkpointing and compiled else 0),
+        activations=activation_bytes(plan.model, tokens, schedule.sequence_length, gradient_checkpointing)
+        + (attention_bytes(plan.model, tokens, schedule.sequence_length) if chunked else 0),
         loss=_loss_bytes(plan, tokens, head, gradient_checkpointing),
     )
 
@@ -217,19 +217,23 @@ def _loss_bytes(plan: Plan, tokens: int, head: int, gradient_checkpointing: bool
 
     Logits are gone before checkpointed layers are computed again, so only what they exceed such a layer by counts.
     """
-    config = plan.model.layer_config
+    config, length = plan.model.layer_config, plan.recipe.schedule.sequence_length
     chunk = min(tokens, max(LOSS_CHUNK_TOKENS, LOSS_CHUNK_LOGITS // config.vocab_size))
     trained = any(t.rule.trainable for t in plan if t.name == HEAD or t.spec.role == "token_embedding")
     logits: int = HALF * LOGITS_AT_ONCE * chunk * config.vocab_size
     if gradient_checkpointing:
-        logits = max(0, logits - tokens * max(layer_bytes(plan.model, n) for n in range(config.num_hidden_layers)))
+        layers = range(config.num_hidden_layers)
+        logits = max(0, logits - tokens * max(layer_bytes(plan.model, layer, length) for layer in layers))
     return logits + HALF * (tokens * int(config.hidden_size) + head * trained)
 
 
-def activation_bytes(model: ModelSpec, tokens: int, gradient_checkpointing: bool) -> int:
-    """Bytes that autograd keeps of a forward. With checkpointing: the input of each layer, and one layer in full."""
+def activation_bytes(model: ModelSpec, tokens: int, length: int, gradient_checkpointing: bool) -> int:
+    """Bytes that autograd keeps of a forward of sequences of `length` tokens, `tokens` in all.
+
+    With checkpointing: the input of each layer, and one layer in full.
+    """
     config = model.layer_config
-    layers = [layer_bytes(model, layer) for layer in range(config.num_hidden_layers)]
+    layers = [layer_bytes(model, layer, length) for layer in range(config.num_hidden_layers)]
     width, per_layer = config.hidden_size, getattr(config, "hidden_size_per_layer_input", 0) or 0
     outside = 2 * FLOAT * width + per_layer * len(layers) * (3 * FLOAT) + (HALF * width if per_layer else 0)
     kept = HALF * width * len(layers) + max(layers) if gradient_checkpointing else sum(layers)
@@ -260,17 +264,23 @@ def attention_chunks(length: int, window: int | None) -> Iterator[tuple[slice, s
         yield slice(start, stop), slice(0 if window is None else max(0, start - window + 1), stop)
 
 
-def layer_bytes(model: ModelSpec, layer: int) -> int:
-    """Bytes that autograd keeps of one layer and token. A norm keeps its input and the normed values in float32."""
+def layer_bytes(model: ModelSpec, layer: int, length: int) -> int:
+    """Bytes that autograd keeps of one layer and token, in a sequence of `length` tokens.
+
+    A norm keeps its input and the normed values in float32.
+    """
     config: Any = model.layer_config
     own, width = config.per_layer_config[layer], config.hidden_size
     norm = 2 * FLOAT
     queries = config.num_attention_heads * own.head_dim
     keys = own.num_key_value_heads * own.head_dim if model.kv_donors[layer] == layer else 0
-    value_norm = FLOAT if model.family.gguf_architecture == "gemma4" else 0
+    head_norm = norm if any(tensor.name.endswith(".q_norm.weight") for tensor in model.tensors) else 0
+    value_norm = FLOAT if model.family.value_norm else 0
     size: int = width * (4 * norm + 2 * HALF)  # four norms, and what q/k/v and gate/up multiply
     # queries and their norm; queries, keys and values of all heads, and the result twice, for attention and o
-    size += queries * (norm + 5 * HALF) + keys * (norm + value_norm)
+    size += queries * (head_norm + 5 * HALF) + keys * (head_norm + value_norm)
+    if model.family.eager:  # capped scores, their softmax in float32, and the probabilities
+        size += config.num_attention_heads * length * (2 * HALF + FLOAT)
     size += _mlp_width(model, layer) * 4 * HALF  # gate, its activation, up, and the product
     per_layer = getattr(config, "hidden_size_per_layer_input", 0) or 0
     if per_layer:  # gate, its activation, the product and the input, and one more norm
@@ -320,7 +330,7 @@ def layers_memory(plan: Plan) -> LayersMemory:
     scales = max(_scale_bytes(t) / t.spec.numel for t in layers)
     linears = [t.spec.shape for t in layers if t.quantized_linear and len(t.spec.shape) == 2]
     rows, columns = max(linears, key=lambda shape: (shape[1], shape[0]), default=(0, 0))
-    activations = max(layer_bytes(plan.model, layer) for layer in range(len(values)))
+    activations = max(layer_bytes(plan.model, layer, schedule.sequence_length) for layer in range(len(values)))
     width, config = plan.model.layer_config.hidden_size, plan.model.layer_config
     per_layer = (getattr(config, "hidden_size_per_layer_input", 0) or 0) * len(values)
     text = schedule.tokens_by_layers(bool(plan.static_scales))

@@ -23,7 +23,8 @@ from intaglio.errors import RecipeError
 from intaglio.numerics.grid import INT2, INT4, INT8, BlockGrid, Grid, grid_named
 from intaglio.plan.checks import check_keys, one_of, typed
 from intaglio.plan.drafting import Drafting, parse_drafting
-from intaglio.plan.family import FAMILIES, ROLES, TOWER_ROLES
+from intaglio.plan.families import FAMILIES, ROLES
+from intaglio.plan.family import TOWER_ROLES
 from intaglio.plan.files import read_text
 from intaglio.plan.patterns import pattern
 from intaglio.plan.schedule import Schedule, parse_schedule

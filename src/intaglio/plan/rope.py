@@ -6,14 +6,17 @@ turns from one position to the next, and the factor on cosines and sines.
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from intaglio.errors import ConfigError
+from intaglio.plan.families import FAMILIES
 from intaglio.plan.family import ModelSpec
 
 BY_LENGTH = ("dynamic", "longrope")  # their angles depend on the length of the text
+KINDS = ("full_attention", "sliding_attention")  # of layers
 RELATIVE = 1e-5  # float32 powers of two libraries differ in the last bits
 
 
@@ -57,22 +60,30 @@ def ropes(config: Any) -> dict[str, Rope]:
 
     Raises ConfigError for parameters that transformers cannot compute.
     """
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
-    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
-
-    kind = Gemma3RotaryEmbedding if config.model_type.startswith("gemma3") else Gemma4TextRotaryEmbedding
+    module, name = FAMILIES[config.model_type].rotary
+    kind = getattr(importlib.import_module(f"transformers.models.{module}"), name)
     try:
         table = kind(config)
     except Exception as error:  # transformers raises many types for parameters that contradict themselves
         raise ConfigError(f"rope_parameters {config.rope_parameters}: {type(error).__name__}: {error}") from error
+    if isinstance(table.rope_type, str):
+        return dict.fromkeys(KINDS, _rope(table.inv_freq, table.attention_scaling, table.rope_type))
     return {
-        layer_type: Rope(
-            tuple(getattr(table, f"{layer_type}_inv_freq").double().tolist()),
-            float(getattr(table, f"{layer_type}_attention_scaling")),
-            table.rope_type[layer_type] in BY_LENGTH,
+        layer_type: _rope(
+            getattr(table, f"{layer_type}_inv_freq"), getattr(table, f"{layer_type}_attention_scaling"), rope_type
         )
-        for layer_type in table.rope_type
+        for layer_type, rope_type in table.rope_type.items()
     }
+
+
+def _rope(angles: Any, scaling: float, rope_type: str) -> Rope:
+    return Rope(tuple(angles.double().tolist()), float(scaling), rope_type in BY_LENGTH)
+
+
+def rope_parameters(config: Any) -> dict[str, dict[str, Any]]:
+    """The parameters of each type of layer; a config may say them once for both."""
+    said = config.rope_parameters
+    return dict.fromkeys(KINDS, said) if "rope_type" in said else said
 
 
 def _in_mlx(said: dict[str, Any], width: int) -> Rope | None:
@@ -110,8 +121,10 @@ def check_rope(spec: ModelSpec, runtime: str) -> None:
     depend on the length of the text.
     """
     for layer_type, rope in ropes(spec.layer_config).items():
-        said = spec.layer_config.rope_parameters[layer_type]
+        said = rope_parameters(spec.layer_config)[layer_type]
         computed = COMPUTED[runtime](said, 2 * len(rope.angles)) if runtime in COMPUTED else rope
+        if runtime in spec.family.plain_in:
+            computed = plain_rope(said["rope_theta"], len(rope.angles))
         if rope.by_length or computed is None or not rope.same(computed):
             raise ConfigError(refusal(layer_type, said, runtime))
 

@@ -15,9 +15,9 @@ from intaglio.formats.gguf.names import GGUF_ROPE_FACTORS, gguf_rope_factors
 from intaglio.formats.gguf.read import read_gguf
 from intaglio.plan.family import ModelSpec
 from intaglio.plan.files import read_json
+from intaglio.plan.rope import KINDS, rope_parameters
 from intaglio.sources.stored import Source
 
-KINDS = ("full_attention", "sliding_attention")
 TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 
 
@@ -48,11 +48,11 @@ def _expected(model: ModelSpec) -> dict[str, tuple[Any, Any]]:
     config = model.layer_config
     kinds, layers = list(config.layer_types), config.per_layer_config
     full, sliding = (layers[kinds.index(kind) if kind in kinds else 0] for kind in KINDS)
-    rope = config.rope_parameters
+    rope = rope_parameters(config)
     widths = [tensor.shape[0] for tensor in model.tensors if tensor.name.endswith(".mlp.gate_proj.weight")]
-    gemma4 = model.family.gguf_architecture.startswith("gemma4")
-    cap = config.final_logit_softcapping or 0.0
-    factor = 1.0 if gemma4 else rope["full_attention"].get("factor", 1.0)  # other ropes of Gemma 4 have no key
+    family = model.family
+    # scaled ropes of families with factors have no key
+    factor = 1.0 if family.gguf_rope_factors else rope["full_attention"].get("factor", 1.0)
     found: dict[str, tuple[Any, Any]] = {
         "block_count": (config.num_hidden_layers, 0),
         "embedding_length": (config.hidden_size, 0),
@@ -69,23 +69,22 @@ def _expected(model: ModelSpec) -> dict[str, tuple[Any, Any]]:
         "attention.sliding_window": (config.sliding_window, None),
         "rope.freq_base": (rope["full_attention"]["rope_theta"], None),
         "rope.freq_base_swa": (rope["sliding_attention"]["rope_theta"], None),
-        # without the key, llama.cpp caps logits of Gemma 4 at 30
-        "final_logit_softcapping": (cap, 30.0 if gemma4 and not model.family.drafter else None),
     }
-    if not gemma4:
-        return found
-    experts = getattr(config, "enable_moe_block", False)
-    found |= {
-        "attention.key_length_swa": (sliding.head_dim, None),
-        "attention.value_length_swa": (sliding.head_dim, None),
-        "rope.dimension_count": (full.head_dim, None),
-        "rope.dimension_count_swa": (sliding.head_dim, None),
-        "expert_count": (config.num_experts if experts else 0, 0),
-        "expert_used_count": (config.top_k_experts if experts else 0, 0),
-        "attention.shared_kv_layers": (config.num_kv_shared_layers, None),
-        "attention.sliding_window_pattern": ([kind == "sliding_attention" for kind in kinds], None),
-        "embedding_length_per_layer_input": (config.hidden_size_per_layer_input or 0, None),
-    }
+    found |= {key: (getattr(config, key) or 0.0, absent) for key, absent in family.gguf_caps.items()}
+    if not family.gguf_period:
+        found["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in kinds], None
+    if family.full_heads:
+        experts = getattr(config, "enable_moe_block", False)
+        found |= {
+            "attention.key_length_swa": (sliding.head_dim, None),
+            "attention.value_length_swa": (sliding.head_dim, None),
+            "rope.dimension_count": (full.head_dim, None),
+            "rope.dimension_count_swa": (sliding.head_dim, None),
+            "expert_count": (config.num_experts if experts else 0, 0),
+            "expert_used_count": (config.top_k_experts if experts else 0, 0),
+            "attention.shared_kv_layers": (config.num_kv_shared_layers, None),
+            "embedding_length_per_layer_input": (config.hidden_size_per_layer_input or 0, None),
+        }
     return found
 
 

@@ -87,7 +87,7 @@ def hf_config(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
     architecture = type(build_meta_model(spec.config)).__name__
     name = str(dtype).removeprefix("torch.")
     layers = (spec.config["text_config"] if spec.family.drafter else spec.config) | {"dtype": name}
-    if spec.family.gguf_architecture != "gemma3":
+    if spec.family.full_heads:
         config = spec.layer_config
         full = config.per_layer_config[config.layer_types.index("full_attention")]
         layers["global_head_dim"] = full.head_dim

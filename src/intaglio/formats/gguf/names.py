@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from intaglio.errors import ConfigError
 from intaglio.plan.family import ModelSpec
 from intaglio.plan.plan import PlannedTensor
-from intaglio.plan.rope import RELATIVE, plain_rope, refusal, ropes
+from intaglio.plan.rope import RELATIVE, plain_rope, refusal, rope_parameters, ropes
 
 # What llama.cpp calls the tensors of these families (gguf-py: TENSOR_NAMES).
 GGUF_MODEL_NAMES = {
@@ -49,16 +49,6 @@ GGUF_LAYER_NAMES = {
     "post_feedforward_layernorm_2.weight": "post_ffw_norm_2.weight",
 }
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
-# Special to transformers, but a chat parser has to see them in the output.
-VISIBLE = {
-    "<|channel>",
-    "<channel|>",
-    "<|tool_call>",
-    "<tool_call|>",
-    "<|tool_response>",
-    "<tool_response|>",
-    '<|"|>',
-}
 # Gemma's placeholders are control tokens even where tokenizer.json does not call them special.
 PLACEHOLDER = re.compile(r"<unused\d+>|<mask>")
 # llama.cpp ends an answer at these by their text (llama-vocab.cpp: special_eog_ids), and at two more ids that a file
@@ -106,7 +96,7 @@ def gguf_rope_factors(spec: ModelSpec) -> list[float] | None:
     a head: 1e30 makes an angle zero. Any scaling that is no more than slower angles is written in the same way.
     Half as many values as the head has channels.
     """
-    if not spec.family.gguf_architecture.startswith("gemma4"):
+    if not spec.family.gguf_rope_factors:
         return None
     config = spec.layer_config
     said = config.rope_parameters["full_attention"]
@@ -124,12 +114,12 @@ def check_llamacpp_rope(spec: ModelSpec) -> None:
     It takes factors of the angles for Gemma 4's full layers alone, and for Gemma 3's only one for all angles.
     """
     for layer_type, rope in ropes(spec.layer_config).items():
-        said = spec.layer_config.rope_parameters[layer_type]
+        said = rope_parameters(spec.layer_config)[layer_type]
         factor = 1.0
         if layer_type == "full_attention" and said["rope_type"] == "linear":
             factor = said["factor"]
         plain = plain_rope(said["rope_theta"], len(rope.angles), factor)
-        free = layer_type == "full_attention" and spec.family.gguf_architecture.startswith("gemma4")
+        free = layer_type == "full_attention" and spec.family.gguf_rope_factors
         if rope.by_length or rope.scaling != 1.0 or not (free or rope.same(plain)):
             raise ConfigError(refusal(layer_type, said, "llama.cpp"))
 

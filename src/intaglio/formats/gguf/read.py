@@ -159,8 +159,6 @@ def _config_facts(keys: dict[str, Any], factors: list[float] | None, spec: Model
     sliding = [bool(kind) for kind in pattern or []]
     full_width, full_value = take("attention.key_length"), take("attention.value_length")
     own_width, own_value = take("attention.key_length_swa", full_width), take("attention.value_length_swa", full_value)
-    # without the key llama.cpp caps Gemma 4 at 30, and zero turns it off
-    capped = take("final_logit_softcapping", 30.0 if spec.family.gguf_architecture == "gemma4" else None)
     facts = {
         "num_hidden_layers": layers,
         "max_position_embeddings": take("context_length"),
@@ -170,7 +168,6 @@ def _config_facts(keys: dict[str, Any], factors: list[float] | None, spec: Model
         "num_key_value_heads": each(take("attention.head_count_kv")),
         "rms_norm_eps": take("attention.layer_norm_rms_epsilon"),
         "sliding_window": take("attention.sliding_window"),
-        "final_logit_softcapping": capped or None,
         "layer_types": [("full_attention", "sliding_attention")[kind] for kind in sliding],
         "head_dim": [own_width if kind else full_width for kind in sliding],
         "value head_dim": [own_value if kind else full_value for kind in sliding],
@@ -180,6 +177,8 @@ def _config_facts(keys: dict[str, Any], factors: list[float] | None, spec: Model
         "top_k_experts": take("expert_used_count"),
         "moe_intermediate_size": take("expert_feed_forward_length"),
     }
+    # without the key llama.cpp caps at a value of its own, and zero turns it off
+    facts |= {name: take(name, absent) or None for name, absent in spec.family.gguf_caps.items()}
     if spec.family.drafter:
         facts |= {
             "backbone_hidden_size of the whole": take("embedding_length_out"),

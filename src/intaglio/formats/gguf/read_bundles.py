@@ -73,7 +73,7 @@ def compare_ollama(packed: PackedModel, folder: Path, tally: Tally) -> None:
     files = [named[key] for key in ("FROM", "DRAFT") if key in named]
     compare_gguf(packed, bundled_gguf(folder), tally)
     spec = packed.plan.model.text_only()
-    expected = modelfile_facts(read_speech(packed.path, spec.layer_config.to_dict()), spec.family.gguf_architecture)
+    expected = modelfile_facts(read_speech(packed.path, spec.layer_config.to_dict()), spec.family.ollama_code)
     found = {name: named.pop(name, None) for name in expected}
     found |= {"stop": sorted(found["stop"])} | {name: _number(found[name]) for name in SAMPLING}
     compare_facts(TEMPLATE, expected, found, tally)

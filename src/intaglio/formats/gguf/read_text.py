@@ -21,12 +21,12 @@ from intaglio.formats.gguf.names import (
     PLACEHOLDER,
     SAMPLING_KEYS,
     SUPPRESSED,
-    VISIBLE,
     gguf_end_keys,
     gguf_template_name,
 )
 from intaglio.formats.speech import Speech, compare_templates, compare_tokens
 from intaglio.formats.tally import Tally
+from intaglio.plan.families import GgufTokenizer
 from intaglio.plan.family import ModelSpec
 
 TOKENS = "tokenizer.ggml"
@@ -43,12 +43,12 @@ LLAMACPP_SECONDS = 300
 
 def compare_text(speech: Speech, spec: ModelSpec, keys: dict[str, Any], path: Path, tally: Tally) -> None:
     """Count what `keys`, those of the file `path`, say of text, and note what differs from the packed model's."""
-    gemma4 = spec.family.gguf_architecture != "gemma3"
+    kind = spec.family.gguf_tokenizer
     taken = {name: keys.pop(f"{TOKENS}.{name}", None) for name in ("tokens", "token_type", "scores", "merges")}
     steps = {name: keys.pop(f"{TOKENS}.{name}", None) for name in ("model", "pre", "add_space_prefix", "add_eos_token")}
-    expected = {"model": "gemma4", "pre": None} if gemma4 else {"model": "llama", "pre": "default"}
-    compare_facts(TOKENIZER, expected | {"add_space_prefix": False, "add_eos_token": None}, steps, tally)
-    _compare_vocabulary(speech, taken, gemma4, spec.layer_config.vocab_size, tally)
+    expected = {"model": kind.model, "pre": kind.pre, "add_space_prefix": False, "add_eos_token": None}
+    compare_facts(TOKENIZER, expected, steps, tally)
+    _compare_vocabulary(speech, taken, kind, spec.layer_config.vocab_size, tally)
     _compare_ids(speech, keys, taken["tokens"] if isinstance(taken["tokens"], list) else [], tally)
     compare_templates(speech, _templates(speech, keys), tally)
     sampling = {name: keys.pop(f"general.sampling.{key}", None) for name, key in SAMPLING_KEYS.items()}
@@ -99,16 +99,16 @@ def _compare_ids(speech: Speech, keys: dict[str, Any], tokens: list[str], tally:
     tally.unsaid += [f"llama.cpp ends at {text!r} too" for text in added]
 
 
-def _compare_vocabulary(speech: Speech, taken: dict[str, Any], gemma4: bool, size: int, tally: Tally) -> None:
+def _compare_vocabulary(speech: Speech, taken: dict[str, Any], kind: GgufTokenizer, size: int, tally: Tally) -> None:
     """Compare text and type of each token, and the merges, or the order of scores that stands for them."""
     backend = json.loads(speech.tokenizer.backend_tokenizer.to_str())
     added = {token["id"]: token for token in backend["added_tokens"]}
     ids = {index: text for text, index in backend["model"]["vocab"].items()}
     ids |= {index: token["content"] for index, token in added.items()}
     texts = [ids.get(index, f"[PAD{index}]") for index in range(size)]
-    types = [_type(ids.get(index), added.get(index), gemma4) for index in range(size)]
-    if not gemma4:  # llama.cpp looks for these before spaces become U+2581
-        user_defined = [kind == TokenType.USER_DEFINED for kind in types]
+    types = [_type(ids.get(index), added.get(index), kind) for index in range(size)]
+    if kind.by_scores:  # llama.cpp looks for these before spaces become U+2581
+        user_defined = [found == TokenType.USER_DEFINED for found in types]
         texts = [t.replace("\u2581", " ") if own else t for t, own in zip(texts, user_defined, strict=True)]
     for name, wanted in (("tokens", texts), ("token_type", types)):
         found = taken[name] if isinstance(taken[name], list) else []
@@ -118,11 +118,11 @@ def _compare_vocabulary(speech: Speech, taken: dict[str, Any], gemma4: bool, siz
             first = f"the first is {wrong[0]}, {texts[wrong[0]]!r}" if wrong else f"there are {len(found)}"
             tally.unlike_facts.append(f"{TOKENIZER}: {len(wrong)} of {size} entries of {name} differ: {first}")
     merges = backend["model"]["merges"]
-    if gemma4:
-        same = taken["merges"] == [" ".join(pair) for pair in merges]
-    else:
+    if kind.by_scores:
         scores = taken["scores"] if isinstance(taken["scores"], list) else []
         same = len(scores) == size and _in_order(merges, scores, backend["model"]["vocab"], added)
+    else:
+        same = taken["merges"] == [" ".join(pair) for pair in merges]
     if not same:
         tally.unlike_facts.append(f"{TOKENIZER}: tokens are merged in another order")
 
@@ -136,12 +136,12 @@ def _in_order(
     return found == sorted(found, reverse=True)
 
 
-def _type(text: str | None, added: dict[str, Any] | None, gemma4: bool) -> TokenType:
+def _type(text: str | None, added: dict[str, Any] | None, kind: GgufTokenizer) -> TokenType:
     if text is None:
         return TokenType.UNUSED
     if added is None:
         return TokenType.BYTE if text.startswith("<0x") and len(text) == 6 else TokenType.NORMAL
-    control = (added["special"] or PLACEHOLDER.fullmatch(text)) and not (gemma4 and text in VISIBLE)
+    control = (added["special"] or PLACEHOLDER.fullmatch(text)) and text not in kind.visible
     return TokenType.CONTROL if control else TokenType.USER_DEFINED
 
 

@@ -31,8 +31,11 @@ from intaglio.numerics.layout import map_chunks, to_blocks
 from intaglio.numerics.rounding import HALF_SIGNIFICANT_BITS
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
-from intaglio.plan.family import ModelSpec
+from intaglio.plan.family import ModelSpec, check_setting, check_settings
 from intaglio.plan.plan import Plan, PlannedTensor
+from intaglio.plan.rope import KINDS, rope_parameters
+
+RUNTIME = "llama.cpp"
 
 
 def export_gguf(
@@ -102,31 +105,23 @@ def _lacking(tensor: PlannedTensor) -> tuple[str, str]:
 
 def check_supported(spec: ModelSpec) -> None:
     """Raise ConfigError where llama.cpp's code for this architecture does something else."""
-    config = spec.layer_config
-    required: dict[str, Any] = {"hidden_activation": ("gelu_pytorch_tanh",)}
-    if spec.family.drafter:
+    config, family = spec.layer_config, spec.family
+    check_settings(spec, RUNTIME)
+    if family.drafter:
         _check_drafter(spec)
-    elif spec.family.gguf_architecture == "gemma4":
-        required["use_bidirectional_attention"] = (None, "vision")
-        if config.hidden_size_per_layer_input:
-            required["vocab_size_per_layer_input"] = (config.vocab_size,)
-        _check_kv_donors(config)
     else:
-        required["use_bidirectional_attention"] = (None, False)
-        required["attn_logit_softcapping"] = (None,)
-        # gemma3.cpp scales by the head size, but in the 27B, which it tells by its 62 layers
-        of_27b = config.num_hidden_layers == 62
-        scalar = config.hidden_size // config.num_attention_heads if of_27b else _head_size(config, "full_attention")
-        required["query_pre_attn_scalar"] = (scalar,)
-    for key, values in required.items():
-        if getattr(config, key) not in values:
-            expected = " or ".join(repr(value) for value in values)
-            raise ConfigError(f"{key} = {getattr(config, key)!r}: llama.cpp computes this model with {expected} only")
+        _check_kv_donors(config)
+    if getattr(config, "hidden_size_per_layer_input", None):
+        check_setting(spec, "vocab_size_per_layer_input", (config.vocab_size,), RUNTIME)
+    if family.gguf_wide_scale is not None:
+        wide = config.num_hidden_layers == family.gguf_wide_scale
+        scalar = config.hidden_size // config.num_attention_heads if wide else _head_size(config, "full_attention")
+        check_setting(spec, "query_pre_attn_scalar", (scalar,), RUNTIME)
     check_llamacpp_rope(spec)
 
 
 def _check_drafter(spec: ModelSpec) -> None:
-    """Checks what gemma4-assistant.cpp refuses, or reads of the target without looking."""
+    """Checks what llama.cpp refuses of a drafter, or reads of the target without looking."""
     config = spec.layer_config
     if config.hidden_size == target_width(spec):
         raise ConfigError(
@@ -147,7 +142,7 @@ def target_width(spec: ModelSpec) -> int:
 
 def _check_kv_donors(config: Any) -> None:
     """llama.cpp takes KV of shared layers from the last two unshared ones: sliding, then full."""
-    first_shared = config.num_hidden_layers - config.num_kv_shared_layers
+    first_shared = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
     unshared = config.layer_types[:first_shared]
     for kind in set(config.layer_types[first_shared:]):
         donor = first_shared - (2 if kind == "sliding_attention" else 1)
@@ -189,8 +184,8 @@ def _add_general(writer: GGUFWriter, packed: PackedModel) -> None:
 
 
 def _add_architecture(writer: GGUFWriter, spec: ModelSpec) -> None:
-    config = spec.layer_config
-    rope_full, rope_sliding = (config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
+    config, family = spec.layer_config, spec.family
+    rope_full, rope_sliding = (rope_parameters(config)[kind] for kind in KINDS)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -204,38 +199,35 @@ def _add_architecture(writer: GGUFWriter, spec: ModelSpec) -> None:
     writer.add_rope_freq_base(rope_full["rope_theta"])
     writer.add_rope_freq_base_swa(rope_sliding["rope_theta"])
     writer.add_sliding_window(config.sliding_window)
-    if config.final_logit_softcapping or not spec.family.drafter:
-        # without the key, llama.cpp caps Gemma 4 at 30; zero turns it off. A drafter's head is never capped
-        writer.add_final_logit_softcapping(config.final_logit_softcapping or 0.0)
-    if spec.family.gguf_architecture == "gemma3":
-        _add_gemma3(writer, config, rope_full)
-    else:
-        _add_gemma4(writer, config)
-    if spec.family.drafter:
+    for name in family.gguf_caps:  # also where there is none: without the key llama.cpp caps at a value of its own
+        writer.add_float32(f"{family.gguf_architecture}.{name}", getattr(config, name) or 0.0)
+    kinds = config.layer_types
+    own = sliding_period(kinds) if family.gguf_period else [kind == "sliding_attention" for kind in kinds]
+    writer.add_sliding_window_pattern(own)
+    if family.full_heads:
+        _add_full_heads(writer, config)
+    if not family.gguf_rope_factors and rope_full["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope_full["factor"])
+    if hasattr(config, "num_kv_shared_layers"):
+        writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    if hasattr(config, "hidden_size_per_layer_input"):
+        writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input or 0)
+    if getattr(config, "enable_moe_block", False):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.top_k_experts)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if family.drafter:
         writer.add_embedding_length_out(target_width(spec))
         writer.add_nextn_predict_layers(config.num_hidden_layers)
 
 
-def _add_gemma4(writer: GGUFWriter, config: Any) -> None:
+def _add_full_heads(writer: GGUFWriter, config: Any) -> None:
     full, sliding = _head_size(config, "full_attention"), _head_size(config, "sliding_attention")
-    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-    writer.add_shared_kv_layers(config.num_kv_shared_layers)
-    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input or 0)
     writer.add_key_length_swa(sliding)
     writer.add_value_length_swa(sliding)
     writer.add_rope_dimension_count(full)  # all of the head; the rope factors leave most of it unrotated
     writer.add_rope_dimension_count_swa(sliding)
-    if getattr(config, "enable_moe_block", False):  # which the unified family has not
-        writer.add_expert_count(config.num_experts)
-        writer.add_expert_used_count(config.top_k_experts)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-
-
-def _add_gemma3(writer: GGUFWriter, config: Any, rope_full: dict[str, Any]) -> None:
-    writer.add_sliding_window_pattern(sliding_period(config.layer_types))
-    if rope_full["rope_type"] == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope_full["factor"])
 
 
 def sliding_period(layer_types: list[str]) -> int:

@@ -22,9 +22,9 @@ from intaglio.formats.turns import SAMPLING, modelfile_facts
 from intaglio.formats.write_folder import silent
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import new_path
+from intaglio.plan.families import drafter_of
 
 PUBLISHER = "intaglio"
-DRAFTER = "gemma4-assistant"  # general.architecture of a drafter's GGUF
 
 
 def export_ollama(
@@ -59,7 +59,7 @@ def modelfile(packed: PackedModel, *, with_draft: bool = False) -> str:
     Raises ConfigError for a chat template that Ollama would not use, and for sampling settings that are no numbers.
     """
     spec = packed.plan.model.text_only()
-    facts = modelfile_facts(read_speech(packed.path, spec.layer_config.to_dict()), spec.family.gguf_architecture)
+    facts = modelfile_facts(read_speech(packed.path, spec.layer_config.to_dict()), spec.family.ollama_code)
     lines = ["FROM ./model.gguf"] + ["DRAFT ./draft.gguf"] * with_draft
     lines += [f"{name} {facts[name]}" for name in ("RENDERER", "PARSER") if facts[name]]
     lines += [f'TEMPLATE """{facts["TEMPLATE"]}"""'] * bool(facts["TEMPLATE"])
@@ -113,14 +113,17 @@ def _check_draft(packed: PackedModel, draft: str | Path) -> None:
 
     llama.cpp, which Ollama runs, looks at the width alone before it computes.
     """
+    family = packed.plan.model.family
+    drafter = drafter_of(family.model_type)
+    if drafter is None:
+        raise ConfigError(f"{draft}: models of type {family.model_type} have no drafters: leave it out")
     if not Path(draft).is_file():
         raise ConfigError(f"{draft}: no such file: expected the GGUF of a drafter")
     found = read_gguf(Path(draft)).fields
     architecture = found["general.architecture"].contents() if "general.architecture" in found else None
-    if architecture != DRAFTER:
-        raise ConfigError(f"{draft}: general.architecture = {architecture!r}: expected {DRAFTER!r}, a drafter's")
-    if packed.plan.model.family.gguf_architecture != "gemma4":
-        raise ConfigError(f"{draft}: drafts for Gemma 4, this model is {packed.plan.model.family.model_type}")
+    wanted = drafter.gguf_architecture
+    if architecture != wanted:
+        raise ConfigError(f"{draft}: general.architecture = {architecture!r}: expected {wanted!r}, a drafter's")
     config = packed.plan.model.layer_config
     if config.layer_types[-2:] != ["sliding_attention", "full_attention"]:
         raise ConfigError(
@@ -134,7 +137,7 @@ def _check_draft(packed: PackedModel, draft: str | Path) -> None:
         "attention.key_length_swa": sliding.head_dim,
         "attention.sliding_window": config.sliding_window,
     }
-    got = {key: found[name].contents() for key in expected if (name := f"{DRAFTER}.{key}") in found}
+    got = {key: found[name].contents() for key in expected if (name := f"{wanted}.{key}") in found}
     tokens = "tokenizer.ggml.tokens"
     expected[tokens], got[tokens] = config.vocab_size, len(found[tokens].data) if tokens in found else None
     for key, value in expected.items():

@@ -22,11 +22,11 @@ from intaglio.formats.gguf.names import (
     PLACEHOLDER,
     SAMPLING_KEYS,
     SUPPRESSED,
-    VISIBLE,
     gguf_end_keys,
     gguf_template_name,
 )
 from intaglio.formats.speech import Speech, read_speech
+from intaglio.plan.families import GgufTokenizer
 from intaglio.plan.family import ModelSpec
 from intaglio.plan.files import read_json
 
@@ -44,33 +44,33 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, spec: ModelSpec) -> None:
     for a missing or malformed tokenizer, for one that llama.cpp would run otherwise, and for one with ids
     that the model lacks, placeholders of images and sounds excepted: no text reaches those.
     """
-    vocab_size, gemma4 = spec.layer_config.vocab_size, spec.family.gguf_architecture != "gemma3"
+    vocab_size, kind = spec.layer_config.vocab_size, spec.family.gguf_tokenizer
     speech = _speech(folder, spec)
     vocabulary, merges, added = _load(folder, speech)
     ids = vocabulary | {text: token["id"] for text, token in added.items()}
     _check_ids(folder, ids, vocab_size, {text for text in added if added[text]["special"] and text not in vocabulary})
-    scores = {} if gemma4 else sentencepiece_scores(vocabulary, merges, set(added), folder)
+    scores = sentencepiece_scores(vocabulary, merges, set(added), folder) if kind.by_scores else {}
 
     texts = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     token_scores = [SPECIAL_SCORE] * vocab_size
     for text, index in ids.items():
         if index < vocab_size:
-            types[index] = _token_type(text, added.get(text), gemma4)
+            types[index] = _token_type(text, added.get(text), kind)
             token_scores[index] = scores.get(text, SPECIAL_SCORE)
             # llama.cpp looks for added tokens in the raw text, where SentencePiece's U+2581 is still a space
-            spaced = not gemma4 and types[index] is TokenType.USER_DEFINED
+            spaced = kind.by_scores and types[index] is TokenType.USER_DEFINED
             texts[index] = text.replace("\u2581", " ") if spaced else text
 
-    writer.add_tokenizer_model("gemma4" if gemma4 else "llama")
+    writer.add_tokenizer_model(kind.model)
     writer.add_token_list(texts)
     writer.add_token_scores(token_scores)
     writer.add_token_types(types)
     writer.add_add_space_prefix(False)
-    if gemma4:
+    if not kind.by_scores:
         writer.add_token_merges([" ".join(pair) for pair in merges])
-    else:
-        writer.add_tokenizer_pre("default")
+    if kind.pre is not None:
+        writer.add_tokenizer_pre(kind.pre)
     _add_special(writer, speech, ids)
     _add_settings(writer, speech)
 
@@ -126,17 +126,17 @@ def sentencepiece_scores(
 
 def _not_sentencepiece(folder: Path, reason: str) -> str:
     return (
-        f"{folder}/tokenizer.json: {reason}: llama.cpp runs Gemma 3 tokenizers by scores, which cannot say what "
+        f"{folder}/tokenizer.json: {reason}: llama.cpp runs this family's tokenizers by scores, which cannot say what "
         "these merges do; use a tokenizer that was converted from SentencePiece"
     )
 
 
-def _token_type(text: str, added: dict[str, Any] | None, gemma4: bool) -> TokenType:
+def _token_type(text: str, added: dict[str, Any] | None, kind: GgufTokenizer) -> TokenType:
     if re.fullmatch(r"<0x[0-9A-F]{2}>", text):
         return TokenType.BYTE
     if added is None:
         return TokenType.NORMAL
-    if gemma4 and text in VISIBLE:
+    if text in kind.visible:
         return TokenType.USER_DEFINED
     # llama.cpp finds both kinds in the text before any merge, as transformers does with added tokens
     return TokenType.CONTROL if added["special"] or PLACEHOLDER.fullmatch(text) else TokenType.USER_DEFINED

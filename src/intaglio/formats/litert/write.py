@@ -16,7 +16,7 @@ from pathlib import Path
 
 import intaglio
 from intaglio.errors import ConfigError, InputError, RecipeError, RuntimeFailureError
-from intaglio.formats.facts import check_dense_gemma4
+from intaglio.formats.facts import check_dense
 from intaglio.formats.litert.converter import ERROR_MARK
 from intaglio.formats.speech import plain_tokens, read_speech
 from intaglio.formats.write_folder import silent
@@ -93,7 +93,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 def check_litert(plan: Plan) -> None:
     """Raise RecipeError for a family or a grid that the exporter or LiteRT does not have."""
-    check_dense_gemma4(plan.model, "the LiteRT bundle")
+    check_dense(plan.model, "litert", "the LiteRT bundle")
     check_rope(plan.model, "the traced graph")
     for tensor in sorted(plan, key=lambda tensor: "embedding" in tensor.spec.role):
         _check_tensor(plan, tensor)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from intaglio.errors import ConfigError, RecipeError
-from intaglio.formats.facts import check_dense_gemma4
+from intaglio.formats.facts import check_dense
 from intaglio.numerics.grid import BlockGrid
 from intaglio.plan.carried import whole_name
 from intaglio.plan.patterns import pattern
@@ -68,7 +68,7 @@ def stored_name(plan: Plan, name: str) -> str:
 
 def check_mobile(plan: Plan) -> None:
     """Raise RecipeError for a family or a grid that the mobile format does not have."""
-    check_dense_gemma4(plan.model, "the mobile format")
+    check_dense(plan.model, "gemma-mobile", "the mobile format")
     for tensor in plan.everything:
         grid = tensor.grid
         if isinstance(grid, BlockGrid) and not (

@@ -23,7 +23,8 @@ from intaglio.packed.model import PackedModel, write_packed
 from intaglio.packed.shards import shards
 from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers, row_slices
 from intaglio.plan.carried import describe_whole, text_name, unused_names, whole_name
-from intaglio.plan.family import TOWER_ROLES, WHOLES, TensorSpec, load_config, text_config
+from intaglio.plan.families import WHOLES
+from intaglio.plan.family import TOWER_ROLES, TensorSpec, load_config, text_config
 from intaglio.plan.found import recipe_for
 from intaglio.plan.plan import HEAD, Plan, make_plan
 from intaglio.plan.recipe import Recipe

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.errors import ConfigError, RecipeError
-from intaglio.formats.facts import check_dense_gemma4
+from intaglio.formats.facts import check_dense
 from intaglio.numerics.grid import BlockGrid
 from intaglio.plan.plan import HEAD, Plan, PlannedTensor
 
@@ -89,7 +89,7 @@ def matrices(plan: Plan) -> list[Matrix]:
 
 def check_onnx(plan: Plan) -> None:
     """Raise RecipeError or ConfigError for a model or a grid that these files cannot hold."""
-    check_dense_gemma4(plan.model, "the ONNX export")
+    check_dense(plan.model, "onnx", "the ONNX export")
     for tensor in plan:
         if tensor.spec.role not in EMBEDDING_ROLES + LINEAR_ROLES + SMALL_ROLES:
             raise ConfigError(f"{tensor.name}: the ONNX export knows no {tensor.spec.role}: export it to gguf or hf")

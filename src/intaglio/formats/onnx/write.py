@@ -96,7 +96,7 @@ def web_config(packed: PackedModel, files: dict[str, int]) -> dict[str, Any]:
     del text["architectures"]
     ids = {key: text.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {
-        "model_type": "gemma4",
+        "model_type": packed.plan.model.family.whole,
         "architectures": ["Gemma4ForConditionalGeneration"],
         "text_config": text,
         **ids,

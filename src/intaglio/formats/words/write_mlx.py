@@ -24,9 +24,10 @@ from intaglio.formats.words.write import write_affine
 from intaglio.formats.write_folder import silent
 from intaglio.numerics.grid import BlockGrid
 from intaglio.packed.model import PackedModel
-from intaglio.plan.family import transformers_config
+from intaglio.plan.families import check_export
+from intaglio.plan.family import check_settings, transformers_config
 from intaglio.plan.plan import Plan
-from intaglio.plan.rope import check_rope
+from intaglio.plan.rope import KINDS, check_rope, rope_parameters
 
 ADVICE = "the packed scales have more significant bits than their grid allows: pack the model again"
 
@@ -45,10 +46,8 @@ def export_mlx(
     OutputError if the folder cannot be written.
     """
     packed = packed.text_only()
-    if packed.plan.model.family.drafter:
-        raise ConfigError(
-            f"{packed.plan.model.family.model_type}: mlx-lm has no such drafters: export it to gguf or hf"
-        )
+    check_export(packed.plan.model.family, "mlx", "the MLX export")
+    check_settings(packed.plan.model, "mlx-lm")
     check_rope(packed.plan.model, "mlx-lm")
     write_affine(
         packed,
@@ -66,8 +65,8 @@ def mlx_config(plan: Plan) -> dict[str, Any]:
     """config.json of an MLX folder: the text model's, with both spellings of its fields, and the groups."""
     config = hf_config(plan.model, torch.bfloat16 if plan.portable else torch.float32)
     layers = transformers_config(plan.model.config)
-    if plan.model.family.model_type == "gemma3_text":
-        config |= _gemma3_fields(layers)
+    if plan.model.family.older_names:
+        config |= _older_fields(layers)
     elif config["num_global_key_value_heads"] and not plan.model.config.get("attention_k_eq_v"):
         raise ConfigError(
             f"num_global_key_value_heads = {config['num_global_key_value_heads']} without attention_k_eq_v: mlx-lm "
@@ -96,9 +95,9 @@ def _entry(bits: int, group: int) -> dict[str, Any]:
     return {"group_size": group, "bits": bits, "mode": "affine"}
 
 
-def _gemma3_fields(config: Any) -> dict[str, Any]:
-    """Fields of a Gemma 3 that mlx-lm reads under the names of older configs."""
-    full, sliding = (config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
+def _older_fields(config: Any) -> dict[str, Any]:
+    """Fields that mlx-lm reads under the names of older configs."""
+    full, sliding = (rope_parameters(config)[kind] for kind in KINDS)
     scaling = {"type": full["rope_type"], "factor": full["factor"]} if full["rope_type"] == "linear" else None
     return {
         "rope_theta": full["rope_theta"],

@@ -23,6 +23,7 @@ from intaglio.formats.words.layout import Scheme, compressed_tensors, linears_of
 from intaglio.formats.words.write import write_affine
 from intaglio.formats.write_folder import silent
 from intaglio.packed.model import PackedModel
+from intaglio.plan.family import check_settings
 from intaglio.plan.plan import HEAD, Plan
 from intaglio.plan.rope import check_rope
 
@@ -51,8 +52,9 @@ def export_vllm(
 
     on_progress is called with the bytes of tensor data written and to be written. Raises RecipeError for
     grids that the format or vLLM does not have, WeightError for scales and floats that bfloat16 does not
-    hold, OutputError if the folder cannot be written.
+    hold, ConfigError for a model that vLLM would compute differently, OutputError if the folder cannot be written.
     """
+    check_settings(packed.plan.model, "vLLM")
     check_rope(packed.plan.model, "vLLM")
     write_affine(
         packed,
