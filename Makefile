@@ -10,12 +10,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: $(VENV)/.demo
 	$(BIN)/intaglio demo
 
+# A file of tests goes to one process, which its fixtures may then train a model for. A process has one core.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
 test: $(VENV)/.test browser
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Tests that need no browser and run no artifact in llama.cpp.
 light: $(VENV)/.test
-	$(BIN)/python -m pytest tests/unit -m "not runtime and not browser and not environment"
+	$(PYTEST) tests/unit -m "not runtime and not browser and not environment"
 
 # Lines and branches that tests/unit reaches in its own process.
 coverage: $(VENV)/.test
