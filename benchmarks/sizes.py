@@ -31,9 +31,10 @@ from intaglio.sizing.sizes import (
 PAGE = Path(__file__).parents[1] / "docs/sizes.md"
 INTRO = """# Predicted sizes
 
-Written by `python benchmarks/sizes.py` from the bundled configs and recipes. Headers, tensor lists and padding are
-counted exactly, as the tests check on files that are written (`tests/unit/test_sizes.py`); nothing is fitted. Whoever
-has the published files can compare.
+This page predicts how large the files of each model are, from the bundled configs and recipes alone.
+
+`python benchmarks/sizes.py` writes it. Headers, tensor lists and padding are counted exactly, as the tests check on files
+that are written (`tests/unit/test_sizes.py`). Nothing is fitted. Whoever has the published files can compare.
 """
 
 
@@ -63,9 +64,10 @@ def _ggufs() -> list[str]:
     lines = [
         "## Q4_0 GGUF\n",
         _text(
-            "Text models and drafters, recipe `q4_0`. Metadata, nearly all of it the tokenizer, is an input: it is "
-            f"taken as {GEMMA_METADATA_BYTES:,} bytes here, and a file has as many more or fewer as its own has, give or "
-            "take 31 of padding. The command is `intaglio plan e2b --metadata-bytes 15.8MB --json`, under `sizes`, `file`."
+            "Text models and drafters, recipe `q4_0`. The size of the metadata is an input, here "
+            f"{GEMMA_METADATA_BYTES:,} bytes. Nearly all of it is the tokenizer. A file with more metadata is larger by the "
+            "difference, give or take 31 bytes of padding. The command is `intaglio plan e2b --metadata-bytes 15.8MB --json`, "
+            "under `sizes`, `file`."
         ),
         *_table("model", "tensor data", "header and tensor list", "padding", "file"),
     ]
@@ -94,8 +96,8 @@ def _mobile() -> list[str]:
     lines = [
         "## Gemma mobile folders\n",
         _text(
-            "`model.safetensors` with the bits of Google's files: towers without clip bounds, and with the unused k_proj "
-            "and v_proj of KV-shared layers or without."
+            "`model.safetensors` with the bits of Google's files and towers without clip bounds. The last column is without "
+            "the unused k_proj and v_proj of KV-shared layers."
         ),
         *_table("model", "tensor data", "header", "file", "file without unused"),
     ]
@@ -110,10 +112,10 @@ def _w4a16() -> list[str]:
     lines = [
         "## W4A16 folders\n",
         _text(
-            "compressed-tensors, pack-quantized, groups of 32: `weight_packed`, bfloat16 `weight_scale`, `weight_shape`; "
-            "towers, embeddings, routers, norms and the per-layer projection in bfloat16. All of it as one file; of "
-            "several shards each has a header of its own. The last two columns tell how such a folder was made: with "
-            "k_proj, v_proj (4 bits) and k_norm of KV-shared layers, and with the per-layer projection in 4 bits too."
+            "compressed-tensors, pack-quantized, groups of 32: `weight_packed`, bfloat16 `weight_scale`, `weight_shape`. "
+            "Towers, embeddings, routers, norms and the per-layer projection are in bfloat16. Sizes are of one file; each "
+            "shard of several would have its own header. The last two columns are for folders that were made otherwise: with "
+            "k_proj, v_proj (4 bits) and k_norm of KV-shared layers, and also with the per-layer projection in 4 bits."
         ),
         *_table("model", "tensor data", "header", "file", "with unused", "with unused, projection in 4 bits"),
     ]
@@ -156,7 +158,7 @@ def _k_norms(plan: Plan) -> Specs:
 def _bf16() -> list[str]:
     lines = [
         "## bfloat16 checkpoints\n",
-        _text("Parameters at two bytes each, without buffers and headers: what all the others are smaller than."),
+        _text("Parameters at two bytes each, without buffers and headers. The formats above are smaller."),
         *_table("model", "bytes", "text alone"),
     ]
     for name in MODELS:
