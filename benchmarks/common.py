@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: where a figure was measured, and the file it is written to."""
+"""Code that benchmark scripts share: it records where a figure was measured, and writes the file of results."""
 
 from __future__ import annotations
 

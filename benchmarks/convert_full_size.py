@@ -1,10 +1,10 @@
-"""A QAT checkpoint of E2B's shape through `inspect` and `convert`: time and memory.
+"""Time and memory of `inspect` and `convert` for a QAT checkpoint of E2B's shape.
 
     python benchmarks/convert_full_size.py --cache DIR
 
-It takes 18 GB in DIR, which are freed afterwards. The checkpoint is random: linears of the text model on blocks of
-32 by absmax / 7 with bfloat16 scales, everything else latent, in bfloat16, several files, towers included. Each command is a
-process of its own; peak memory is the operating system's count (ru_maxrss; pages of mapped files included).
+It takes 18 GB in DIR, which are freed afterwards. The checkpoint is random, in bfloat16, in several files, with towers.
+Linears of the text model lie on blocks of 32 by absmax / 7 with bfloat16 scales. Everything else is latent. Each command is
+a process of its own. Peak memory is the operating system's count (ru_maxrss; pages of mapped files included).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A training step on a CPU: on the grid with intaglio, against plain float fine-tuning, torchao beside it.
+"""Cost of a training step on a CPU: intaglio and torchao, each against plain float fine-tuning.
 
     python benchmarks/cpu_step.py --models tiny   # 17 minutes on two cores; both models without it
     python benchmarks/cpu_step.py --quick         # one setting
 
-A step is what a training loop does: forward, loss, backward, gradient clipping, AdamW. The four
+A step is one pass of a training loop: forward, loss, backward, gradient clipping, AdamW. The four
 students are copies of one model, train the same parameters and see the same tokens:
 
     float     the model as it is
@@ -12,12 +12,12 @@ students are copies of one model, train the same parameters and see the same tok
     compiled  the same with a compiled loss, as `train --compile` does on a CPU
     torchao   the same linears with torchao's int4 QAT, symmetric, group 32 (embeddings stay float)
 
-Losses: "ce", next-token cross-entropy; "kl", the package's chunked KL to an online teacher, whose
-forward all four pay for. Ratios against float are taken within one round (float, intaglio, compiled,
-torchao, float, ...) and their median is reported with the quartiles: absolute times on a shared machine are
-not worth printing to the digit. "saved" counts, by saved_tensors_hooks, the bytes of every distinct
-storage that autograd keeps for the backward, the model's own parameters and buffers not counted;
-"held" are the latents that intaglio has beside the model. Under bfloat16 ours holds its weights in bfloat16; the others
+There are two losses. "ce" is next-token cross-entropy. "kl" is the package's chunked KL to an online teacher,
+whose forward all four pay for. Ratios against float are taken within one round (float, intaglio, compiled,
+torchao, float, ...). The script reports their median with the quartiles, because absolute times on a shared
+machine mean little. "saved" counts the bytes of every distinct storage that autograd keeps for the backward, by
+saved_tensors_hooks. The model's own parameters and buffers do not count. "held" counts the latents that intaglio
+has beside the model. Under bfloat16 ours holds its weights in bfloat16; the others
 hold them in float32 and run under autocast.
 
 Models: the bundled tiny Gemma 4 (hidden 256, 8 layers, 8.5 M parameters) and a random one of twice

@@ -1,11 +1,10 @@
-"""Drafters and quantized targets: what the float drafter loses, and what training it again brings back.
+"""How many drafts a quantized target accepts from the float drafter, and from one that is trained again.
 
     python benchmarks/drafter.py --targets RUN/packed [RUN/packed ...] --seeds 0 1 2 --out benchmarks/results/drafter.json
 
-Each target is the packed model of a run of `intaglio demo`; a float checkpoint instead is the control, in which the drafter
-is trained on for as long, and only that. For each seed the bundled drafter is trained again on it, in
-floats and then on its grids, and all four pairs are measured on the same prompts. Simulated: decoded weights in
-transformers, float32.
+Each target is the packed model of a run of `intaglio demo`. A float checkpoint as target is the control: it
+shows the gain of training alone. For each seed the bundled drafter is trained again on the target, in floats and then on its grids.
+All four pairs are measured on the same prompts. The figures are simulated: decoded weights in transformers, float32.
 """
 
 import argparse

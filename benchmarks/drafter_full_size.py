@@ -1,11 +1,11 @@
-"""A full-size drafter, packed and exported: time, memory, sizes, and whether every code comes back.
+"""Time, memory and sizes of packing and exporting a full-size drafter, and whether every code comes back.
 
     python benchmarks/drafter_full_size.py e2b --cache DIR
 
 It takes 0.6 GB in DIR for E2B and E4B and 3 GB for the others, which are freed afterwards, and minutes on two cores.
 
-The checkpoint is random, in bfloat16, with a random order of tokens where the head is clustered, and the bundled
-tokenizer, which knows fewer tokens than the model. Then, each command in a process of its own:
+The checkpoint is random, in bfloat16. Where the head is clustered, the order of tokens is random too. The bundled tokenizer
+knows fewer tokens than the model. Then these commands run, each in a process of its own:
 
     intaglio quantize DRAFTER --recipe q4_0
     intaglio export PACKED gguf

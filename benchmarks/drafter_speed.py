@@ -1,10 +1,10 @@
-"""Wall-clock time with a drafter and without, in llama.cpp's server and in transformers, and what is accepted.
+"""Wall-clock time and accepted drafts, with a drafter and without, in llama.cpp's server and in transformers.
 
     python benchmarks/drafter_speed.py --target RUN --drafter RUN/drafter --out benchmarks/results/drafter_speed.json
 
-RUN is what `intaglio demo --drafter` leaves. In llama.cpp the server's own statistics count; in transformers our loop
-and the library's `generate(assistant_model=...)` run side by side: its drafter sees keys of rejected drafts. Greedy, the
-same prompts everywhere, each way in turn.
+RUN is the folder that `intaglio demo --drafter` leaves. In llama.cpp the server's own statistics count. In transformers our loop
+and the library's `generate(assistant_model=...)` run side by side; the library's drafter sees keys of rejected drafts.
+Decoding is greedy, the prompts are the same everywhere, and the ways run in turn.
 """
 
 import argparse

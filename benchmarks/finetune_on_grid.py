@@ -1,4 +1,4 @@
-"""Fine-tuning a QAT checkpoint: on its grid, and the ordinary way, which leaves it and is converted again.
+"""Quality of fine-tuning a QAT checkpoint on its grid, against the ordinary way in floats and a new conversion.
 
     python benchmarks/finetune_on_grid.py --start ours        # 10 minutes on two cores
     python benchmarks/finetune_on_grid.py --start stranger    # 10 minutes
@@ -11,7 +11,7 @@ fine-tuned on one domain of the bundled text by plain cross-entropy, the same ba
     ordinary       the bfloat16 checkpoint is fine-tuned with float32 masters, saved as bfloat16, and converted, with
                    llama.cpp's rounding (`q4_0-stock`, the bytes of llama-quantize) or with our own fit (`quantize`)
 
-Measured on held-out text of the domain, simulated: perplexity, and KL to the ordinary fine-tune before its conversion.
+It measures perplexity, and KL to the ordinary fine-tune before its conversion, on held-out text of the domain, simulated.
 """
 
 from __future__ import annotations

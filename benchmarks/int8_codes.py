@@ -1,9 +1,9 @@
-"""int8 activations in ONNX Runtime and LiteRT: which codes differ from the training forward's, given the same before them?
+"""Which int8 codes of ONNX Runtime and LiteRT differ from the training forward's, given the same codes before them?
 
     make test-runtimes                          # the runtimes' environments, once
     python benchmarks/int8_codes.py --out DIR   # DIR: as for runtimes.py, with the trained model in DIR/mobile
 
-See `runners/codes.py`. Beside that, how many logits are the same when each computes on its own codes.
+`runners/codes.py` says how. The script also counts the logits that are the same when each computes on its own codes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model that does not fit: how fast and in how much memory is it quantized layer by layer, and how good is the result?
+"""Time, memory and quality of quantizing a model layer by layer, for a model that does not fit.
 
     python benchmarks/layerwise.py speed 12b --cache DIR --out FILE --gb 24        a GPU; 2 bytes of disk a parameter, and 0.6 more
     python benchmarks/layerwise.py quality CHECKPOINT --data TRAIN --text HELDOUT --out FILE

@@ -1,14 +1,14 @@
-"""Lean memory: what do bfloat16 and 8-bit moments, and moments in host memory, cost in quality, and what do they save?
+"""What do bfloat16 and 8-bit moments, and moments in host memory, cost in quality, and how much memory do they save?
 
     python benchmarks/lean_quality.py --out FILE                          # the bundled model and text
     python benchmarks/lean_quality.py MODEL --steps 200 --batch 8 --length 512 --out FILE --set weights.token_embedding.grid=q8_0
     python benchmarks/lean_quality.py --steps 4 --batch 2 --length 64 --gptq-tokens 256 --tokens 512 --seeds 1 --out FILE
 
-The same short run for each choice and seed: recipe q4_0, first codes by GPTQ, KL to the original. Measured is the KL to the
-original on held-out text, simulated in transformers, before training and after; milliseconds a step, without the first
-two, which compile; and on a GPU the peak that torch allocated during training, beside the plan's figure. A seed orders the
-data; all choices of a seed see the same. "float32 again" repeats the first choice: what it differs by is a repetition's
-noise. "int8" needs torchao (`intaglio[lean]`).
+The same short run is made for each choice and seed: recipe q4_0, first codes by GPTQ, KL to the original. It measures the KL to
+the original on held-out text, simulated in transformers, before training and after. It also measures milliseconds a step,
+without the first two, which compile. On a GPU it gives the peak that torch allocated during training, beside the plan's
+figure. A seed orders the data, and all choices of a seed see the same. "float32 again" repeats the first choice; the
+difference is the noise of a repetition. "int8" needs torchao (`intaglio[lean]`).
 """
 
 from __future__ import annotations

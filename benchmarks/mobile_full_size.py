@@ -1,4 +1,4 @@
-"""A full-size model into the mobile format: time, memory, and whether the layout is Google's.
+"""Time and memory of bringing a full-size model into the mobile format, and whether the layout is Google's.
 
     python benchmarks/mobile_full_size.py E2B --cache DIR
 

@@ -1,4 +1,4 @@
-"""A mixture of 16 experts through Q4_0: trained, exported, and measured in llama.cpp.
+"""A mixture of 16 experts is trained for Q4_0, exported, and measured in llama.cpp.
 
     python benchmarks/moe_tiny.py --out benchmarks/results/moe_tiny.json   # 15 minutes on two cores
 

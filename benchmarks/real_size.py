@@ -1,4 +1,4 @@
-"""A real model's size from command to report: how long until each file is there, and is the GPU at work?
+"""How long does a run of a real model's size take until each file is there, and is the GPU at work?
 
     python benchmarks/real_size.py e2b --cache DIR --out benchmarks/results/real_size_e2b.json
     python benchmarks/real_size.py --config tiny/config.json --cache DIR --out tiny.json    on any machine

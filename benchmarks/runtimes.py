@@ -1,4 +1,4 @@
-"""One table: what every runtime makes of the same codes and scales.
+"""One table of how every runtime computes from the same codes and scales.
 
     make test-runtimes                          # the runtimes' environments, once
     python benchmarks/runtimes.py --out DIR

@@ -1,4 +1,4 @@
-"""A training step at real shapes: ours beside plain fine-tuning, on one GPU or several, random weights, KL to the teacher.
+"""Time and memory of a training step at real shapes beside plain fine-tuning, on one GPU or several, with random weights.
 
     python benchmarks/scale_step.py e2b:4:2048 e2b:1:2048 --out one.json
     torchrun --nproc-per-node 2 benchmarks/scale_step.py 12b:4:2048:checkpointing --out two.json

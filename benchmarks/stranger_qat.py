@@ -1,4 +1,4 @@
-"""A stranger's QAT checkpoint: what stock conversion loses of it, and what `intaglio convert` keeps.
+"""How much of a stranger's QAT checkpoint does stock conversion lose, and how much does `intaglio convert` keep?
 
     python benchmarks/stranger_qat.py
 
