@@ -16,9 +16,16 @@ from intaglio.cli import app
 ROOT = Path(__file__).parents[2]
 KINDS = {str: "TEXT", Path: "PATH", int: "N", float: "X"}
 SPECIAL, BACKSLASH = r"([|<>*_\[\]])", r"\\\1"
-EXIT_CODES = """
-Exit codes: 0 fine; 1 a quality gate failed, or a runtime did; 2 wrong use or input; 3 an artifact differs from the
-packed model. A signal ends a command with 128 and its number. [Python](python.md) says which function each verb is.
+INTRO = """
+This page lists every verb with its options and their defaults. [Python](python.md) says which function each verb is.
+
+| exit code | meaning |
+|---|---|
+| 0 | fine |
+| 1 | a quality gate failed, or a runtime did |
+| 2 | wrong use or input |
+| 3 | an artifact differs from the packed model |
+| 128 + N | signal N ended the command |
 """
 
 
@@ -39,8 +46,7 @@ def command_line() -> str:
     return "\n\n".join(
         [
             "# Command line",
-            group.help,
-            EXIT_CODES,
+            INTRO,
             *(_section(name, verb) for name, verb in sorted(group.commands.items())),
         ]
     )
@@ -51,7 +57,7 @@ def _section(name: str, verb: Any) -> str:
     given = [a.name.upper() if a.required else f"[{a.name.upper()}]" for a in arguments]
     usage = " ".join(["intaglio", name, "[OPTIONS]", *given])
     rows = [_row(option) for option in verb.params if option.name != "help"]
-    table = "\n".join(["| option | | default |", "|---|---|---|", *rows])
+    table = "\n".join(["| option | meaning | default |", "|---|---|---|", *rows])
     return f"## {name}\n\n{verb.help}\n\n```text\n{usage}\n```\n\n{table}"
 
 
