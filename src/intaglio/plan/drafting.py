@@ -6,10 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from intaglio.errors import RecipeError
-from intaglio.plan.checks import check_keys
-
-CLUSTERS = ("train", "keep")
+from intaglio.plan.checks import Rule, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,19 +21,12 @@ class Drafting:
     clusters: str = "train"
 
 
-def parse_drafting(body: Any, source: str) -> Drafting | None:
-    """The table [drafter] of a recipe, if it has one."""
-    if body is None:
-        return None
-    where = f"{source}: [drafter]"
-    if not isinstance(body, dict):
-        raise RecipeError(f"{where}: expected a table, got {body!r}")
-    check_keys(body, {"step_weights", "clusters"}, where)
-    weights = body.get("step_weights", list(Drafting.step_weights))
-    numbers = isinstance(weights, list) and all(type(w) in (int, float) and 0 <= w < math.inf for w in weights)
-    if not numbers or not 1 <= len(weights) <= 8 or not sum(weights):
-        raise RecipeError(f"{where}: step_weights = {weights!r}: expected one to eight numbers, not all zero")
-    clusters = body.get("clusters", "train")
-    if clusters not in CLUSTERS:
-        raise RecipeError(f"{where}: clusters = {clusters!r}: expected one of {', '.join(CLUSTERS)}")
-    return Drafting(step_weights=tuple(float(w) for w in weights), clusters=clusters)
+def _are_weights(value: Any) -> bool:
+    numbers = isinstance(value, list) and all(type(w) in (int, float) and 0 <= w < math.inf for w in value)
+    return numbers and 1 <= len(value) <= 8 and sum(value) > 0
+
+
+DRAFTING_RULES = {
+    "step_weights": Rule(_are_weights, "one to eight numbers, not all zero", any_type=True),
+    "clusters": one_of(("train", "keep"), any_type=True),
+}

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -21,14 +22,23 @@ import tomli_w
 
 from intaglio.errors import RecipeError
 from intaglio.numerics.grid import INT2, INT4, INT8, BlockGrid, Grid, grid_named
-from intaglio.plan.checks import check_keys, one_of, typed
-from intaglio.plan.drafting import Drafting, parse_drafting
+from intaglio.plan.checks import (
+    Rule,
+    check_keys,
+    check_value,
+    names_among,
+    one_of,
+    read_table,
+    to_table,
+    typed,
+)
+from intaglio.plan.drafting import DRAFTING_RULES, Drafting
 from intaglio.plan.families import FAMILIES, ROLES
 from intaglio.plan.family import TOWER_ROLES
 from intaglio.plan.files import read_text
 from intaglio.plan.patterns import pattern
-from intaglio.plan.schedule import Schedule, parse_schedule
-from intaglio.plan.static import Activations, KvCache, parse_activations, parse_kv_cache
+from intaglio.plan.schedule import SCHEDULE_RULES, Schedule, check_schedule
+from intaglio.plan.static import ACTIVATION_RULES, KV_CACHE_RULES, Activations, KvCache
 
 FITS = ("mse", "absmax", "stock")
 EARLY, LATE = "early", "late"
@@ -123,19 +133,13 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The table that `to_toml` writes: every rule and the whole schedule, defaults included."""
-        schedule = asdict(self.schedule)
-        schedule |= {"betas": list(self.schedule.betas), "stages": list(self.schedule.stages)}
         table: dict[str, Any] = {"name": self.name, "summary": self.summary, "fit": self.fit}
         if self.families:
             table["families"] = list(self.families)
         table["weights"] = {rule.name: _rule_table(rule) for rule in self.rules}
-        if self.activations is not None:
-            table["activations"] = asdict(self.activations) | {"roles": list(self.activations.roles)}
-        if self.kv_cache is not None:
-            table["kv_cache"] = asdict(self.kv_cache)
-        if self.drafter is not None:
-            table["drafter"] = asdict(self.drafter) | {"step_weights": list(self.drafter.step_weights)}
-        return table | {"schedule": schedule}
+        parts = {"activations": self.activations, "kv_cache": self.kv_cache, "drafter": self.drafter}
+        table |= {key: to_table(part) for key, part in parts.items() if part is not None}
+        return table | {"schedule": to_table(self.schedule)}
 
     def with_schedule(self, **changes: Any) -> Recipe:
         return replace(self, schedule=replace(self.schedule, **changes))
@@ -181,30 +185,35 @@ def _apply_override(table: dict[str, Any], override: str, source: str) -> None:
 
 
 def _parse(table: dict[str, Any], source: str) -> Recipe:
-    known = {"name", "summary", "fit", "families", "channel_scales", "weights", "activations", "kv_cache"}
-    known |= {"drafter", "schedule"}
-    check_keys(table, known, source)
+    check_keys(table, {f.name for f in fields(Recipe)} - {"rules"} | {"weights", "channel_scales"}, source)
     rules = table.get("weights")
     if not isinstance(rules, dict) or not rules:
         raise RecipeError(f"{source}: no [weights.NAME] rules: expected at least one")
-    recipe = Recipe(
-        name=typed(table, "name", str, source),
-        summary=typed({"summary": ""} | table, "summary", str, source),
-        fit=one_of(table, "fit", FITS, "mse", source),
-        families=_parse_names(table.get("families", []), "families", sorted(FAMILIES), source),
-        rules=_with_scales(table, tuple(_parse_rule(name, body, source) for name, body in rules.items()), source),
-        activations=parse_activations(table.get("activations"), source),
-        kv_cache=parse_kv_cache(table.get("kv_cache"), source),
-        drafter=parse_drafting(table.get("drafter"), source),
-        schedule=parse_schedule(table.get("schedule", {}), source),
-    )
+
+    def part(key: str, kind: type[Any], known: Mapping[str, Rule]) -> Any:
+        body = table.get(key)
+        return None if body is None else read_table(kind, body, f"{source}: [{key}]", known)
+
+    plain = {key: table[key] for key in ("summary", "fit", "families") if key in table}
+    parts = {
+        "name": typed(table, "name", str, source),
+        "rules": _with_scales(table, tuple(_parse_rule(name, body, source) for name, body in rules.items()), source),
+        "activations": part("activations", Activations, ACTIVATION_RULES),
+        "kv_cache": part("kv_cache", KvCache, KV_CACHE_RULES),
+        "drafter": part("drafter", Drafting, DRAFTING_RULES),
+        "schedule": part("schedule", Schedule, SCHEDULE_RULES) or Schedule(),
+    }
+    recipe = replace(read_table(Recipe, plain | {"name": parts["name"]}, source, RECIPE_RULES), **parts)
+    check_schedule(recipe.schedule, f"{source}: [schedule]")
     _check_fit(recipe, source)
     return recipe
 
 
 def _with_scales(table: dict[str, Any], rules: tuple[WeightRule, ...], source: str) -> tuple[WeightRule, ...]:
     """The rules, with the -bf16 sort of every channel grid where `channel_scales` asks for it."""
-    if one_of(table, "channel_scales", ("f32", "bf16"), "f32", source) == "f32":
+    said = {"channel_scales": "f32"} | table
+    check_value(said, "channel_scales", one_of(("f32", "bf16")), source)
+    if said["channel_scales"] == "f32":
         return rules
     if not any(rule.grid in CHANNEL_GRIDS for rule in rules):
         raise RecipeError(f"{source}: channel_scales = 'bf16', but no rule has grid int2, int4 or int8: leave it out")
@@ -229,67 +238,37 @@ def _check_fit(recipe: Recipe, source: str) -> None:
 
 def _parse_rule(name: str, body: Any, source: str) -> WeightRule:
     where = f"{source}: [weights.{name}]"
-    if not isinstance(body, dict):
-        raise RecipeError(f"{where}: expected a table, got {body!r}")
-    check_keys(body, {"grid", "roles", "match", "layers", "slices", "trainable", "optional"}, where)
+    check_keys(body, {f.name for f in fields(WeightRule)} - {"name"}, where)
     match = body.get("match", "")
     try:
         pattern(match)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{where}: match {repr(match)[:80]} is not a regular expression: {error}") from None
-    known_roles = sorted({role for _, role in ROLES} | set(TOWER_ROLES))
-    roles = _parse_names(body.get("roles", []), "roles", known_roles, where)
-    if not roles and not match:
+    if body.get("roles", []) == [] and not match:
         raise RecipeError(f"{where}: neither roles nor match: expected one of them, or both")
-    flags = {"slices": True, "trainable": True, "optional": False} | body
-    return WeightRule(
-        name=name,
-        grid=_parse_grid(body, where),
-        roles=roles,
-        match=match,
-        layers=_parse_layers(body.get("layers", ""), where),
-        slices=typed(flags, "slices", bool, where),
-        trainable=typed(flags, "trainable", bool, where),
-        optional=typed(flags, "optional", bool, where),
-    )
-
-
-def _parse_names(names: Any, key: str, known: list[str], where: str) -> tuple[str, ...]:
-    if not isinstance(names, list) or not all(name in known for name in names):
-        raise RecipeError(f"{where}: {key} = {names!r}: expected a list of {', '.join(known)}")
-    return tuple(names)
-
-
-def _parse_layers(layers: Any, where: str) -> str:
-    if isinstance(layers, str):
-        span = re.fullmatch(r"(\d{1,4})-(\d{1,4})", layers)
-        if layers in ("", EARLY, LATE) or (span and int(span[1]) <= int(span[2])):
-            return layers
-    raise RecipeError(
-        f"{where}: layers = {layers!r}: expected {EARLY!r} or {LATE!r}, or the first and last layer, for example '0-14'"
-    )
-
-
-def _parse_grid(body: dict[str, Any], where: str) -> Grid:
-    name = typed(body, "grid", str, where)
+    name_of_grid = typed(body, "grid", str, where)
     try:
-        return grid_named(name)
+        grid = grid_named(name_of_grid)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
+    return read_table(WeightRule, body | {"name": name, "grid": grid}, where, WEIGHT_RULES)
+
+
+def _are_layers(value: Any) -> bool:
+    span = re.fullmatch(r"(\d{1,4})-(\d{1,4})", value) if isinstance(value, str) else None
+    return value in ("", EARLY, LATE) or (span is not None and int(span[1]) <= int(span[2]))
+
+
+RECIPE_RULES = {"fit": one_of(FITS, any_type=True), "families": names_among(tuple(sorted(FAMILIES)))}
+WEIGHT_RULES = {
+    "roles": names_among(tuple(sorted({role for _, role in ROLES} | set(TOWER_ROLES)))),
+    "layers": Rule(
+        _are_layers, f"{EARLY!r} or {LATE!r}, or the first and last layer, for example '0-14'", any_type=True
+    ),
+}
 
 
 def _rule_table(rule: WeightRule) -> dict[str, Any]:
-    table: dict[str, Any] = {"grid": rule.grid.name}
-    if rule.roles:
-        table["roles"] = list(rule.roles)
-    if rule.match:
-        table["match"] = rule.match
-    if rule.layers:
-        table["layers"] = rule.layers
-    if not rule.slices:
-        table["slices"] = False
-    if not rule.trainable:
-        table["trainable"] = False
-    if rule.optional:
-        table["optional"] = True
-    return table
+    """What the rule says beyond defaults."""
+    table = to_table(rule) | {"grid": rule.grid.name}
+    return {f.name: table[f.name] for f in fields(rule) if f.name != "name" and getattr(rule, f.name) != f.default}

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 from intaglio.errors import RecipeError
-from intaglio.plan.checks import check_keys
+from intaglio.plan.checks import FINITE, SHARE, Rule, at_least, one_of
 
-LOSSES = ("kl", "cross_entropy")
-MOMENTS = ("float32", "bfloat16", "int8")
-STAGES = (("model",), ("layers",), ("scales",), ("layers", "model"), ("layers", "scales"))
+STAGES = (["model"], ["layers"], ["scales"], ["layers", "model"], ["layers", "scales"])
+
+
+def _are_betas(value: Any) -> bool:
+    pair = isinstance(value, list) and len(value) == 2
+    return pair and all(isinstance(share, int | float) and 0 <= share < 1 for share in value)
+
+
+SCHEDULE_RULES = {
+    "loss": one_of(("kl", "cross_entropy")),
+    "moments": one_of(("float32", "bfloat16", "int8")),
+    "stages": Rule(lambda value: value in STAGES, f"one of {', '.join(map(str, STAGES))}", any_type=True),
+    "betas": Rule(_are_betas, "two numbers in [0, 1)", any_type=True),
+    "sequence_length": at_least(2),
+    **dict.fromkeys(("tokens", "batch_size", "calibration_tokens"), at_least(1)),
+    **dict.fromkeys(("layer_tokens", "layer_epochs", "layer_batch", "layer_window"), at_least(1)),
+    **dict.fromkeys(("lr", "layer_lr", "scale_lr", "embedding_lr", "float_lr", "tail_lr"), FINITE),
+    **dict.fromkeys(("weight_decay", "clip", "micro_batch", "gptq_tokens", "lora_rank", "seed"), FINITE),
+    **dict.fromkeys(("warmup", "frozen_tail"), SHARE),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,77 +98,10 @@ class Schedule:
         return max(self.gptq_tokens, learning, self.calibration_tokens if static else 0)
 
 
-def parse_schedule(body: Any, source: str) -> Schedule:
-    """The table [schedule] of a recipe; what it leaves out has its default."""
-    where = f"{source}: [schedule]"
-    if not isinstance(body, dict):
-        raise RecipeError(f"{where}: expected a table, got {body!r}")
-    check_keys(body, {f.name for f in fields(Schedule)}, where)
-    defaults = Schedule()
-    values: dict[str, Any] = {}
-    for key, value in body.items():
-        kind = type(getattr(defaults, key))
-        if key == "betas":
-            value = _pair_of_shares(value, f"{where}: {key}")
-        if key == "stages":
-            value = _stages(value, f"{where}: {key}")
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if kind is int and isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise RecipeError(f"{where}: {key} = {value!r}: expected {kind.__name__}")
-        values[key] = value
-    schedule = replace(defaults, **values)
-    _check_schedule(schedule, where)
-    return schedule
-
-
-def _pair_of_shares(value: Any, where: str) -> tuple[float, float]:
-    pair = isinstance(value, list) and len(value) == 2
-    if not pair or not all(isinstance(share, int | float) and 0 <= share < 1 for share in value):
-        raise RecipeError(f"{where} = {value!r}: expected two numbers in [0, 1)")
-    return float(value[0]), float(value[1])
-
-
-def _stages(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or tuple(value) not in STAGES:
-        known = ", ".join(str(list(stages)) for stages in STAGES)
-        raise RecipeError(f"{where} = {value!r}: expected one of {known}")
-    return tuple(value)
-
-
-def _check_schedule(schedule: Schedule, where: str) -> None:
-    if schedule.loss not in LOSSES:
-        raise RecipeError(f"{where}: loss = {schedule.loss!r}: expected one of {', '.join(LOSSES)}")
-    if schedule.moments not in MOMENTS:
-        raise RecipeError(f"{where}: moments = {schedule.moments!r}: expected one of {', '.join(MOMENTS)}")
+def check_schedule(schedule: Schedule, where: str) -> None:
+    """Raise RecipeError for settings that exclude each other."""
     if schedule.moments == "int8" and schedule.offload_moments:
         raise RecipeError(f"{where}: offload_moments with moments = 'int8': expected float32 or bfloat16 moments")
-    by_layers = ("layer_tokens", "layer_epochs", "layer_batch", "layer_window")
-    counts = ("tokens", "batch_size", "calibration_tokens", *by_layers)
-    for key, least in (("sequence_length", 2), *((key, 1) for key in counts)):
-        if getattr(schedule, key) < least:
-            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected {least} or more")
-    for key in (
-        "lr",
-        "layer_lr",
-        "scale_lr",
-        "embedding_lr",
-        "float_lr",
-        "weight_decay",
-        "clip",
-        "tail_lr",
-        "micro_batch",
-        "gptq_tokens",
-        "lora_rank",
-        "seed",
-    ):
-        if not 0 <= getattr(schedule, key) < math.inf:
-            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected 0 or more, and finite")
-    for key in ("warmup", "frozen_tail"):
-        if not 0 <= getattr(schedule, key) < 1:
-            raise RecipeError(f"{where}: {key} = {getattr(schedule, key)}: expected a share in [0, 1)")
     if "scales" in schedule.stages and not schedule.learn_scales:
         raise RecipeError(f"{where}: the stage 'scales' trains scales alone, and learn_scales = false: leave out one")
     if schedule.lora_rank and schedule.stages != ("model",):

@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from intaglio.errors import RecipeError
-from intaglio.plan.checks import check_keys
+from intaglio.plan.checks import Rule, names_among
 from intaglio.plan.family import ModelSpec, TensorSpec
 
 LINEAR_ROLES = ("attention", "mlp", "ple_linear")
@@ -60,36 +59,21 @@ class StaticScale:
         return self.name == self.owner
 
 
-def parse_activations(body: Any, source: str) -> Activations | None:
-    """The table [activations] of a recipe, if it has one."""
-    if body is None:
-        return None
-    where = f"{source}: [activations]"
-    _check_table(body, {"bits", "roles", "dropout"}, where)
-    roles = body.get("roles", list(LINEAR_ROLES))
-    if not isinstance(roles, list) or not roles or not all(role in LINEAR_ROLES for role in roles):
-        raise RecipeError(f"{where}: roles = {roles!r}: expected a list of {', '.join(LINEAR_ROLES)}")
-    dropout = body.get("dropout", 0.0)
-    if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
-        raise RecipeError(f"{where}: dropout = {dropout!r}: expected a share of the steps in [0, 1]")
-    return Activations(roles=tuple(roles), dropout=float(dropout))
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
 
 
-def parse_kv_cache(body: Any, source: str) -> KvCache | None:
-    """The table [kv_cache] of a recipe, if it has one."""
-    if body is None:
-        return None
-    _check_table(body, {"bits"}, f"{source}: [kv_cache]")
-    return KvCache()
-
-
-def _check_table(body: Any, known: set[str], where: str) -> None:
-    if not isinstance(body, dict):
-        raise RecipeError(f"{where}: expected a table, got {body!r}")
-    check_keys(body, known, where)
-    bits = body.get("bits", FORMAT_BITS)
-    if type(bits) is not int or bits != FORMAT_BITS:
-        raise RecipeError(f"{where}: bits = {bits!r}: expected {FORMAT_BITS}, the only width that the format has")
+_BITS = Rule(
+    lambda value: type(value) is int and value == FORMAT_BITS,
+    f"{FORMAT_BITS}, the only width that the format has",
+    any_type=True,
+)
+ACTIVATION_RULES = {
+    "bits": _BITS,
+    "roles": names_among(LINEAR_ROLES, empty=False),
+    "dropout": Rule(_is_share, "a share of the steps in [0, 1]", any_type=True),
+}
+KV_CACHE_RULES = {"bits": _BITS}
 
 
 def activation_scales(linears: list[TensorSpec]) -> list[StaticScale]:
