@@ -29,11 +29,12 @@ from common import environment, write_result
 from export_speed import run
 from mobile_full_size import write_random
 
+from intaglio.formats.checkpoint.write import hf_tensors
 from intaglio.packed.store import SafetensorsWriter
 from intaglio.plan.bundled import DRAFTER, MODELS, bundled_config
 from intaglio.plan.family import describe
 from intaglio.plan.plan import make_plan
-from intaglio.sizing.sizes import gguf_size, hf_size
+from intaglio.sizing.sizes import gguf_size, safetensors_size
 from intaglio.tiny import MODEL_DIR
 
 RECIPE = "q4_0"
@@ -69,7 +70,10 @@ def measure(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         print(f"{name:12} {usage.seconds:7.1f} s  peak {usage.peak_bytes / 1e9:.2f} GB", flush=True)
     plan = make_plan(config, RECIPE)
     rows["gguf_bytes"], rows["hf_bytes"] = gguf.stat().st_size, (hf / "model.safetensors").stat().st_size
-    rows["hf_predicted_bytes"], rows["gguf_predicted_data_bytes"] = hf_size(plan).total, gguf_size(plan).data
+    rows["hf_predicted_bytes"], rows["gguf_predicted_data_bytes"] = (
+        safetensors_size(hf_tensors(plan)).total,
+        gguf_size(plan).data,
+    )
     return rows
 
 

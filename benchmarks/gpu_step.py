@@ -206,7 +206,7 @@ def on_the_grid(write: Callable[..., None], config: Gemma4TextConfig, batches: d
 
 def _quick_fit(values: Tensor, grid):  # type: ignore[no-untyped-def]
     """Scales for a benchmark: the widest step, on the grid; a search would only cost time here."""
-    from intaglio.numerics.grid import from_steps
+    from intaglio.numerics.steps import from_steps
 
     values = values.float()
     step = grid.blocks(values).abs().amax(-1) / grid.code_min

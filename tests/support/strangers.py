@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from intaglio.numerics.grid import BlockGrid, Quantized
-from intaglio.packed.model import PackedModel, write_packed
+from intaglio.packed.model import PackedModel
+from intaglio.packed.write import write_packed
 from intaglio.plan.plan import Plan
 from intaglio.train.quantize import fit_tensor
 from tests.support.tiny import GEMMA4_DENSE, make_checkpoint

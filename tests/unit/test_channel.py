@@ -15,8 +15,9 @@ from transformers.integrations.gemma_quant import QuantizedEmbedding, QuantizedL
 
 from intaglio.errors import WeightError
 from intaglio.numerics.fit import fit_absmax, fit_mse
-from intaglio.numerics.grid import INT2, INT4, INT8, BlockGrid, Quantized, from_steps, grid_named
+from intaglio.numerics.grid import INT2, INT4, INT8, BlockGrid, Quantized, grid_named
 from intaglio.numerics.rounding import is_normal_positive
+from intaglio.numerics.steps import from_steps
 from intaglio.packed.codes import pack_codes
 from tests.support.samples import samples
 from tests.unit.test_latent import latent_of, pulled

@@ -14,9 +14,10 @@ from intaglio.errors import RecipeError, WeightError
 from intaglio.numerics.fit import check_finite, fit_mse
 from intaglio.numerics.fit_stock import fit_stock
 from intaglio.numerics.grid import GGUF_GRIDS as GGUF_TYPES
-from intaglio.numerics.grid import GRIDS, Q4_0, Q8_0, BlockGrid, FloatGrid, Quantized, from_steps, grid_named
+from intaglio.numerics.grid import GRIDS, Q4_0, Q8_0, BlockGrid, FloatGrid, Quantized, grid_named
 from intaglio.numerics.layout import to_blocks
 from intaglio.numerics.rounding import round_half, round_significant
+from intaglio.numerics.steps import from_steps
 from tests.support import ggml
 from tests.support.samples import samples
 

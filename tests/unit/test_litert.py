@@ -22,7 +22,8 @@ from intaglio.formats.litert.write import export_litert, find_python
 from intaglio.formats.verify import verify
 from intaglio.numerics.fit import fit_absmax, fit_mse
 from intaglio.numerics.grid import Q4_0_POSITIVE
-from intaglio.packed.model import PackedModel, write_packed
+from intaglio.packed.model import PackedModel
+from intaglio.packed.write import write_packed
 from tests.support.cli import intaglio
 from tests.support.tiny import GEMMA3, GEMMA4, make_checkpoint, pack
 

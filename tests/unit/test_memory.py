@@ -10,9 +10,10 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from intaglio.errors import InputError
+from intaglio.plan.activations import activation_bytes, layer_bytes
 from intaglio.plan.bundled import bundled_config
 from intaglio.plan.family import text_config
-from intaglio.plan.memory import activation_bytes, layer_bytes, training_memory
+from intaglio.plan.memory import training_memory
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.latents import Latents

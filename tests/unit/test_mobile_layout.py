@@ -59,7 +59,7 @@ def test_the_reader_resolves_ours_as_it_resolves_googles(official: tuple[str, Pl
 def test_the_bytes_are_googles() -> None:
     plan = official_plan("E2B")
     stored = stored_tensors(plan)
-    assert sum(math.prod(t.shape) * t.dtype.itemsize for t in stored) == PUBLISHED_DATA_BYTES == plan.mobile_bytes
+    assert sum(math.prod(t.shape) * t.dtype.itemsize for t in stored) == PUBLISHED_DATA_BYTES
     assert len({t.name for t in stored}) == len(stored) == 2780
 
 
@@ -91,7 +91,6 @@ def test_any_split_of_bits_can_be_said(split: str, whole: bool) -> None:
     config = quantization_config(plan)
     for module, bits in module_bits(plan).items():
         assert resolve_bits(module, config) == bits
-    assert sum(math.prod(t.shape) * t.dtype.itemsize for t in stored_tensors(plan)) == plan.mobile_bytes
 
 
 @pytest.mark.parametrize("split", SPLITS)

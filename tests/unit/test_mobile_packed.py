@@ -17,7 +17,8 @@ from intaglio.formats.verify import verify
 from intaglio.measure.simulate import decoded_model
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.checkpoint import load_model, stream_tensors
-from intaglio.packed.model import FILE_NAME, PackedModel, write_packed
+from intaglio.packed.model import FILE_NAME, PackedModel
+from intaglio.packed.write import write_packed
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.train.quantize import fit_tensor, quantize

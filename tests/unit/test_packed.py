@@ -19,9 +19,10 @@ from intaglio.errors import ConfigError, InputError, IntaglioError, OutputError,
 from intaglio.numerics.grid import Quantized
 from intaglio.packed import model as packed_module
 from intaglio.packed.hashes import Hashes
-from intaglio.packed.model import FILE_NAME, PackedModel, write_packed
+from intaglio.packed.model import FILE_NAME, PackedModel
 from intaglio.packed.outputs import MARKER, mark
 from intaglio.packed.store import SafetensorsWriter, bytes_of, new_path
+from intaglio.packed.write import write_packed
 from intaglio.plan.plan import make_plan
 from intaglio.train.quantize import fit_tensor, quantize
 from tests.support.cli import intaglio

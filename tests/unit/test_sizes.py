@@ -11,21 +11,19 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import save_file
 
-from intaglio.formats.checkpoint.write import export_hf
 from intaglio.formats.gguf.write import export_gguf
 from intaglio.formats.mobile.layout import stored_tensors
 from intaglio.formats.mobile.write import export_mobile
 from intaglio.packed.checkpoint import checkpoint_spec
 from intaglio.packed.model import PackedModel
-from intaglio.plan.bundled import MODELS, bundled_config, bundled_names
+from intaglio.plan.bundled import bundled_config, bundled_names
 from intaglio.plan.carried import describe_whole
 from intaglio.plan.family import describe
 from intaglio.plan.plan import make_plan
 from intaglio.sizing.components import kv_cache_bytes, parameters
 from intaglio.sizing.footprint import footprint, longest_context
 from intaglio.sizing.planning import bundled_spec
-from intaglio.sizing.published import BYTES_PER_PARAMETER, PUBLISHED_GB, rule_of_thumb
-from intaglio.sizing.sizes import GEMMA_METADATA_BYTES, gguf_size, hf_size, mobile_size, w4a16_size, w4a16_tensors
+from intaglio.sizing.sizes import GEMMA_METADATA_BYTES, gguf_size, mobile_size, w4a16_size, w4a16_tensors
 from intaglio.train.quantize import quantize
 from tests.support.cases import Case
 from tests.support.tiny import (
@@ -92,10 +90,6 @@ def test_a_gguf_has_the_predicted_size(case: Case) -> None:
     assert predicted.data == sum(int(tensor.n_bytes) for tensor in GGUFReader(case.gguf).tensors)
 
 
-def test_a_checkpoint_has_the_predicted_size(case: Case) -> None:
-    assert hf_size(case.packed.plan).total == (case.hf / "model.safetensors").stat().st_size
-
-
 def packed(folder: Path, config: dict[str, Any], recipe: str, unused: bool = False) -> PackedModel:
     source = make_checkpoint(folder / "source", config)
     if unused:
@@ -106,8 +100,6 @@ def packed(folder: Path, config: dict[str, Any], recipe: str, unused: bool = Fal
 @pytest.mark.parametrize("config", [MULTIMODAL, UNIFIED], ids=["towers", "unified"])
 def test_a_multimodal_model_has_the_predicted_sizes(tmp_path: Path, config: dict[str, Any]) -> None:
     model = packed(tmp_path, config, "q4_0")
-    export_hf(model, tmp_path / "hf")
-    assert hf_size(model.plan).total == (tmp_path / "hf/model.safetensors").stat().st_size
     export_gguf(model, tmp_path / "model.gguf")
     assert gguf_size(model.plan, metadata_bytes(tmp_path / "model.gguf")).total == (
         (tmp_path / "model.gguf").stat().st_size
@@ -205,14 +197,6 @@ def test_the_longest_context_is_the_longest() -> None:
         assert longest_context(plan, free - 1, 8, batch=3) == tokens - 1
     assert longest_context(plan, 1 << 50, 8) == limit
     assert longest_context(plan, -1, 8) == longest_context(plan, 0, 8) == 0
-
-
-def test_published_figures_are_a_rule_of_thumb() -> None:
-    """So that nobody takes them for sizes of files."""
-    for name in MODELS:
-        count = sum(parameters(bundled_spec(name)).values())
-        for column in BYTES_PER_PARAMETER:
-            assert rule_of_thumb(count, column) == pytest.approx(PUBLISHED_GB[name][column], rel=0.02)
 
 
 def test_bundled_configs_are_complete_and_plain() -> None:

@@ -32,7 +32,6 @@ from intaglio.packed.checkpoint import is_mobile
 from intaglio.packed.model import PackedModel
 from intaglio.packed.shards import shards
 from intaglio.packed.store import open_safetensors
-from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES, load_config
 from intaglio.plan.files import reading
 from intaglio.plan.plan import PlannedTensor
@@ -160,9 +159,8 @@ def _with_facts(compare: Compare, packed: PackedModel, folder: Path, tally: Tall
 
 
 def _compare_folder(packed: PackedModel, folder: Path, tally: Tally) -> None:
-    whole = packed.plan.model.whole is not None
     towers = [tensor for tensor in packed.plan.carried if tensor.spec.role in TOWER_ROLES]
-    planned = {whole_name(t.name) if whole else t.name: t for t in (*packed.plan.tensors, *towers)}
+    planned = {packed.plan.stored_name(t.name): t for t in (*packed.plan.tensors, *towers)}
     seen: set[str] = set()
     for shard in shards(folder):
         with open_safetensors(shard) as file:

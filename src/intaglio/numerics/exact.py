@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import WeightError
-from intaglio.numerics.grid import BlockGrid, Quantized, from_steps
+from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.numerics.rounding import round_significant
+from intaglio.numerics.steps import from_steps
 
 # Times the power of two that makes a block's extremum 1 to 2, every value of 24 significant bits and at least 1/128 of
 # the extremum is an integer.

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from intaglio.errors import WeightError
 from intaglio.numerics.fit_channel import absmax_steps, search_steps
-from intaglio.numerics.grid import BlockGrid, Quantized, from_steps
+from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.numerics.rounding import HALF_LARGEST, divide, power_of_two_below, round_significant
+from intaglio.numerics.steps import from_steps
 
 # The search tries steps between these multiples of the one that maps the extremum to the last code.
 # Below 0.6 more than a quarter of a Gaussian block would be clipped; above 1.1 the range is wasted,

@@ -25,24 +25,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from intaglio.errors import RecipeError, WeightError
+from intaglio.errors import RecipeError
 from intaglio.numerics.rounding import (
     BFLOAT16_SIGNIFICANT_BITS,
     CHANNEL_STEP_LARGEST,
     FLOAT_SIGNIFICANT_BITS,
     FLOAT_SMALLEST,
-    HALF_LARGEST,
     HALF_LARGEST_STEP,
     HALF_SMALLEST,
-    is_normal_positive,
-    power_of_two_below,
     round_half,
     round_significant,
 )
 
-EMPTY_STEP = (
-    1.0  # of a channel grid's block of zeros: any normal number serves, and this one survives every float format
-)
+# Of a channel grid's block of zeros: any normal number serves, and this one survives every float format.
+EMPTY_STEP = 1.0
 WHOLE_ROW = 0  # as a block size: whatever the width of a row, or of its slices, turns out to be
 
 
@@ -215,30 +211,18 @@ Q4_0_POSITIVE = replace(Q4_0_FREE, name="q4_0-positive", step_bits=5, positive=T
 Q8_0 = BlockGrid(name="q8_0", ggml_type="Q8_0", code_min=-127, code_max=127, block_size=32, step_bits=1)
 Q8_0_FREE = replace(Q8_0, name="q8_0-free", step_bits=11)
 Q6_K = BlockGrid(
-    name="q6_k",
-    ggml_type="Q6_K",
-    code_min=-32,
-    code_max=31,
-    block_size=16,
-    step_bits=3,
-    scale_dtype=torch.int8,
+    name="q6_k", ggml_type="Q6_K", code_min=-32, code_max=31, block_size=16, step_bits=3, scale_dtype=torch.int8,
     super_block=256,
-)
+)  # fmt: skip
 Q6_K_FREE = replace(Q6_K, name="q6_k-free", step_bits=18)
 # In the file codes and scale have the other sign: ggml's are -1..2 (see `layout`).
 Q2_0 = BlockGrid(name="q2_0", ggml_type="Q2_0", code_min=-2, code_max=1, block_size=64, step_bits=7)
 Q2_0_FREE = replace(Q2_0, name="q2_0-free", step_bits=11)
 # The ranges of the Gemma mobile format; its reader is transformers' integrations/gemma_quant.py.
 INT2 = BlockGrid(
-    name="int2",
-    ggml_type=None,
-    code_min=-2,
-    code_max=1,
-    block_size=WHOLE_ROW,
-    step_bits=FLOAT_SIGNIFICANT_BITS,
-    scale_dtype=torch.float32,
-    positive=True,
-)
+    name="int2", ggml_type=None, code_min=-2, code_max=1, block_size=WHOLE_ROW, step_bits=FLOAT_SIGNIFICANT_BITS,
+    scale_dtype=torch.float32, positive=True,
+)  # fmt: skip
 INT4 = replace(INT2, name="int4", code_min=-8, code_max=7)
 INT8 = replace(INT2, name="int8", code_min=-127, code_max=127)
 # The same with scales that are exact in bfloat16, where vLLM keeps them.
@@ -311,50 +295,3 @@ class Quantized:
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[R, C] in `dtype`, as the runtime computes it."""
         return self.grid.decode(self.codes, self.step, dtype)
-
-
-def check_steps(quantized: Quantized, first_row: int = 0) -> None:
-    """Raise WeightError if the grid wants normal positive steps and has another one.
-
-    first_row: where in the whole tensor these rows begin, for the message.
-    """
-    bad = ~is_normal_positive(quantized.step) if quantized.grid.positive else None
-    if bad is None or not bool(bad.any()):
-        return
-    row, block = (int(i) for i in bad.nonzero()[0])
-    raise WeightError(
-        f"{int(bad.sum())} of {bad.numel()} scales of grid {quantized.grid.name} are zero, subnormal, negative or "
-        f"not finite, the first is {float(quantized.step[row, block])!r} at row {first_row + row}, block {block}: "
-        "expected normal positive float32 numbers; look for weights or gradients that are not finite"
-    )
-
-
-def from_steps(grid: BlockGrid, codes_RC: Tensor, step_RS: Tensor) -> Quantized:
-    """Store codes and float32 steps in the file's scale types; exact, or WeightError."""
-    if grid.super_block is None:
-        quantized = Quantized(grid, codes_RC, step_RS.to(grid.scale_dtype))
-    else:
-        scale, super_scale = split_super_scale(grid, step_RS)
-        quantized = Quantized(grid, codes_RC, scale, super_scale)
-    check_steps(quantized)
-    if not torch.equal(quantized.step, step_RS):
-        bad = (quantized.step != step_RS).sum().item()
-        raise WeightError(
-            f"{bad} of {step_RS.numel()} steps of grid {grid.name} are not representable in the file: "
-            f"largest is {step_RS.abs().max().item():.3g}, float16 ends at {HALF_LARGEST:.0f}"
-        )
-    return quantized
-
-
-def split_super_scale(grid: BlockGrid, step_RS: Tensor) -> tuple[Tensor, Tensor]:
-    """Split portable Q6_K steps into int8 scales [R, S] and power-of-two float16 [R, C / 256].
-
-    The power of two puts the largest scale of a super-block into 64..127.
-    """
-    assert grid.super_block is not None
-    per_super = grid.super_block // grid.block_size
-    largest = step_RS.abs().unflatten(-1, (-1, per_super)).amax(-1)
-    super_scale = power_of_two_below(largest) * 2.0**-6
-    super_scale = super_scale.clamp_min(2.0**-24)
-    scale = step_RS / super_scale.repeat_interleave(per_super, dim=-1)
-    return scale.round().clamp(-128, 127).to(torch.int8), super_scale.to(torch.float16)

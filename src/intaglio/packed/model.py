@@ -21,7 +21,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,19 +29,16 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError, InputError, WeightError
-from intaglio.numerics.grid import BlockGrid, Quantized, check_steps
+from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.numerics.rounding import is_normal_positive
-from intaglio.packed.assets import copy_assets
-from intaglio.packed.codes import FIELDS, pack_codes, unpack_codes
+from intaglio.numerics.steps import check_steps
+from intaglio.packed.codes import FIELDS, unpack_codes
 from intaglio.packed.hashes import Hashes
 from intaglio.packed.identity import CONFIG, MISSING, OTHER, PACKED, PACKED_FILE, look
-from intaglio.packed.outputs import check_output
 from intaglio.packed.store import (
     SAFETENSORS_DTYPES,
     SafetensorsReader,
-    SafetensorsWriter,
     headers,
-    new_path,
     open_safetensors,
     row_slices,
 )
@@ -67,7 +63,7 @@ def check_static(name: str, value: float) -> None:
         )
 
 
-def _parts(plan: Plan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def parts_of_plan(plan: Plan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Names, dtypes and shapes under which a plan's tensors and static scales are stored."""
     parts = {part: spec for tensor in plan.everything for part, spec in parts_of(tensor).items()}
     return parts | {name: (torch.float32, ()) for name in static_names(plan)}
@@ -93,52 +89,6 @@ def parts_of(tensor: PlannedTensor) -> dict[str, tuple[torch.dtype, tuple[int, .
     if grid.super_block is not None:
         parts[f"{tensor.name}.super_scale"] = (torch.float16, (*lead, columns // grid.super_block))
     return parts
-
-
-class PackedWriter:
-    """Fills a new PackedModel; made by `write_packed`."""
-
-    def __init__(self, plan: Plan, writer: SafetensorsWriter):
-        self.plan = plan
-        self.writer = writer
-
-    def add(self, name: str, value: Quantized | Tensor, rows: slice | None = None) -> None:
-        """Store one planned tensor: a Quantized for a BlockGrid, a float tensor for a FloatGrid.
-
-        rows: which of the tensor's these are, if not all; they come in order.
-        """
-        tensor = self.plan[name]
-        grid = tensor.grid
-        if isinstance(value, Quantized):
-            if value.grid != grid:
-                raise ValueError(f"{name}: on grid {value.grid.name}, planned {grid.name}")
-            self.writer.write(f"{name}.codes", pack_codes(value.codes, value.grid), rows)
-            self.writer.write(f"{name}.scale", value.scale, rows)
-            if value.super_scale is not None:
-                self.writer.write(f"{name}.super_scale", value.super_scale, rows)
-            return
-        stored = value.to(tensor.stored_dtype)
-        if isinstance(grid, BlockGrid) or not torch.equal(stored.float(), value.float()):
-            raise ValueError(f"{name}: values that are not on grid {grid.name}")
-        self.writer.write(name, stored, rows)
-
-    def add_static(self, name: str, value: float) -> None:
-        """Store a static scale, and with it all that share it. WeightError for one that no runtime could use.
-
-        name: of the owner, `StaticScale.owner`; 0 leaves what it scales as floats.
-        """
-        check_static(name, value)
-        sharing = [scale.name for scale in self.plan.static_scales if scale.owner == name]
-        sharing += [carried for carried in self.plan.carried_scales if carried == name]
-        if not sharing:
-            raise ValueError(f"{name}: no static scale of this plan, or one that is another's")
-        for shared in sharing:
-            self.writer.write(shared, torch.tensor(value, dtype=torch.float32))
-
-    def leave_static_off(self) -> None:
-        """Store 0 for every static scale: nothing was calibrated."""
-        for name in static_names(self.plan):
-            self.writer.write(name, torch.zeros(()))
 
 
 def metadata_of(plan: Plan, provenance: dict[str, Any]) -> dict[str, str]:
@@ -176,22 +126,6 @@ def read_plan(file_path: Path) -> tuple[Plan, dict[str, Any]]:
     return plan, provenance
 
 
-@contextmanager
-def write_packed(
-    path: Path, plan: Plan, *, assets: Path, provenance: dict[str, Any], replace: bool = False
-) -> Iterator[PackedWriter]:
-    """Create a PackedModel folder; it appears under `path` only when every tensor was added."""
-    metadata = metadata_of(plan, provenance)
-    check_output(path, [assets])
-    with new_path(path, replace=replace) as temporary:
-        temporary.mkdir()
-        copy_assets(assets, temporary)
-        config = json.dumps(plan.model.whole or plan.model.config, indent=2) + "\n"
-        (temporary / "config.json").write_text(config, "utf-8")
-        with SafetensorsWriter(temporary / FILE_NAME, _parts(plan), metadata, hashed=True) as writer:
-            yield PackedWriter(plan, writer)
-
-
 @dataclass(frozen=True)
 class PackedModel:
     """A packed model on disk. `read` gives one tensor; nothing is kept in memory.
@@ -222,7 +156,7 @@ class PackedModel:
         with open_safetensors(file_path) as file:
             hashed = (file.metadata() or {}).get("format") == FORMAT
         hashes = Hashes(file_path) if hashed else None
-        expected = {part: (SAFETENSORS_DTYPES[dtype], shape) for part, (dtype, shape) in _parts(plan).items()}
+        expected = {part: (SAFETENSORS_DTYPES[dtype], shape) for part, (dtype, shape) in parts_of_plan(plan).items()}
         stored = headers(file_path)
         if stored != expected:
             odd = sorted(set(stored.items()) ^ set(expected.items()))[0][0]
@@ -336,20 +270,6 @@ class PackedModel:
     def sha256(self) -> str:
         """SHA-256 of packed.safetensors."""
         return file_sha256(self.path / FILE_NAME)
-
-
-def join_packed(text: PackedModel, carrying: PackedModel, path: Path, *, replace: bool = False) -> None:
-    """Write a packed model of `text` with what `carrying` carries beside its own, all values as they are."""
-    plan = dataclasses.replace(text.plan, model=carrying.plan.model, carried=carrying.plan.carried)
-    static = text.read_static() | {name: carrying.read_static()[name] for name in plan.carried_scales}
-    with write_packed(path, plan, assets=text.path, provenance=text.provenance, replace=replace) as writer:
-        for tensor in plan.everything:
-            source = text if tensor in text.plan.tensors else carrying
-            for rows, value in source.chunks(tensor.name):
-                writer.add(tensor.name, value, rows)
-        owners = {scale.name for scale in plan.static_scales if scale.owned} | set(plan.carried_scales)
-        for name in owners:
-            writer.add_static(name, static[name])
 
 
 def file_sha256(path: Path) -> str:

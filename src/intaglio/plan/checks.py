@@ -25,14 +25,18 @@ FINITE = Rule(lambda value: 0 <= value < math.inf, "0 or more, and finite")
 
 
 def at_least(least: int) -> Rule:
+    """No number below this one."""
     return Rule(lambda value: value >= least, f"{least} or more")
 
 
 def one_of(allowed: tuple[str, ...], *, any_type: bool = False) -> Rule:
+    """One of these words."""
     return Rule(lambda value: value in allowed, f"one of {', '.join(allowed)}", any_type)
 
 
 def names_among(known: tuple[str, ...], *, empty: bool = True) -> Rule:
+    """A list of these words. empty: whether it may have none."""
+
     def holds(value: Any) -> bool:
         return isinstance(value, list) and all(name in known for name in value) and (empty or bool(value))
 

@@ -19,6 +19,7 @@ import torch
 
 from intaglio.errors import RecipeError
 from intaglio.numerics.grid import BF16, F32, WHOLE_ROW, BlockGrid, Grid, IndexGrid
+from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES, ModelSpec, TensorSpec, describe, read_spec
 from intaglio.plan.recipe import Recipe, WeightRule
 from intaglio.plan.static import StaticScale, activation_scales, kv_scales
@@ -97,6 +98,15 @@ class Plan:
     def everything(self) -> tuple[PlannedTensor, ...]:
         return self.tensors + self.carried
 
+    @property
+    def embedding(self) -> PlannedTensor:
+        """The table of token embeddings."""
+        return next(t for t in self.tensors if t.spec.role == "token_embedding")
+
+    def stored_name(self, name: str) -> str:
+        """Name in a folder of the whole model of a tensor, module or static scale of ours."""
+        return whole_name(name) if self.model.whole else name
+
     def under(self, *modules: str) -> Plan:
         """The plan of the text model's tensors under these modules alone, with the static scales that are there."""
         prefixes = tuple(f"{module}." for module in modules)
@@ -141,17 +151,6 @@ class Plan:
         """Names of the activation scales of what is carried; each has its own value, 0 unless it was imported."""
         linears = [t.spec for t in self.carried if t.quantized_linear and getattr(t.grid, "positive", False)]
         return tuple(scale.name for scale in activation_scales(linears))
-
-    @property
-    def mobile_bytes(self) -> int:
-        """Bytes of tensor data in the Gemma mobile format, where a head is stored beside its embedding.
-
-        Each linear there has both activation scales, and each layer those of its KV, used or not.
-        """
-        heads = [t for t in self.tensors if t.spec.role == "token_embedding" and self.model.tied_head]
-        linears = sum(t.quantized_linear for t in self.everything) + sum(isinstance(t.grid, BlockGrid) for t in heads)
-        kv = 2 * len(self.model.kv_donors)
-        return self.size_bytes + sum(t.size_bytes for t in heads) + 4 * (2 * linears + kv)
 
     @property
     def digest(self) -> str:

@@ -24,9 +24,10 @@ from intaglio.measure.simulate import decoded_model
 from intaglio.packed.assets import load_tokenizer
 from intaglio.packed.checkpoint import TextModel, load_model
 from intaglio.packed.decoded import load_packed
-from intaglio.packed.model import PackedModel, join_packed
+from intaglio.packed.model import PackedModel
 from intaglio.packed.outputs import check_output
 from intaglio.packed.store import new_path, scratch_folder
+from intaglio.packed.write import join_packed
 from intaglio.plan.family import check_runs_alone
 from intaglio.progress import Progress
 from intaglio.runs.proof import Evaluation

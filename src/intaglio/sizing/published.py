@@ -1,8 +1,8 @@
 """Memory figures that Google publishes for the family, shown beside the computed ones.
 
 The figures are those of Google's model overview, in GB as printed there. The columns BF16, SFP8 and Q4_0
-are a rule of thumb, parameters x {2, 1, 0.5} bytes x 1.2 / 2^30: `rule_of_thumb` gives each of them. The
-mobile columns count what a phone keeps resident.
+are a rule of thumb, parameters x {2, 1, 0.5} bytes x 1.2 / 2^30. The mobile columns count what a phone keeps
+resident.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ PUBLISHED_GB: dict[str, dict[str, float]] = {
     "gemma-4-26b-a4b": {"bf16": 57.7, "sfp8": 28.8, "q4_0": 14.4},
     "gemma-4-31b": {"bf16": 69.9, "sfp8": 34.9, "q4_0": 17.5},
 }
-BYTES_PER_PARAMETER = {"bf16": 2.0, "sfp8": 1.0, "q4_0": 0.5}
 
 # What the published figures leave out, for whoever plans with them.
 LEFT_OUT = (
@@ -24,8 +23,3 @@ LEFT_OUT = (
     "Mobile is what stays resident. Per-layer and input embeddings are not in it: they are mapped from a larger file.",
     "None has a KV cache, which grows with context and batch: see intaglio plan MODEL --context.",
 )
-
-
-def rule_of_thumb(parameters: int, column: str) -> float:
-    """A published figure, in GB as there: bytes a parameter, 20% more, in units of 2^30."""
-    return parameters * BYTES_PER_PARAMETER[column] * 1.2 / 2**30

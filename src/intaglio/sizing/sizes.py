@@ -11,14 +11,12 @@ from math import prod
 
 import torch
 
-from intaglio.formats.checkpoint.write import hf_tensors
 from intaglio.formats.gguf.names import GGUF_ROPE_FACTORS, gguf_name, gguf_rope_factors, in_gguf
 from intaglio.formats.mobile.layout import stored_tensors
 from intaglio.formats.mobile.write import mobile_tensors
 from intaglio.formats.words.layout import linears_of
 from intaglio.numerics.grid import BlockGrid
 from intaglio.packed.store import Specs, safetensors_header
-from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES
 from intaglio.plan.plan import Plan
 
@@ -67,11 +65,6 @@ def mobile_size(plan: Plan) -> FileSize:
     return safetensors_size(mobile_tensors(stored_tensors(plan)))
 
 
-def hf_size(plan: Plan) -> FileSize:
-    """model.safetensors of a transformers folder with the decoded weights."""
-    return safetensors_size(hf_tensors(plan))
-
-
 def w4a16_size(plan: Plan) -> FileSize:
     """model.safetensors of a compressed-tensors folder: see `w4a16_tensors`."""
     return safetensors_size(w4a16_tensors(plan))
@@ -92,7 +85,7 @@ def w4a16_tensors(plan: Plan) -> Specs:
     """
     specs: Specs = {}
     for tensor in plan.everything:
-        name = whole_name(tensor.name) if plan.model.whole else tensor.name
+        name = plan.stored_name(tensor.name)
         four_bits = isinstance(tensor.grid, BlockGrid) and tensor.spec.role in W4A16_ROLES
         for module, (rows, columns), _ in linears_of(name, tensor.spec) if four_bits else ():
             specs[f"{module}.weight_packed"] = (torch.int32, (rows, columns // 8))

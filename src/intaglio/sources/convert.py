@@ -26,7 +26,8 @@ from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.numerics.identify import NAMES
 from intaglio.packed.checkpoint import model_name
 from intaglio.packed.identity import look
-from intaglio.packed.model import PackedModel, write_packed
+from intaglio.packed.model import PackedModel
+from intaglio.packed.write import write_packed
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.sources.inspect import Verdict, examine
@@ -109,21 +110,18 @@ def convert(
     source = open_source(path)
     if source.kind == "packed":
         raise look(source.path).error()
+    if source.kind == "mobile":
+        return _imported(source, Path(out), recipe, text_only, replace)
     if recipe is None and not overrides and config is None and source.kind == "floats" and has_kept(source.path):
         kept = restore(source, Path(out), text_only=text_only, replace=replace, on_tensor=on_tensor)
         return _whole(kept, source.kind)
-    if source.kind == "mobile":
-        if text_only:
-            raise ConfigError(f"{source.path}: a mobile folder is taken as a whole: say --text-only when you export it")
-        return _imported(source, Path(out), recipe, replace)
     assets = assets_of(source, config)
     model = model_of(source, assets, text_only)
     found, left_out = match(source, model, text_only=text_only, requantize=requantize)
-    total = 2 * len(found)
     slices = {tensor.name: tensor.slice_columns for tensor in model.tensors}
     verdicts = {}
     for done, name in enumerate(in_file_order(source, found)):
-        on_tensor(done, total, name)
+        on_tensor(done, 2 * len(found), name)
         verdicts[name] = examine(found[name], slices.get(name))
     trained = any(verdict.on_grid for verdict in verdicts.values())
     if not trained and (recipe is None or config is None):
@@ -136,29 +134,46 @@ def convert(
     lossy = {step.tensor.name: step.lossy for step in steps if step.lossy}
     if lossy and not requantize:
         raise QualityError(_unrecovered(source.path, steps))
+    taken = [step for step in steps if step.action == "codes"]
     result = Conversion(
         packed=PackedModel(Path(out), plan, {}),
         kind=source.kind,
         grids=_counts(verdicts, steps),
-        blocks=sum(step.verdict.tally.all for step in steps if step.action == "codes"),
-        recovered=sum(step.verdict.tally.all - step.lossy for step in steps if step.action == "codes"),
+        blocks=sum(step.verdict.tally.all for step in taken),
+        recovered=sum(step.verdict.tally.all - step.lossy for step in taken),
         fitted={step.tensor.name: step.tensor.grid.name for step in steps if step.action == "fit" and not step.lossy},
         lossy=lossy,
         left_out=left_out,
     )
-    provenance = _provenance(source, result)
-    with write_packed(Path(out), plan, assets=assets, provenance=provenance, replace=replace) as writer:
+    _write(result, source, assets, steps, on_tensor, replace)
+    return dataclass_replace(result, packed=PackedModel.open(out))
+
+
+def _write(
+    result: Conversion,
+    source: Source,
+    assets: Path,
+    steps: list[_Step],
+    on_tensor: Callable[[int, int, str], None],
+    replace: bool,
+) -> None:
+    """Write the packed model, and count into `result.rounded` values of floats that change."""
+    plan, total = result.packed.plan, 2 * len(steps)
+    with write_packed(
+        result.packed.path, plan, assets=assets, provenance=_provenance(source, result), replace=replace
+    ) as writer:
         writer.leave_static_off()
-        for done, step in enumerate(steps, len(found)):
+        for done, step in enumerate(steps, len(steps)):
             on_tensor(done, total, step.tensor.name)
             for rows, value in _values(step, plan, source.kind, result.rounded):
                 writer.add(step.tensor.name, value, rows)
             step.stored.reader.close()
     on_tensor(total, total, "")
-    return dataclass_replace(result, packed=PackedModel.open(out))
 
 
-def _imported(source: Source, out: Path, recipe: Recipe | None, replace: bool) -> Conversion:
+def _imported(source: Source, out: Path, recipe: Recipe | None, text_only: bool, replace: bool) -> Conversion:
+    if text_only:
+        raise ConfigError(f"{source.path}: a mobile folder is taken as a whole: say --text-only when you export it")
     if recipe is not None:
         raise RecipeError(f"{source.path}: a mobile folder says itself which grids it has: leave out the recipe")
     return _whole(import_mobile(source.path, out, replace=replace), source.kind)

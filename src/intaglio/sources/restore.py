@@ -17,9 +17,10 @@ from intaglio.errors import ConfigError
 from intaglio.formats.checkpoint.kept import KEPT_FILE, in_checkpoint, kept_parts
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.codes import unpack_codes
-from intaglio.packed.model import PackedModel, read_plan, write_packed
+from intaglio.packed.model import PackedModel, read_plan
 from intaglio.packed.names import own_name
 from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers, row_slices
+from intaglio.packed.write import write_packed
 from intaglio.plan.family import load_config, transformers_config
 from intaglio.plan.plan import Plan, PlannedTensor
 from intaglio.sources.stored import Source, Stored

@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from intaglio.plan.memory import attention_chunks
+from intaglio.plan.activations import attention_chunks
 from intaglio.train.static import ATTENTION, static_attention
 
 CHUNKED = "intaglio_chunked"  # as transformers' registry of attention functions knows it

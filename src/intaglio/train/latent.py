@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from intaglio.errors import MismatchError
-from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized, from_steps
+from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
+from intaglio.numerics.steps import from_steps
 from intaglio.train.kernels import LOWEST_RATIO, Scales, backward, features, forward, in_chunks, scales_of
 from intaglio.train.sharding import local
 

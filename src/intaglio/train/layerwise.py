@@ -30,7 +30,7 @@ from intaglio.errors import InputError
 from intaglio.numerics.device import Device, device_for
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.checkpoint import TensorReader, stream_chunks
-from intaglio.packed.model import PackedWriter, write_packed
+from intaglio.packed.write import PackedWriter, write_packed
 from intaglio.plan.family import transformers_config
 from intaglio.plan.memory import learns_scales
 from intaglio.plan.plan import Plan

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from intaglio.errors import WeightError
 from intaglio.numerics.grid import Quantized
-from intaglio.packed.model import write_packed
+from intaglio.packed.write import write_packed
 from intaglio.plan.plan import PlannedTensor
 from intaglio.train.forward_check import check_forward
 from intaglio.train.grid_optimizer import check_trainable

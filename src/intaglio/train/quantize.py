@@ -18,7 +18,8 @@ from intaglio.numerics.fit import fit_absmax, fit_mse
 from intaglio.numerics.fit_stock import fit_stock
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.packed.checkpoint import model_name, stream_chunks
-from intaglio.packed.model import PackedModel, PackedWriter, write_packed
+from intaglio.packed.model import PackedModel
+from intaglio.packed.write import PackedWriter, write_packed
 from intaglio.plan.plan import Plan
 from intaglio.train.towers import Towers
 

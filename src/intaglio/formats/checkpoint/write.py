@@ -21,7 +21,6 @@ from intaglio.numerics.layout import row_chunks
 from intaglio.packed.assets import copy_assets
 from intaglio.packed.model import PackedModel
 from intaglio.packed.store import SafetensorsWriter, Specs, new_path
-from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES, ModelSpec, build_meta_model
 from intaglio.plan.plan import Plan, PlannedTensor
 
@@ -66,7 +65,7 @@ def hf_sources(plan: Plan) -> dict[str, tuple[str, torch.dtype]]:
     """Every tensor of the folder: our name of what it holds, and its dtype."""
     dtypes = {t.name: torch.int64 if isinstance(t.grid, IndexGrid) else float_dtype(plan) for t in plan}
     dtypes |= {t.name: _tower_dtype(t) for t in plan.carried if t.spec.role in TOWER_ROLES}
-    return {whole_name(name) if plan.model.whole else name: (name, dtype) for name, dtype in dtypes.items()}
+    return {plan.stored_name(name): (name, dtype) for name, dtype in dtypes.items()}
 
 
 def hf_tensors(plan: Plan) -> Specs:

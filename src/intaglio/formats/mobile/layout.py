@@ -7,15 +7,14 @@ Google's files have.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from intaglio.errors import ConfigError, RecipeError
 from intaglio.formats.facts import check_dense
+from intaglio.formats.listed import ListedTensor
 from intaglio.numerics.grid import BlockGrid
-from intaglio.plan.carried import whole_name
 from intaglio.plan.patterns import pattern
 from intaglio.plan.plan import HEAD, Plan, PlannedTensor
 from intaglio.plan.static import kv_scales
@@ -34,36 +33,15 @@ LINEAR_OR_EMBEDDING = (
 )
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a mobile folder.
-
-    part: "codes" and "scale" of a planned tensor on a grid, "values" of one that stays floats, or a
-    "static" scale. source: our name of the planned tensor or of the scale. The head that is tied to
-    the embedding has the embedding's codes and scales.
-    """
-
-    name: str
-    part: Literal["codes", "scale", "values", "static"]
-    source: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def stored_tensors(plan: Plan) -> list[StoredTensor]:
+def stored_tensors(plan: Plan) -> list[ListedTensor]:
     """Every tensor of a plan's mobile folder. RecipeError for a grid that the format does not have."""
     check_mobile(plan)
     stored = [part for tensor in plan.everything for part in _parts(plan, tensor, tensor.name)]
     if plan.model.tied_head:
-        stored += _parts(plan, _embedding(plan), HEAD)
+        stored += _parts(plan, plan.embedding, HEAD)
     for scale in kv_scales(plan.model):
-        stored.append(StoredTensor(stored_name(plan, scale.name), "static", scale.name, torch.float32, ()))
+        stored.append(ListedTensor(plan.stored_name(scale.name), "static", scale.name, torch.float32, ()))
     return stored
-
-
-def stored_name(plan: Plan, name: str) -> str:
-    """Name in the folder of a tensor, module or static scale of ours."""
-    return whole_name(name) if plan.model.whole else name
 
 
 def check_mobile(plan: Plan) -> None:
@@ -80,16 +58,12 @@ def check_mobile(plan: Plan) -> None:
             )
 
 
-def _embedding(plan: Plan) -> PlannedTensor:
-    return next(tensor for tensor in plan if tensor.spec.role == "token_embedding")
-
-
-def _parts(plan: Plan, tensor: PlannedTensor, ours: str) -> list[StoredTensor]:
+def _parts(plan: Plan, tensor: PlannedTensor, ours: str) -> list[ListedTensor]:
     """The tensors that hold a planned one under our name `ours`, which for a tied head is not its own."""
-    name, source, shape = stored_name(plan, ours), tensor.name, tensor.spec.shape
+    name, source, shape = plan.stored_name(ours), tensor.name, tensor.spec.shape
     grid = tensor.grid
     if not isinstance(grid, BlockGrid):
-        return [StoredTensor(name, "values", source, tensor.stored_dtype, shape)]
+        return [ListedTensor(name, "values", source, tensor.stored_dtype, shape)]
     module = name.removesuffix(".weight")
     rows, columns = shape
     codes = torch.int8 if grid.code_bits == 8 else torch.uint8
@@ -100,10 +74,10 @@ def _parts(plan: Plan, tensor: PlannedTensor, ours: str) -> list[StoredTensor]:
     else:
         names, statics = [f"{module}.embedding_quantized", f"{module}.embedding_scale"], []
     return [
-        StoredTensor(names[0], "codes", source, codes, packed),
-        StoredTensor(names[1], "scale", source, torch.float32, scales),
+        ListedTensor(names[0], "codes", source, codes, packed),
+        ListedTensor(names[1], "scale", source, torch.float32, scales),
         *(
-            StoredTensor(f"{module}.{static}", "static", f"{ours.removesuffix('weight')}{static}", torch.float32, ())
+            ListedTensor(f"{module}.{static}", "static", f"{ours.removesuffix('weight')}{static}", torch.float32, ())
             for static in statics
         ),
     ]
@@ -114,9 +88,9 @@ def module_bits(plan: Plan) -> dict[str, int | None]:
     bits = {}
     for tensor in plan.everything:
         if tensor.spec.role in LINEAR_OR_EMBEDDING:
-            bits[stored_name(plan, tensor.name)] = _bits(tensor)
+            bits[plan.stored_name(tensor.name)] = _bits(tensor)
     if plan.model.tied_head:
-        bits[HEAD] = _bits(_embedding(plan))
+        bits[HEAD] = _bits(plan.embedding)
     return {name.removesuffix(".weight"): value for name, value in bits.items()}
 
 

@@ -12,38 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intaglio.formats.mobile.layout import StoredTensor, module_bits, resolve_bits, stored_tensors
-from intaglio.formats.tally import Tally, stored_as_listed
-from intaglio.numerics.grid import Quantized
+from intaglio.formats.listed import compare_listed
+from intaglio.formats.mobile.layout import module_bits, resolve_bits, stored_tensors
+from intaglio.formats.tally import Tally
 from intaglio.packed.model import PackedModel
-from intaglio.packed.store import SafetensorsReader
 from intaglio.plan.family import load_config
 
 
 def compare_mobile(packed: PackedModel, folder: Path, tally: Tally) -> None:
     """Count into `tally` what the folder holds and what of it differs from the packed model."""
-    static = packed.read_static()
     quantization = load_config(folder)["quantization_config"]
     for module, bits in module_bits(packed.plan).items():
         if resolve_bits(module, quantization) != bits:
             tally.unlike.append(f"{module} in config.json")
-    for stored, file in stored_as_listed(folder, stored_tensors(packed.plan), tally):
-        if stored.part == "static":
-            value = torch.tensor(static.get(stored.source, 0.0), dtype=torch.float32)
-            tally.compare("static_scales", value, file.read(stored.name))
-        else:
-            _compare(packed, stored, file, tally)
-
-
-def _compare(packed: PackedModel, stored: StoredTensor, file: SafetensorsReader, tally: Tally) -> None:
-    for rows, value in packed.chunks(stored.source):
-        data = file.read(stored.name, rows)
-        if not isinstance(value, Quantized):
-            tally.compare("values", value, data)
-        elif stored.part == "scale":
-            tally.compare("scales", value.scale, data)
-        else:
-            tally.compare("codes", value.codes, unpacked(data, value.grid.code_bits))
+    compare_listed(packed, folder, stored_tensors(packed.plan), unpacked, tally)
 
 
 def unpacked(data: Tensor, bits: int) -> Tensor:

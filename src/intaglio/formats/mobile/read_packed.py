@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError, RecipeError, WeightError
-from intaglio.formats.mobile.layout import LINEAR_OR_EMBEDDING, StoredTensor, resolve_bits, stored_tensors
-from intaglio.numerics.grid import BF16, F32, INT2, INT4, INT8, BlockGrid, Grid, Quantized, check_steps
+from intaglio.formats.listed import ListedTensor
+from intaglio.formats.mobile.layout import LINEAR_OR_EMBEDDING, resolve_bits, stored_tensors
+from intaglio.numerics.grid import BF16, F32, INT2, INT4, INT8, BlockGrid, Grid, Quantized
+from intaglio.numerics.steps import check_steps
 from intaglio.packed.checkpoint import is_mobile, model_name
 from intaglio.packed.codes import unpack_codes
-from intaglio.packed.model import PackedModel, write_packed
+from intaglio.packed.model import PackedModel
 from intaglio.packed.shards import shards
 from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers, row_slices
+from intaglio.packed.write import write_packed
 from intaglio.plan.carried import describe_whole, text_name, unused_names, whole_name
 from intaglio.plan.families import WHOLES
 from intaglio.plan.family import TOWER_ROLES, TensorSpec, load_config, text_config
@@ -145,7 +148,7 @@ def _grid(found: _Folder, tensor: TensorSpec, quantization: dict[str, Any], mult
     return F32 if in_full else GRIDS[bits]
 
 
-def _check_layout(found: _Folder, expected: list[StoredTensor]) -> None:
+def _check_layout(found: _Folder, expected: list[ListedTensor]) -> None:
     """Raise ConfigError that names tensors which are missing, unknown, or unlike what config.json says."""
     names = {tensor.name for tensor in expected}
     wrong = {"missing": names - set(found.headers), "not part of this model": set(found.headers) - names}
@@ -164,7 +167,7 @@ def _check_layout(found: _Folder, expected: list[StoredTensor]) -> None:
 
 
 def _values(
-    found: _Folder, plan: Plan, expected: list[StoredTensor]
+    found: _Folder, plan: Plan, expected: list[ListedTensor]
 ) -> Iterator[tuple[str, slice | None, Quantized | Tensor]]:
     """Every planned tensor, a few rows at a time. WeightError names one with values that its grid has not."""
     parts: dict[str, dict[str, str]] = {}
@@ -201,7 +204,7 @@ def _check(value: Quantized, names: dict[str, str], first_row: int) -> None:
         )
 
 
-def _static(found: _Folder, plan: Plan, expected: list[StoredTensor]) -> dict[str, float]:
+def _static(found: _Folder, plan: Plan, expected: list[ListedTensor]) -> dict[str, float]:
     """Values of the static scales that own theirs, by our names."""
     values = {tensor.source: float(found.read(tensor.name)) for tensor in expected if tensor.part == "static"}
     for scale in plan.static_scales:

@@ -10,8 +10,7 @@ a PackedModel, so that verification has its own way to take them apart.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,16 @@ import torch
 from torch import Tensor
 
 from intaglio.formats.checkpoint.write import hf_config, whole_config
-from intaglio.formats.mobile.layout import StoredTensor, stored_tensors
+from intaglio.formats.listed import ListedTensor
+from intaglio.formats.mobile.layout import stored_tensors
 from intaglio.formats.mobile.write_config import quantization_config
+from intaglio.formats.write_folder import listed_parts, silent, write_folder
 from intaglio.numerics.grid import Quantized
-from intaglio.packed.assets import copy_assets
 from intaglio.packed.codes import pack_codes
 from intaglio.packed.model import PackedModel
-from intaglio.packed.store import SafetensorsWriter, Specs, new_path
+from intaglio.packed.store import Specs
 from intaglio.plan.plan import Plan
 
-FILE_NAME = "model.safetensors"
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 
 
@@ -37,7 +36,7 @@ def export_mobile(
     path: str | Path,
     *,
     replace: bool = False,
-    on_progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+    on_progress: Callable[[int, int], None] = silent,
 ) -> None:
     """Write the folder `path`, which `AutoModelForCausalLM.from_pretrained` opens.
 
@@ -45,28 +44,25 @@ def export_mobile(
     grids and families that the format does not have, InputError for scales that no runtime could use,
     OutputError if the folder cannot be written.
     """
-    plan = packed.plan
-    stored = stored_tensors(plan)
-    specs = mobile_tensors(stored)
-    config = json.dumps(mobile_config(plan), indent=2) + "\n"
-    total, done = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in specs.values()), 0
-    with new_path(Path(path), replace=replace) as temporary:
-        temporary.mkdir()
-        copy_assets(packed.path, temporary)
-        (temporary / "config.json").write_text(config, "utf-8")
-        with SafetensorsWriter(temporary / FILE_NAME, specs, packed.file_metadata) as writer:
-            for tensor, rows, data in _contents(packed, stored):
-                writer.write(tensor.name, data, rows)
-                done += data.nbytes
-                on_progress(done, total)
+    stored = stored_tensors(packed.plan)
+    write_folder(
+        packed,
+        path,
+        config=mobile_config(packed.plan),
+        specs=mobile_tensors(stored),
+        parts=listed_parts(packed, stored, _data_of),
+        metadata=packed.file_metadata,
+        replace=replace,
+        on_progress=on_progress,
+    )
 
 
-def mobile_tensors(stored: list[StoredTensor]) -> Specs:
+def mobile_tensors(stored: list[ListedTensor]) -> Specs:
     """Dtype and shape of every tensor of a mobile folder, in the order of the file."""
     return {tensor.name: (tensor.dtype, tensor.shape) for tensor in sorted(stored, key=_place)}
 
 
-def _place(tensor: StoredTensor) -> tuple[int, str]:
+def _place(tensor: ListedTensor) -> tuple[int, str]:
     """A tensor's place in the file: where safetensors itself would put it, so that each is aligned."""
     return DTYPES.index(tensor.dtype), tensor.name
 
@@ -81,25 +77,7 @@ def mobile_config(plan: Plan) -> dict[str, Any]:
     return config | {"quantization_config": quantization_config(plan)}
 
 
-def _contents(packed: PackedModel, stored: list[StoredTensor]) -> Iterator[tuple[StoredTensor, slice | None, Tensor]]:
-    """Everything the folder holds, a few rows at a time; each planned tensor is read once."""
-    static = packed.read_static()
-    by_source: dict[str, list[StoredTensor]] = {}
-    for tensor in stored:
-        if tensor.part == "static":
-            # without a scale in the plan nothing is quantized, which the format says by 0
-            yield tensor, None, torch.tensor(static.get(tensor.source, 0.0), dtype=torch.float32)
-        else:
-            by_source.setdefault(tensor.source, []).append(tensor)
-    for source, parts in by_source.items():
-        for rows, value in packed.chunks(source):
-            data = _data_of(value)
-            for tensor in parts:
-                yield tensor, rows, data[tensor.part]
-
-
-def _data_of(value: Quantized | Tensor) -> dict[str, Tensor]:
-    """The bytes of some rows, by the parts they belong to."""
+def _data_of(tensor: ListedTensor, value: Quantized | Tensor) -> Tensor:
     if not isinstance(value, Quantized):
-        return {"values": value}
-    return {"codes": pack_codes(value.codes, value.grid), "scale": value.scale}
+        return value
+    return pack_codes(value.codes, value.grid) if tensor.part == "codes" else value.scale

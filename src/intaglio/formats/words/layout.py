@@ -10,14 +10,13 @@ layers/quantization/compressed_tensors. MLX: mlx/ops.h, and mlx_lm/utils.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from intaglio.errors import RecipeError
-from intaglio.numerics.grid import BlockGrid, Grid, Quantized
+from intaglio.formats.listed import ListedTensor, Piece
+from intaglio.numerics.grid import BlockGrid, Grid
 from intaglio.numerics.rounding import BFLOAT16_SIGNIFICANT_BITS
-from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES, TensorSpec
 from intaglio.plan.plan import HEAD, Plan, PlannedTensor
 
@@ -28,40 +27,6 @@ MLX_GROUPS = (128, 64, 32)
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 EXPERT_GROUP = ("gate_proj", "up_proj", "down_proj")
 EXPERT_LINEARS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some rows of one expert, of a tensor [E, R, C] of all of them: what is a linear of its own elsewhere."""
-
-    expert: int
-    rows: slice
-
-    def of(self, value: Quantized, first: int = 0) -> Quantized:
-        """These rows, a matrix, of a value whose first expert is number `first`."""
-        parts = (value.codes, value.scale, value.super_scale)
-        mine = (None if part is None else part[self.expert - first, self.rows] for part in parts)
-        return Quantized(value.grid, *mine)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class AffineTensor:
-    """One tensor of a folder.
-
-    part: "codes", "scale", "bias" and "shape" of a planned tensor that stays on its grid, "values" of one that
-    is written as floats, or a "static" scale. source: our name of the planned tensor or of the scale.
-    repeat: how many times in a row each scale of the grid stands. matrix: for a "shape", what it says.
-    piece: which part of the planned tensor it is, if not all.
-    """
-
-    name: str
-    part: Literal["codes", "scale", "bias", "shape", "values", "static"]
-    source: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    repeat: int = 1
-    matrix: tuple[int, int] | None = None
-    piece: Piece | None = None
 
 
 def float_dtype(grid: Grid) -> torch.dtype:
@@ -82,7 +47,7 @@ def packable(grid: Grid) -> bool:
 # MLX
 
 
-def mlx_tensors(plan: Plan) -> list[AffineTensor]:
+def mlx_tensors(plan: Plan) -> list[ListedTensor]:
     """Every tensor of a plan's MLX folder. RecipeError for experts, and for blocks that MLX has no groups for."""
     if any(tensor.spec.role == "expert" for tensor in plan):
         raise RecipeError("this model has experts, which the MLX export does not write: export it to gguf, hf or vllm")
@@ -103,17 +68,17 @@ def mlx_group(tensor: PlannedTensor) -> int | None:
     return group
 
 
-def _mlx_parts(tensor: PlannedTensor) -> list[AffineTensor]:
+def _mlx_parts(tensor: PlannedTensor) -> list[ListedTensor]:
     name, grid, shape = tensor.name, tensor.grid, tensor.spec.shape
     group = mlx_group(tensor)
     if group is None or not isinstance(grid, BlockGrid):
-        return [AffineTensor(name, "values", name, float_dtype(grid), shape)]
+        return [ListedTensor(name, "values", name, float_dtype(grid), shape)]
     (rows, columns), module, dtype = shape, name.removesuffix(".weight"), scale_dtype(grid)
     groups, repeat = (rows, columns // group), grid.block_size // group
     return [
-        AffineTensor(name, "codes", name, torch.uint32, (rows, columns * grid.code_bits // WORD_BITS)),
-        AffineTensor(f"{module}.scales", "scale", name, dtype, groups, repeat),
-        AffineTensor(f"{module}.biases", "bias", name, dtype, groups, repeat),
+        ListedTensor(name, "codes", name, torch.uint32, (rows, columns * grid.code_bits // WORD_BITS)),
+        ListedTensor(f"{module}.scales", "scale", name, dtype, groups, repeat),
+        ListedTensor(f"{module}.biases", "bias", name, dtype, groups, repeat),
     ]
 
 
@@ -145,11 +110,11 @@ def schemes(plan: Plan) -> dict[str, Scheme]:
         module: scheme
         for tensor in plan
         if (scheme := _scheme(plan, tensor)) is not None
-        for module, _, _ in linears_of(stored_name(plan, tensor.name), tensor.spec)
+        for module, _, _ in linears_of(plan.stored_name(tensor.name), tensor.spec)
     }
-    embedding = _embedding(plan)
+    embedding = plan.embedding
     if plan.model.tied_head and _scheme(plan, embedding) is not None:
-        found[HEAD.removesuffix(".weight")] = found[_module(plan, embedding.name)]
+        found[HEAD.removesuffix(".weight")] = found[plan.stored_name(embedding.name).removesuffix(".weight")]
     _check_fused(plan, found)
     return found
 
@@ -192,7 +157,7 @@ def _check_fused(plan: Plan, found: dict[str, Scheme]) -> None:
         module: tensor.spec.role
         for tensor in plan
         if tensor.spec.role in ("attention", "mlp", "expert")
-        for module, _, _ in linears_of(stored_name(plan, tensor.name), tensor.spec)
+        for module, _, _ in linears_of(plan.stored_name(tensor.name), tensor.spec)
     }
     for module, role in linears.items():
         parent, _, own = module.rpartition(".")
@@ -212,19 +177,19 @@ def _words(scheme: Scheme | None) -> str:
     return f"{scheme.bits} bits in {group}" + (", static activations" if scheme.static else "")
 
 
-def compressed_tensors(plan: Plan) -> list[AffineTensor]:
+def compressed_tensors(plan: Plan) -> list[ListedTensor]:
     """Every tensor of a plan's compressed-tensors folder. RecipeError as `schemes`."""
     found = schemes(plan)
     towers = [t for t in plan.carried if t.spec.role in TOWER_ROLES]
     stored = []
     for tensor in (*plan.tensors, *towers):
-        name = stored_name(plan, tensor.name)
+        name = plan.stored_name(tensor.name)
         if tensor.spec.role in TOWER_ROLES or _scheme(plan, tensor) is None:
-            stored.append(AffineTensor(name, "values", tensor.name, tensor.stored_dtype, tensor.spec.shape))
+            stored.append(ListedTensor(name, "values", tensor.name, tensor.stored_dtype, tensor.spec.shape))
             continue
         for module, matrix, piece in linears_of(name, tensor.spec):
             stored += _compressed_parts(module, tensor.name, matrix, piece, found[module])
-    embedding, head = _embedding(plan), HEAD.removesuffix(".weight")
+    embedding, head = plan.embedding, HEAD.removesuffix(".weight")
     if plan.model.tied_head and head in found:
         ((_, matrix, _),) = linears_of(embedding.name, embedding.spec)
         stored += _compressed_parts(head, embedding.name, matrix, None, found[head])
@@ -233,30 +198,17 @@ def compressed_tensors(plan: Plan) -> list[AffineTensor]:
 
 def _compressed_parts(
     module: str, source: str, matrix: tuple[int, int], piece: Piece | None, scheme: Scheme
-) -> list[AffineTensor]:
+) -> list[ListedTensor]:
     """The tensors that hold a planned one, or a piece of it, as this module of the folder."""
     rows, columns = matrix
     words = columns * scheme.bits // WORD_BITS
     scales = 1 if scheme.group_size is None else columns // scheme.group_size
     parts = [
-        AffineTensor(f"{module}.weight_packed", "codes", source, torch.int32, (rows, words), piece=piece),
-        AffineTensor(f"{module}.weight_scale", "scale", source, torch.bfloat16, (rows, scales), piece=piece),
-        AffineTensor(f"{module}.weight_shape", "shape", source, torch.int64, (2,), matrix=matrix),
+        ListedTensor(f"{module}.weight_packed", "codes", source, torch.int32, (rows, words), piece=piece),
+        ListedTensor(f"{module}.weight_scale", "scale", source, torch.bfloat16, (rows, scales), piece=piece),
+        ListedTensor(f"{module}.weight_shape", "shape", source, torch.int64, (2,), matrix=matrix),
     ]
     for kind in ("input", "output") if scheme.static else ():
         static = f"{source.removesuffix('weight')}{kind}_activation_scale"
-        parts.append(AffineTensor(f"{module}.{kind}_scale", "static", static, torch.float32, (1,)))
+        parts.append(ListedTensor(f"{module}.{kind}_scale", "static", static, torch.float32, (1,)))
     return parts
-
-
-def stored_name(plan: Plan, name: str) -> str:
-    """Name in a compressed-tensors folder of a tensor or module of ours."""
-    return whole_name(name) if plan.model.whole else name
-
-
-def _module(plan: Plan, name: str) -> str:
-    return stored_name(plan, name).removesuffix(".weight")
-
-
-def _embedding(plan: Plan) -> PlannedTensor:
-    return next(tensor for tensor in plan if tensor.spec.role == "token_embedding")

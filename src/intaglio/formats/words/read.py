@@ -5,7 +5,6 @@ Shared with the exporters are only the lists of tensors in `layout.py`. Everythi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,17 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError
-from intaglio.formats.tally import Tally, stored_as_listed
+from intaglio.formats.listed import compare_listed
+from intaglio.formats.tally import Tally
 from intaglio.formats.words.layout import (
-    AffineTensor,
     Scheme,
     compressed_tensors,
     linears_of,
     mlx_tensors,
     schemes,
-    stored_name,
 )
-from intaglio.numerics.grid import BlockGrid, Quantized
+from intaglio.numerics.grid import BlockGrid
 from intaglio.packed.model import PackedModel
-from intaglio.packed.store import SafetensorsReader
 from intaglio.plan.family import load_config
 from intaglio.plan.patterns import pattern
 
@@ -49,7 +46,7 @@ def _quantization(path: Path, key: str) -> dict[str, Any]:
 def compare_compressed(packed: PackedModel, folder: Path, tally: Tally) -> None:
     """Count into `tally` what the folder holds and what of it differs from the packed model."""
     _check_schemes(packed, folder, tally)
-    _compare(packed, folder, compressed_tensors(packed.plan), tally)
+    compare_listed(packed, folder, compressed_tensors(packed.plan), words_unpacked, tally)
 
 
 def compare_mlx(packed: PackedModel, folder: Path, tally: Tally) -> None:
@@ -63,7 +60,7 @@ def compare_mlx(packed: PackedModel, folder: Path, tally: Tally) -> None:
         said = quantization.get(module, quantization)
         if (said.get("bits"), said.get("group_size")) != (grid.code_bits, grid.block_size // scale.repeat):
             tally.unlike.append(f"{module} in config.json")
-    _compare(packed, folder, stored, tally)
+    compare_listed(packed, folder, stored, words_unpacked, tally)
 
 
 def _check_schemes(packed: PackedModel, folder: Path, tally: Tally) -> None:
@@ -74,7 +71,7 @@ def _check_schemes(packed: PackedModel, folder: Path, tally: Tally) -> None:
         module: tensor
         for tensor in plan
         if len(tensor.spec.shape) == 2 or tensor.spec.role == "expert"
-        for module, _, _ in linears_of(stored_name(plan, tensor.name), tensor.spec)
+        for module, _, _ in linears_of(plan.stored_name(tensor.name), tensor.spec)
     }
     for module in {**matrices, **planned}:
         linear = module not in matrices or "embedding" not in matrices[module].spec.role
@@ -97,46 +94,6 @@ def _scheme_of(module: str, linear: bool, quantization: dict[str, Any]) -> Schem
             weights = group["weights"]
             return Scheme(weights["num_bits"], weights.get("group_size"), group.get("input_activations") is not None)
     return None
-
-
-def _compare(packed: PackedModel, folder: Path, stored: list[AffineTensor], tally: Tally) -> None:
-    static = packed.read_static()
-    for tensor, file in stored_as_listed(folder, stored, tally):
-        if tensor.part == "static":
-            tally.compare("static_scales", torch.tensor([static[tensor.source]]), file.read(tensor.name))
-        elif tensor.part == "shape":
-            if file.read(tensor.name).tolist() != list(tensor.matrix or ()):
-                tally.unlike.append(tensor.name)
-        else:
-            _compare_rows(packed, tensor, file, tally)
-
-
-def _compare_rows(packed: PackedModel, tensor: AffineTensor, file: SafetensorsReader, tally: Tally) -> None:
-    for rows, value in _pieces(packed, tensor):
-        data = file.read(tensor.name, rows)
-        if not isinstance(value, Quantized):
-            tally.compare("values", value.float(), data.float())
-        elif tensor.part == "values":
-            tally.compare("values", value.decode(), data.float())
-        elif tensor.part == "codes":
-            tally.compare("codes", value.codes, words_unpacked(data, value.grid.code_bits))
-        else:
-            # a scale for each group, all groups of a block alike; a bias is that of the code in the middle
-            middle = 1 << (value.grid.code_bits - 1)
-            factor = -middle if tensor.part == "bias" else 1
-            each = np.repeat(value.step.numpy() * np.float32(factor), tensor.repeat, axis=1)
-            tally.compare("scales", torch.from_numpy(each), data.float())
-
-
-def _pieces(packed: PackedModel, tensor: AffineTensor) -> Iterator[tuple[slice | None, Quantized | Tensor]]:
-    """Expected values of a tensor of the folder, a few rows at a time."""
-    if tensor.piece is None:
-        yield from packed.chunks(tensor.source)
-        return
-    expert = tensor.piece.expert
-    value = packed.read(tensor.source, slice(expert, expert + 1))
-    assert isinstance(value, Quantized)
-    yield None, tensor.piece.of(value, expert)
 
 
 def words_unpacked(words: Tensor, bits: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from intaglio.errors import WeightError
 from intaglio.formats.checkpoint.write import decoded
-from intaglio.formats.words.layout import AffineTensor
-from intaglio.formats.write_folder import Part, write_folder
+from intaglio.formats.listed import ListedTensor
+from intaglio.formats.write_folder import listed_parts, write_folder
 from intaglio.numerics.grid import BlockGrid, Quantized
 from intaglio.packed.codes import pack_codes
 from intaglio.packed.model import PackedModel
@@ -21,7 +21,7 @@ from intaglio.packed.model import PackedModel
 def write_affine(
     packed: PackedModel,
     path: str | Path,
-    stored: list[AffineTensor],
+    stored: list[ListedTensor],
     config: dict[str, Any],
     *,
     advice: str,
@@ -32,33 +32,12 @@ def write_affine(
     advice: what to do about a scale that its dtype does not hold, for the WeightError that says so.
     options: `metadata`, `replace` and `on_progress` of `write_folder`.
     """
-    specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in stored}
-    write_folder(packed, path, config=config, specs=specs, parts=_parts(packed, stored, advice), **options)
+    specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in sorted(stored, key=lambda tensor: tensor.name)}
+    parts = listed_parts(packed, stored, partial(_data, advice))
+    write_folder(packed, path, config=config, specs=specs, parts=parts, **options)
 
 
-def _parts(packed: PackedModel, stored: list[AffineTensor], advice: str) -> Iterator[Part]:
-    """Everything a folder holds, a few rows at a time; each planned tensor is read once."""
-    static = packed.read_static()
-    by_source: dict[str, list[AffineTensor]] = {}
-    for tensor in stored:
-        if tensor.part == "static":
-            yield tensor.name, None, torch.tensor([static[tensor.source]], dtype=torch.float32)
-        elif tensor.part == "shape":
-            yield tensor.name, None, torch.tensor(tensor.matrix)
-        else:
-            by_source.setdefault(tensor.source, []).append(tensor)
-    for source, tensors in by_source.items():
-        for rows, value in packed.chunks(source):
-            for tensor in tensors:
-                if tensor.piece is None:
-                    yield tensor.name, rows, _data(tensor, value, advice)
-                elif rows is None or tensor.piece.expert in range(rows.start, rows.stop):
-                    assert isinstance(value, Quantized)
-                    piece = tensor.piece.of(value, rows.start if rows else 0)
-                    yield tensor.name, None, _data(tensor, piece, advice)
-
-
-def _data(tensor: AffineTensor, value: Quantized | Tensor, advice: str) -> Tensor:
+def _data(advice: str, tensor: ListedTensor, value: Quantized | Tensor) -> Tensor:
     if tensor.part == "values" or not isinstance(value, Quantized):
         return decoded(value, tensor.dtype, tensor.source)
     if tensor.part == "codes":

@@ -55,7 +55,7 @@ def export_mlx(
         mlx_tensors(packed.plan),
         mlx_config(packed.plan),
         advice=ADVICE,
-        metadata="mlx",
+        metadata={"format": "mlx"},
         replace=replace,
         on_progress=on_progress,
     )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from intaglio.formats.checkpoint.write import hf_config, whole_config
-from intaglio.formats.words.layout import Scheme, compressed_tensors, linears_of, schemes, stored_name
+from intaglio.formats.words.layout import Scheme, compressed_tensors, linears_of, schemes
 from intaglio.formats.words.write import write_affine
 from intaglio.formats.write_folder import silent
 from intaglio.packed.model import PackedModel
@@ -123,7 +123,7 @@ def _ignored(plan: Plan, found: dict[str, Scheme]) -> list[str]:
         module
         for tensor in plan
         if tensor.spec.role in FLOAT_LINEARS and len(tensor.spec.shape) > 1
-        for module, _, _ in linears_of(stored_name(plan, tensor.name), tensor.spec)
+        for module, _, _ in linears_of(plan.stored_name(tensor.name), tensor.spec)
     ]
     head = HEAD.removesuffix(".weight")
     floats = [name for name in (head, *linears) if name not in found]
