@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from intaglio.packed.store import Specs
+from intaglio.packed.store import Specs, in_file_order
 from intaglio.plan.bundled import DRAFTER, MODELS, bundled_config
 from intaglio.plan.carried import describe_whole, whole_name
 from intaglio.plan.plan import Plan, make_plan
@@ -22,7 +22,6 @@ from intaglio.sizing.sizes import (
     FileSize,
     bf16_bytes,
     gguf_size,
-    in_file_order,
     mobile_size,
     safetensors_size,
     w4a16_tensors,

@@ -12,9 +12,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from intaglio.errors import RecipeError
+from intaglio.formats.listed import codes_in_bytes
 from intaglio.formats.onnx import write_data as onnx_data
 from intaglio.formats.onnx.layout import Kernel, kernel_of
-from intaglio.formats.onnx.read import taken_apart
 from intaglio.formats.onnx.write_data import DataFiles, packed_bytes
 from intaglio.numerics.grid import GRIDS, BlockGrid, Quantized
 from intaglio.plan.family import TensorSpec
@@ -106,7 +106,7 @@ def test_bytes_are_laid_out_from_the_lowest_bits_on() -> None:
         bits = {"int2": 2, "int4": 4, "q4_0": 4}.get(grid, 8)
         data = packed_bytes(value, bits)
         assert data.tolist() == [expected]
-        assert taken_apart(data, Kernel(bits, 16, 1)).tolist() == [codes]
+        assert codes_in_bytes(data, bits).tolist() == [codes]
 
 
 def test_blocks_divide_rows_and_are_ones_that_the_kernels_have() -> None:

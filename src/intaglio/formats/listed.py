@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,6 +55,12 @@ class ListedTensor:
     repeat: int = 1
     matrix: tuple[int, int] | None = None
     piece: Piece | None = None
+
+
+def codes_in_bytes(data: np.ndarray, bits: int) -> Tensor:
+    """int8 codes [R, C] of stored bytes [R, C x bits / 8]: fields from the lowest bits on, each less half its range."""
+    fields = data[..., None] >> np.arange(0, 8, bits, dtype=np.uint8) & np.uint8((1 << bits) - 1)
+    return torch.from_numpy((fields.astype(np.int16) - (1 << (bits - 1))).astype(np.int8).reshape(len(data), -1))
 
 
 def compare_listed(

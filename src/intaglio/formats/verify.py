@@ -1,4 +1,4 @@
-"""Does an artifact hold what was packed? Read it back with another reader, and count.
+"""Compares an artifact with the packed model: reads it back with another reader, and counts differences.
 
 Each kind of artifact has a row in READERS. The readers are gguf-py, safetensors and what the formats'
 own libraries bring; the only thing shared with the exporters are tables of names. Everything is
@@ -28,11 +28,10 @@ from intaglio.formats.tally import Tally
 from intaglio.formats.words.read import compare_compressed, compare_mlx, is_compressed, is_mlx
 from intaglio.numerics.grid import Quantized
 from intaglio.numerics.layout import row_chunks
-from intaglio.packed.checkpoint import is_mobile
 from intaglio.packed.model import PackedModel
 from intaglio.packed.shards import shards
 from intaglio.packed.store import open_safetensors
-from intaglio.plan.family import TOWER_ROLES, load_config
+from intaglio.plan.family import TOWER_ROLES, is_mobile, load_config
 from intaglio.plan.files import reading
 from intaglio.plan.plan import PlannedTensor
 
@@ -122,6 +121,7 @@ def verify(packed: PackedModel, artifact: str | Path, *, device: torch.device | 
     artifact = Path(artifact)
     tally = Tally(device)
     with reading(artifact, "cannot be read", "export it again"):
+        # an artifact may be damaged anywhere: each error of a reader becomes one sentence
         next(reader for reader in READERS if reader.recognises(artifact)).compare(packed, artifact, tally)
     return Verification(
         artifact=artifact,
@@ -213,6 +213,7 @@ READERS = (
     Reader(is_ollama, compare_ollama),
     Reader(holds_ggufs, compare_gguf_folder),
     Reader(holds_bundle, lambda packed, path, tally: compare_litert(packed, bundle_in(path), tally)),
+    # any other folder is one of decoded weights, and any other file a GGUF
     Reader(Path.is_dir, lambda packed, folder, tally: _with_facts(_compare_folder, packed, folder, tally)),
     Reader(lambda path: True, compare_gguf),
 )

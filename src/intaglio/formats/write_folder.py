@@ -1,4 +1,4 @@
-"""A folder with config.json, weights in one safetensors file, and what belongs to a model beside them."""
+"""Writes a folder with config.json, weights in one safetensors file, tokenizer and generation settings."""
 
 from __future__ import annotations
 

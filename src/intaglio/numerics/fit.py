@@ -85,7 +85,7 @@ def row_chunks(values_RC: Tensor) -> tuple[Tensor, ...]:
 
 
 def concatenate(parts: list[Quantized]) -> Quantized:
-    """One tensor of what was fitted by `row_chunks`."""
+    """Joins the parts that were fitted by `row_chunks` into one tensor."""
     if len(parts) == 1:
         return parts[0]
     supers = [p.super_scale for p in parts if p.super_scale is not None]

@@ -50,7 +50,7 @@ MANY_LOWEST = (
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """name: key of NAMES. rule: with the likeliest guesses first. width: of what shares a scale."""
+    """name: key of NAMES. rule: with the likeliest guesses first. width: columns that share a scale."""
 
     name: str
     rule: Rule
@@ -104,7 +104,7 @@ def _telling(values_NK: Tensor) -> Tensor:
 
 
 def _block_grid(sample_RC: Tensor) -> tuple[float, Hypothesis] | None:
-    """Share of the blocks that lie on a grid, and which it is."""
+    """Share of the blocks that lie on a grid, and the grid."""
     blocks = blocks_of(sample_RC, BLOCK)
     blocks = blocks[_telling(blocks)]
     first = torch.arange(len(blocks)) % max(1, len(blocks) // BLOCKS_TRIED) == 0  # from all over

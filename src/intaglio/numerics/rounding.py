@@ -1,4 +1,4 @@
-"""Float32 numbers rounded to what narrower types can say, and where those types end."""
+"""Float32 numbers rounded to narrower types, and the limits of these types."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def _stated_tokens(files: dict[str, dict[str, Any]]) -> Iterator[tuple[str, int,
 
 
 def _stated_ids(files: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, Any]]:
-    """Numbers of tokens that config.json and the settings give: what begins and ends a text, and what is never said."""
+    """Numbers of tokens in config.json and the settings: first and last tokens of a text, and suppressed tokens."""
     for file, said in (("config.json", text_config(files["config.json"])), (SETTINGS, files[SETTINGS])):
         for kind in ("bos_token_id", "eos_token_id", "suppress_tokens"):
             value = said.get(kind)

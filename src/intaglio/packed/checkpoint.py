@@ -19,21 +19,14 @@ from intaglio.packed.shards import INDEX, SINGLE, shards, tensor_files
 from intaglio.packed.store import SafetensorsReader, headers, open_safetensors, row_slices
 from intaglio.plan.carried import describe_whole, unused_names
 from intaglio.plan.families import WHOLES
-from intaglio.plan.family import (
-    ModelSpec,
-    TensorSpec,
-    build_meta_model,
-    load_config,
-    read_spec,
-    text_config,
-)
+from intaglio.plan.family import ModelSpec, TensorSpec, build_meta_model, load_config, read_spec, text_config
 from intaglio.plan.files import one_line, read_json
 from intaglio.plan.plan import HEAD
 
 # A transformers causal language model: its `model`, `config` and `generate` have no static types.
 TextModel = Any
 
-# Folder names that say what lies in them, and not whose it is.
+# Names of folders that tell a kind of content, and no model.
 NAMELESS = ("model", "hf", "packed", "checkpoint", "merged", "final")
 
 
@@ -79,13 +72,6 @@ def load_model(
     return model.eval()
 
 
-def is_mobile(model_dir: str | Path) -> bool:
-    """Whether a folder's config says that its weights are in the Gemma mobile format."""
-    path = Path(model_dir)
-    quantization = load_config(path).get("quantization_config") if (path / "config.json").is_file() else None
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "gemma"
-
-
 def load_quantized(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> TextModel:
     """A folder whose config names a quantization that transformers reads, in eval mode, opened by its own reader.
 
@@ -112,8 +98,8 @@ def load_quantized(model_dir: str | Path, dtype: torch.dtype = torch.float32) ->
         raise ConfigError(f"{path}: transformers cannot load this checkpoint: {one_line(error)}") from error
     model, info = loaded
     odd = {name for name, *_ in info["mismatched_keys"]}
-    mended = {name for name in odd if name.endswith(".embedding_scale")}
-    wrong = sorted(info["missing_keys"] | info["unexpected_keys"] | odd - mended)
+    unmended = {name for name in odd if not name.endswith(".embedding_scale")}
+    wrong = sorted(info["missing_keys"] | info["unexpected_keys"] | unmended)
     if wrong:
         raise ConfigError(
             f"{path}: {len(wrong)} tensors are missing, unexpected or of a wrong shape, the first is {wrong[0]}"
@@ -171,7 +157,7 @@ def check_weights(model_dir: Path, spec: ModelSpec) -> None:
 
 
 def notes(model_dir: str | Path, spec: ModelSpec) -> list[str]:
-    """Sentences for the user of a checkpoint: what is left out of it, and which names are shortened."""
+    """Sentences for the user of a checkpoint: parts that are left out, and names that are shortened."""
     path, said = Path(model_dir), []
     config = load_config(path)
     if spec.whole is None and text_config(config) is not config:
@@ -282,9 +268,10 @@ def _entries(
             if kind not in (("I64", "I32") if tensor.role == "token_ordering" else FLOAT_KINDS):
                 raise ConfigError(f"{shard}: {stored_name} is of type {kind}: expected floats: download it again")
             found[shard].append((tensor, stored_name))
+    known = {t.name for t in tensors}
     if wanted:
-        raise ConfigError(f"{model_dir}: {missing(wanted, list(files), {t.name for t in tensors})}")
-    rest = {name: stored[name] for name in stored.keys() - {t.name for t in tensors}}
+        raise ConfigError(f"{model_dir}: {missing(wanted, list(files), known)}")
+    rest = {name: stored[name] for name in stored.keys() - known}
     if spec.tied_head and HEAD in rest:
         _check_tied(model_dir, rest.pop(HEAD), spec, files)
     check_rest(model_dir, rest, spec)

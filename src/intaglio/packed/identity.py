@@ -104,14 +104,14 @@ def look(path: str | Path) -> Found:
         return _look_at_file(path)
     if not path.is_dir():
         return Found(path, MISSING, "no such file or folder", "expected a model folder with config.json")
-    adapter = next((name for name in ADAPTER_FILES if (path / name).is_file()), None)
     if (path / PACKED_FILE).is_file():
         return _packed(path)
+    adapter = next((name for name in ADAPTER_FILES if (path / name).is_file()), None)
     if (path / SINGLE).is_file() or (path / INDEX).is_file():
-        return _look_at_weights(path, adapter)
-    if adapter is not None:
-        return _adapter(path)
-    return _look_at_rest(path)
+        config = load_config(path) if (path / "config.json").is_file() else {}
+        found = {name: header for shard in shards(path) for name, header in headers(shard).items()}
+        return _judge(path, config, found, adapter, CHECKPOINT if config else WEIGHTS)
+    return _look_at_rest(path) if adapter is None else _adapter(path)
 
 
 def _look_at_file(path: Path) -> Found:
@@ -134,12 +134,6 @@ def _look_at_file(path: Path) -> Found:
     if path.suffix in PICKLES:
         return _pickle(path)
     return Found(path, OTHER, "neither GGUF nor .safetensors", "expected one of them, or a checkpoint's folder")
-
-
-def _look_at_weights(path: Path, adapter: str | None) -> Found:
-    config = load_config(path) if (path / "config.json").is_file() else {}
-    found = {name: header for shard in shards(path) for name, header in headers(shard).items()}
-    return _judge(path, config, found, adapter, CHECKPOINT if config else WEIGHTS)
 
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]  # dtype, as safetensors spells it, and shape by name

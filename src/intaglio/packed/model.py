@@ -70,7 +70,7 @@ def parts_of_plan(plan: Plan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 
 
 def static_names(plan: Plan) -> list[str]:
-    """Names of a plan's static scales, those of what is carried last."""
+    """Names of a plan's static scales; those of carried tensors come last."""
     return [scale.name for scale in plan.static_scales] + list(plan.carried_scales)
 
 
@@ -243,7 +243,7 @@ class PackedModel:
         return quantized
 
     def read_static(self) -> dict[str, float]:
-        """Every static scale by its name, those of what is carried too; 0 where nothing is to be quantized.
+        """Every static scale by its name, those of carried tensors too; 0 where nothing is to be quantized.
 
         Raises InputError for one that no runtime could use, and for one that differs from its owner's.
         """

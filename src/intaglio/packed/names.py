@@ -20,7 +20,7 @@ WRAPPED = re.compile(
     r"^(?:(?:module|base_model\.model|_forward_module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
     r"|(?<=\.)(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
 )
-# Towers and what joins them to the text, also those of Gemma 3, whose text alone is taken.
+# Towers and their projectors, also those of Gemma 3, whose text model alone is taken.
 TOWER_PREFIXES = (
     *TOWERS,
     *("vision_tower.", "multi_modal_projector.", "model.multi_modal_projector."),
@@ -66,7 +66,7 @@ def check_rest(model_dir: Path, rest: dict[str, str], spec: ModelSpec) -> None:
 
 
 def is_unused(name: str, spec: ModelSpec) -> bool:
-    """Whether a tensor outside of a plan, by our name, is known to have no part in what the text model computes."""
+    """Whether the text model is known to compute without a tensor outside of the plan, by our name."""
     return is_tower(name) or COMPUTED.search(name) is not None or is_shared_kv(name, spec)
 
 

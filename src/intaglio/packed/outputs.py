@@ -1,4 +1,4 @@
-"""Outputs: temporary names that say whose they are, what dead processes left, and what may be replaced."""
+"""Outputs: temporary names that tell their process, leftovers of dead processes, and outputs that may be replaced."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIGNS = ((b"GGUF", b"intaglio.plan"), (b"LITERTLM", b"intaglio"), (b"<!", b'clas
 
 
 def temporary_path(path: Path) -> Path:
-    """A new name beside `path` for what is being written, with the process that writes it."""
+    """A new name beside `path` for an output that is being written; it names the writing process."""
     pid = os.getpid()
     mine = f"{_where()}-{pid}-{started_at(pid)}-{uuid.uuid4().hex[:8]}"
     return path.with_name(f".{path.name[:LONGEST_NAME]}.{mine}.partial")

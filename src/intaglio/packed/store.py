@@ -27,16 +27,18 @@ CHUNK_ELEMENTS = 1 << 24  # of a large tensor that is read, and worked on, a few
 REMAP_BYTES = 1 << 28
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
+# In the order in which safetensors' own writer puts tensors: wider types first, so that each is aligned.
 SAFETENSORS_DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
     torch.int64: "I64",
-    torch.int32: "I32",
+    torch.float32: "F32",
     torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.int8: "I8",
     torch.uint8: "U8",
 }
+FLOATS = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items() if dtype.is_floating_point}
 
 
 @contextmanager
@@ -77,7 +79,7 @@ def new_path(path: Path, *, replace: bool = False, internal: bool = False) -> It
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path` for what is not kept; it is removed at the end."""
+    """Yield a new folder beside `path` for temporary files; it is removed at the end."""
     folder = temporary_path(path)
     try:
         folder.mkdir(parents=True)
@@ -120,6 +122,12 @@ def safetensors_header(specs: Specs, metadata: dict[str, str]) -> tuple[bytes, d
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
     return len(text).to_bytes(8, "little") + text, offsets
+
+
+def in_file_order(specs: Specs) -> Specs:
+    """These tensors as safetensors' own writer puts them: by type, then by name."""
+    order = list(SAFETENSORS_DTYPES)
+    return dict(sorted(specs.items(), key=lambda item: (order.index(item[1][0]), item[0])))
 
 
 def sealed(digest: str) -> bytes:

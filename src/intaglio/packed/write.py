@@ -84,7 +84,7 @@ def write_packed(
 
 
 def join_packed(text: PackedModel, carrying: PackedModel, path: Path, *, replace: bool = False) -> None:
-    """Write a packed model of `text` with what `carrying` carries beside its own, all values as they are."""
+    """Write a packed model with the text model of `text` and the carried tensors of `carrying`, unchanged."""
     plan = dataclasses.replace(text.plan, model=carrying.plan.model, carried=carrying.plan.carried)
     static = text.read_static() | {name: carrying.read_static()[name] for name in plan.carried_scales}
     with write_packed(path, plan, assets=text.path, provenance=text.provenance, replace=replace) as writer:

@@ -36,12 +36,12 @@ def whole_name(name: str) -> str:
 
 
 def text_name(name: str) -> str:
-    """The other way round: our name of what a checkpoint of either kind calls `name`."""
+    """Our name of the tensor that a checkpoint of either kind calls `name`: the inverse of `whole_name`."""
     return "model." + name.removeprefix(TEXT_PREFIX) if name.startswith(TEXT_PREFIX) else name
 
 
 def tower_kind(name: str) -> str:
-    """One of TOWER_KINDS for what belongs to such a tower or its embedder; empty for anything else."""
+    """The kind, of TOWER_KINDS, of the tower or embedder that a tensor belongs to; empty for other tensors."""
     part = name.removeprefix("model.").partition(".")[0]
     return next((kind for kind in TOWER_KINDS if part in (f"{kind}_tower", f"{kind}_embedder", f"embed_{kind}")), "")
 

@@ -111,6 +111,17 @@ def load_config(model_dir: str | Path) -> dict[str, Any]:
     return config
 
 
+def quantization_of(folder: Path, key: str = "quantization_config") -> dict[str, Any]:
+    """The table of a folder's config.json that says how its weights are quantized; empty where there is none."""
+    found = load_config(folder).get(key) if (folder / "config.json").is_file() else None
+    return found if isinstance(found, dict) else {}
+
+
+def is_mobile(model_dir: str | Path) -> bool:
+    """Whether a folder's config says that its weights are in the Gemma mobile format."""
+    return quantization_of(Path(model_dir)).get("quant_method") == "gemma"
+
+
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The text part of a multimodal config; a text model's or a drafter's config as it is."""
     nested = config.get("text_config")

@@ -82,7 +82,7 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """At the peak: either all activations and the loss, or all gradients, beside what is always there."""
+        """At the peak: all that is always in memory, with either activations and loss, or gradients."""
         return sum(self.at_the_peak.values())
 
     @property

@@ -148,7 +148,7 @@ class Plan:
 
     @functools.cached_property
     def carried_scales(self) -> tuple[str, ...]:
-        """Names of the activation scales of what is carried; each has its own value, 0 unless it was imported."""
+        """Names of the activation scales of carried linears; each has its own value, 0 unless it was imported."""
         linears = [t.spec for t in self.carried if t.quantized_linear and getattr(t.grid, "positive", False)]
         return tuple(scale.name for scale in activation_scales(linears))
 
@@ -219,7 +219,7 @@ def _tied_head_rule(recipe: Recipe, model: ModelSpec, tensors: tuple[PlannedTens
     """The rule of a tied head. Raises RecipeError unless it is that of the embedding."""
     rule = recipe.rule_for(HEAD, "head") if model.tied_head else None
     if rule is None or ("head" not in rule.roles and "lm_head" not in rule.match):
-        return None  # nothing, or only what it says of any tensor without a rule of its own
+        return None  # the rule is a general one, for any tensor without a rule of its own
     embedding = next(t for t in tensors if t.spec.role == "token_embedding")
     if rule.grid != embedding.rule.grid:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Parts of a model as a person counts them, and what each has: parameters, and bytes on disk and in memory."""
+"""Parts of a model as a person counts them: parameters of each, and bytes of the KV cache."""
 
 from __future__ import annotations
 

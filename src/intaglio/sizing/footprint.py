@@ -84,7 +84,7 @@ def footprint(plan: Plan, metadata_bytes: int) -> Footprint:
             continue
         disk = stored[component]
         mapped = disk if component in LOOKED_UP or (component == "token_embedding" and untied) else 0
-        # what nobody reads need not be in memory, but lies in the file
+        # unused tensors lie in the file, and need not be in memory
         resident = 0 if component == "unused" else disk - mapped
         on = tuple(sorted(grids.get(component, grids["token_embedding"] if component == "head" else ())))
         parts.append(Part(component, label, counts.get(component, 0), on, disk, resident, mapped))

@@ -1,4 +1,4 @@
-"""The survey behind `intaglio plan`: a plan, its files and memory, what fits, and the family beside it."""
+"""The survey behind `intaglio plan`: a plan, its files and memory, recipes that fit a budget, and the model family."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def display_name(model: str | Path) -> str:
 
 
 def _drafter(drafter: str | Path, target: ModelSpec, recipe: Recipe, wishes: Wishes) -> tuple[str, Footprint]:
-    """A drafter's footprint on the recipe, or on that for drafters of mobile models where the recipe is not for any."""
+    """A drafter's footprint on the recipe, or on drafter-mobile when the recipe is not for drafters."""
     spec = find_spec(drafter)
     if not spec.family.drafter:
         raise ConfigError(f"{drafter}: model_type {spec.family.model_type} is no drafter: expected an assistant model")

@@ -16,7 +16,7 @@ from intaglio.formats.mobile.layout import stored_tensors
 from intaglio.formats.mobile.write import mobile_tensors
 from intaglio.formats.words.layout import linears_of
 from intaglio.numerics.grid import BlockGrid
-from intaglio.packed.store import Specs, safetensors_header
+from intaglio.packed.store import Specs, in_file_order, safetensors_header
 from intaglio.plan.family import TOWER_ROLES
 from intaglio.plan.plan import Plan
 
@@ -25,7 +25,6 @@ GGUF_HEADER_BYTES = 24  # magic and version, 4 each; number of tensors and of ke
 GEMMA_METADATA_BYTES = 15_800_000  # about; keys and values of a Gemma 4 GGUF, nearly all of it the tokenizer
 W4A16_ROLES = ("attention", "mlp", "ple_linear", "expert")
 W4A16_GROUP = 32
-DTYPE_ORDER = (torch.int64, torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,6 @@ def w4a16_tensors(plan: Plan) -> Specs:
         if not four_bits:
             specs[name] = (torch.bfloat16, tensor.spec.shape)
     return in_file_order(specs)
-
-
-def in_file_order(specs: Specs) -> Specs:
-    """These tensors as safetensors' own writer puts them: wider types first, then by name."""
-    return dict(sorted(specs.items(), key=lambda item: (DTYPE_ORDER.index(item[1][0]), item[0])))
 
 
 def bf16_bytes(plan: Plan, *, text_only: bool = False) -> int:

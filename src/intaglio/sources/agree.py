@@ -1,6 +1,7 @@
 """A GGUF and the config and tokenizer that it is converted with state many things twice: both have to say the same.
 
-Written from llama.cpp's names of keys, and without the exporter's table, so that neither repeats the other's mistake.
+Keys have the meaning that the reader gives them (`formats.gguf.read`), which shares no table with the exporter, so that
+neither repeats the other's mistake.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import numpy as np
 
 from intaglio.errors import ConfigError
 from intaglio.formats.gguf.names import GGUF_ROPE_FACTORS, gguf_rope_factors
-from intaglio.formats.gguf.read import read_gguf
+from intaglio.formats.gguf.read import FACT_OF_KEY, model_facts, read_gguf
 from intaglio.plan.family import ModelSpec
 from intaglio.plan.files import read_json
 from intaglio.plan.rope import KINDS, rope_parameters
 from intaglio.sources.stored import Source
 
+# Keys whose absence means 0 to llama.cpp, and keys that a file may have otherwise than the config.
+ABSENT = dict.fromkeys(("block_count", "embedding_length", "expert_count", "expert_used_count"), 0)
+LEFT_OPEN = ("context_length", "expert_feed_forward_length")
 TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 
 
@@ -49,24 +53,24 @@ def _expected(model: ModelSpec) -> dict[str, tuple[Any, Any]]:
     kinds, layers = list(config.layer_types), config.per_layer_config
     full, sliding = (layers[kinds.index(kind) if kind in kinds else 0] for kind in KINDS)
     rope = rope_parameters(config)
-    widths = [tensor.shape[0] for tensor in model.tensors if tensor.name.endswith(".mlp.gate_proj.weight")]
     family = model.family
     # scaled ropes of families with factors have no key
     factor = 1.0 if family.gguf_rope_factors else rope["full_attention"].get("factor", 1.0)
+    facts = model_facts(model)
+    if not getattr(config, "enable_moe_block", False):
+        facts |= dict.fromkeys(facts.keys() & {"num_experts", "top_k_experts"}, 0)
     found: dict[str, tuple[Any, Any]] = {
-        "block_count": (config.num_hidden_layers, 0),
-        "embedding_length": (config.hidden_size, 0),
-        "feed_forward_length": (widths, None),
-        "attention.head_count": (config.num_attention_heads, None),
-        "attention.head_count_kv": ([layer.num_key_value_heads for layer in layers], None),
-        "attention.layer_norm_rms_epsilon": (config.rms_norm_eps, None),
+        key: (facts[name] or 0, ABSENT.get(key)) for key, name in FACT_OF_KEY.items() if name in facts
+    }
+    for key in LEFT_OPEN:
+        found.pop(key, None)
+    found |= {
         "attention.key_length": (full.head_dim, None),
         "attention.value_length": (full.head_dim, None),
         "attention.causal": (True, None),
         "attn_logit_softcapping": (getattr(config, "attn_logit_softcapping", None) or 0.0, None),
         "vocab_size": (config.vocab_size, None),
         "rope.scaling.factor": (factor, 1.0),
-        "attention.sliding_window": (config.sliding_window, None),
         "rope.freq_base": (rope["full_attention"]["rope_theta"], None),
         "rope.freq_base_swa": (rope["sliding_attention"]["rope_theta"], None),
     }
@@ -74,16 +78,11 @@ def _expected(model: ModelSpec) -> dict[str, tuple[Any, Any]]:
     if not family.gguf_period:
         found["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in kinds], None
     if family.full_heads:
-        experts = getattr(config, "enable_moe_block", False)
         found |= {
             "attention.key_length_swa": (sliding.head_dim, None),
             "attention.value_length_swa": (sliding.head_dim, None),
             "rope.dimension_count": (full.head_dim, None),
             "rope.dimension_count_swa": (sliding.head_dim, None),
-            "expert_count": (config.num_experts if experts else 0, 0),
-            "expert_used_count": (config.top_k_experts if experts else 0, 0),
-            "attention.shared_kv_layers": (config.num_kv_shared_layers, None),
-            "embedding_length_per_layer_input": (config.hidden_size_per_layer_input or 0, None),
         }
     return found
 

@@ -20,7 +20,8 @@ from intaglio.formats.mobile.layout import resolve_bits
 from intaglio.formats.words.layout import EXPERT_LINEARS
 from intaglio.numerics.grid import Q4_0_FREE, Quantized
 from intaglio.packed.codes import unpack_codes
-from intaglio.sources.stored import FLOATS, Stored
+from intaglio.packed.store import FLOATS
+from intaglio.sources.stored import Stored
 
 # Codes of four bits in blocks of 32, as Q4_0 has them, but whatever scale a folder gives them.
 W4A16 = replace(Q4_0_FREE, name="w4a16", ggml_type=None, step_bits=24, scale_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Find the grid that each tensor of a file lies on, and what would become of it.
+"""Find the grid that each tensor of a file lies on, and how much of it other tools and formats would keep.
 
 A few rows say which grid it may be (`numerics.identify`); if any block of them lies on one, every block of
 the tensor is recovered, and counted. A tensor none of whose sampled blocks lies on a grid is latent.
@@ -88,7 +88,7 @@ class Verdict:
 
     @property
     def in_blocks(self) -> bool:
-        """Whether blocks of 32 with four bits is what it lies on: what Q4_0 can hold."""
+        """Whether it lies on blocks of 32 with four bits, which Q4_0 can hold."""
         on_blocks = self.hypothesis is not None and not self.hypothesis.by_row
         return self.on_grid and (on_blocks or self.stored in ("Q4_0", "W4A16"))
 
@@ -145,7 +145,7 @@ def inspect(
 
 
 def _packed(packed: PackedModel) -> Iterator[Verdict]:
-    """A packed model says itself what it is."""
+    """Verdicts on a packed model, whose plan names all grids."""
     for tensor in packed.plan.everything:
         blocks = isinstance(tensor.grid, BlockGrid)
         count = torch.Size(tensor.spec.shape).numel() // tensor.grid.block_size if blocks else 0  # type: ignore[union-attr]

@@ -24,7 +24,7 @@ from intaglio.sources.stored import DEQUANTIZED, GgufFile, Source, Stored
 
 PRESETS = ("q4_0", "q4_0-free", "q2_0", "mobile-e2b", "mobile-e4b", "mobile")
 CONVERTED = Recipe(name="converted", summary="The grids of a converted checkpoint")
-GGUF_TOWERS = ("v.", "a.", "mm.")  # what llama.cpp calls tensors of vision, audio and what joins them to the text
+GGUF_TOWERS = ("v.", "a.", "mm.")  # llama.cpp's prefixes: vision, audio, and projectors to the text model
 EMBEDDING = "token_embedding"
 SHOWN = 3  # names in a message
 
@@ -42,7 +42,7 @@ def assets_of(source: Source, config: str | Path | None) -> Path:
 
 
 def model_of(source: Source, assets: Path, text_only: bool) -> ModelSpec:
-    """The model that the config describes, with what the source's files hold beside its text model."""
+    """The model that the config describes, with the tensors of the source beside its text model."""
     if source.kind == "gguf":
         return _gguf_model(source, assets)
     config = load_config(assets)

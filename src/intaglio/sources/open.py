@@ -1,4 +1,4 @@
-"""Opening a checkpoint of any kind: what it is, and its tensors."""
+"""Opens a checkpoint of any kind: its kind, and its tensors."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def coded(
         check_finite(value, tensor.name, first_row)
         fitted = FITS[fit](blocks, grid)
         codes[left], scale[left] = fitted.codes, fitted.step.squeeze(1)
-    empty = torch.tensor(EMPTY_STEP if grid.positive else -0.0)  # what ggml writes as the scale of an empty block
+    empty = torch.tensor(EMPTY_STEP if grid.positive else -0.0)  # ggml's scale of an empty block
     scale = torch.where((codes == 0).all(1), empty, scale)
     scale = scale if grid.positive else round_half(scale)
     if float(scale.abs().max()) > HALF_LARGEST and not grid.positive:

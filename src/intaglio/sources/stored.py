@@ -22,8 +22,8 @@ from intaglio.errors import ConfigError
 from intaglio.formats.gguf.read import read_gguf
 from intaglio.numerics.grid import GGUF_GRIDS, Quantized
 from intaglio.numerics.layout import from_blocks
+from intaglio.packed.store import FLOATS
 
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Types of GGUF without a grid here, which gguf-py decodes.
 DEQUANTIZED = ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS")
 PIECE_ELEMENTS = 1 << 22  # of a tensor that is in memory at once, and several times that of temporaries

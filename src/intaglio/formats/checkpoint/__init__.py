@@ -1,1 +1,1 @@
-"""Checkpoints of decoded weights for transformers, and the scales that are `kept` beside them."""
+"""Checkpoints of decoded weights for transformers. `kept`, the scales beside them, is shared by writer and readers."""

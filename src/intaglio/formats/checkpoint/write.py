@@ -64,6 +64,7 @@ def float_dtype(plan: Plan) -> torch.dtype:
 def hf_sources(plan: Plan) -> dict[str, tuple[str, torch.dtype]]:
     """Every tensor of the folder: our name of what it holds, and its dtype."""
     dtypes = {t.name: torch.int64 if isinstance(t.grid, IndexGrid) else float_dtype(plan) for t in plan}
+    # tensors of KV-shared layers have no place: transformers makes no module of them
     dtypes |= {t.name: _tower_dtype(t) for t in plan.carried if t.spec.role in TOWER_ROLES}
     return {plan.stored_name(name): (name, dtype) for name, dtype in dtypes.items()}
 
@@ -102,7 +103,7 @@ def whole_config(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
     name = str(dtype).removeprefix("torch.")
     architecture = type(build_meta_model(spec.whole)).__name__
     text = hf_config(spec, dtype)
-    del text["architectures"]
+    del text["architectures"]  # the class is the whole model's
     return spec.whole | {"architectures": [architecture], "dtype": name, "text_config": text}
 
 
@@ -111,7 +112,7 @@ def decoded(value: Quantized | Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not isinstance(value, Quantized):
         return value.to(dtype)
     decoded = torch.empty(value.codes.shape, dtype=dtype, device=value.codes.device)
-    for rows, part in row_chunks(value):
+    for rows, part in row_chunks(value):  # float32 values of a whole table take twice the room of bfloat16
         exact = part.decode()
         decoded[rows] = exact.to(dtype)
         if not torch.equal(decoded[rows].float(), exact):

@@ -1,4 +1,4 @@
-"""Does a GGUF file hold what was packed? Tensors by their bits, keys by what llama.cpp computes with them.
+"""Compares a GGUF file with a packed model: tensors by their bits, keys by their meaning to llama.cpp.
 
 The keys are turned back into the facts of a transformers config. The tokenizer is compared in `verify_gguf_text`.
 """
@@ -54,7 +54,7 @@ def compare_gguf(packed: PackedModel, path: Path, tally: Tally) -> None:
         if name.startswith(f"{architecture}.")
     }
     factors = np.asarray(found[GGUF_ROPE_FACTORS].data).tolist() if GGUF_ROPE_FACTORS in found else None
-    compare_facts(CONFIG, _expected_facts(spec), _config_facts(config, factors, spec), tally)
+    compare_facts(CONFIG, model_facts(spec), _config_facts(config, factors, spec), tally)
     tally.unlike_facts += [
         f"{CONFIG}: {architecture}.{name} = {value}, which the model does not have" for name, value in config.items()
     ]
@@ -83,7 +83,7 @@ def _compare_tensors(packed: PackedModel, found: dict[str, ReaderTensor], tally:
     tally.extra += sorted(set(found) - expected)
     if factors and _is_like(GgmlType.F32, (len(factors),), found.get(GGUF_ROPE_FACTORS), tally):
         _compare_floats(torch.tensor(factors), found[GGUF_ROPE_FACTORS], tally)
-    for tensor, value in packed:
+    for tensor, value in packed:  # one tensor in memory at a time
         stored = found.get(gguf_name(tensor.name)) if in_gguf(tensor) else None
         kind = type_of(tensor) if stored_grid(tensor) else None
         if stored is None or not _is_like(kind, tensor.spec.shape, stored, tally):
@@ -131,8 +131,26 @@ def _compare_floats(expected: Tensor, stored: ReaderTensor, tally: Tally) -> Non
 
 # The keys as a config
 
+# llama.cpp's keys, behind the architecture's name, that say what one fact of `config_facts` says.
+FACT_OF_KEY = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "widths of MLPs",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "attention.shared_kv_layers": "num_kv_shared_layers",
+    "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+    "expert_count": "num_experts",
+    "expert_used_count": "top_k_experts",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
 
-def _expected_facts(spec: ModelSpec) -> Facts:
+
+def model_facts(spec: ModelSpec) -> Facts:
+    """The table of a model's config, with the facts that a GGUF states and a config does not."""
     facts = config_facts(spec.config)
     widths = [tensor.shape[0] for tensor in spec.tensors if tensor.name.endswith(".mlp.gate_proj.weight")]
     facts |= {"widths of MLPs": widths, "value head_dim": facts["head_dim"]}
@@ -147,35 +165,21 @@ def _config_facts(keys: dict[str, Any], factors: list[float] | None, spec: Model
     def take(name: str, default: Any = None) -> Any:
         return keys.pop(name, default)
 
-    layers = take("block_count")
+    facts = {name: take(key) for key, name in FACT_OF_KEY.items()}
+    layers = facts["num_hidden_layers"]
     count = layers if isinstance(layers, int) and 0 < layers < 10_000 else 0
-
-    def each(value: Any) -> Any:
-        return value if isinstance(value, list) else [value] * count
-
+    for name in ("widths of MLPs", "num_key_value_heads"):  # one number stands for all layers
+        facts[name] = facts[name] if isinstance(facts[name], list) else [facts[name]] * count
     pattern = take("attention.sliding_window_pattern")
     if isinstance(pattern, int) and not isinstance(pattern, bool):
         pattern = [pattern == 0 or layer % pattern < pattern - 1 for layer in range(count)]
     sliding = [bool(kind) for kind in pattern or []]
     full_width, full_value = take("attention.key_length"), take("attention.value_length")
     own_width, own_value = take("attention.key_length_swa", full_width), take("attention.value_length_swa", full_value)
-    facts = {
-        "num_hidden_layers": layers,
-        "max_position_embeddings": take("context_length"),
-        "hidden_size": take("embedding_length"),
-        "widths of MLPs": each(take("feed_forward_length")),
-        "num_attention_heads": take("attention.head_count"),
-        "num_key_value_heads": each(take("attention.head_count_kv")),
-        "rms_norm_eps": take("attention.layer_norm_rms_epsilon"),
-        "sliding_window": take("attention.sliding_window"),
+    facts |= {
         "layer_types": [("full_attention", "sliding_attention")[kind] for kind in sliding],
         "head_dim": [own_width if kind else full_width for kind in sliding],
         "value head_dim": [own_value if kind else full_value for kind in sliding],
-        "num_kv_shared_layers": take("attention.shared_kv_layers"),
-        "hidden_size_per_layer_input": take("embedding_length_per_layer_input"),
-        "num_experts": take("expert_count"),
-        "top_k_experts": take("expert_used_count"),
-        "moe_intermediate_size": take("expert_feed_forward_length"),
     }
     # without the key llama.cpp caps at a value of its own, and zero turns it off
     facts |= {name: take(name, absent) or None for name, absent in spec.family.gguf_caps.items()}

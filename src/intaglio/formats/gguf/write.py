@@ -121,7 +121,7 @@ def check_supported(spec: ModelSpec) -> None:
 
 
 def _check_drafter(spec: ModelSpec) -> None:
-    """Checks what llama.cpp refuses of a drafter, or reads of the target without looking."""
+    """Raise ConfigError for a drafter that llama.cpp refuses, or whose target it would misread."""
     config = spec.layer_config
     if config.hidden_size == target_width(spec):
         raise ConfigError(

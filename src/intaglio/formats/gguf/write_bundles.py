@@ -125,6 +125,7 @@ def _check_draft(packed: PackedModel, draft: str | Path) -> None:
     if architecture != wanted:
         raise ConfigError(f"{draft}: general.architecture = {architecture!r}: expected {wanted!r}, a drafter's")
     config = packed.plan.model.layer_config
+    # a drafter has no keys and values of its own: it attends to the caches of two layers of its target
     if config.layer_types[-2:] != ["sliding_attention", "full_attention"]:
         raise ConfigError(
             f"layer_types ends with {config.layer_types[-2:]}: llama.cpp lets drafters read the caches of the last "
@@ -150,6 +151,6 @@ def _place(packed: PackedModel, target: Path, gguf: str | Path | None, on_progre
         export_gguf(packed, target, on_progress=on_progress)
         return
     try:
-        os.link(gguf, target)
+        os.link(gguf, target)  # a second copy would take gigabytes
     except OSError:  # another file system, or one without links
         shutil.copyfile(gguf, target)

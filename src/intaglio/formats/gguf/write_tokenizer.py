@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file: what transformers makes of the folder's tokenizer files.
+"""The tokenizer of a GGUF file, from the tokenizer that transformers builds of the folder's files.
 
 Gemma 4 is a byte-fallback BPE, and llama.cpp's `gemma4` tokenizer takes its merges. Gemma 3 came
 from SentencePiece, and llama.cpp's `llama` tokenizer takes a score for each token: it joins the

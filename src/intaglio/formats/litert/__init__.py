@@ -1,1 +1,4 @@
-"""Bundles for LiteRT-LM: `write` starts `converter`, and `read` shares no code with either."""
+"""Bundles for LiteRT-LM: `write` starts `converter`, and `read` imports neither.
+
+`converter` imports LiteRT's packages; the other modules must not, since those are in another environment.
+"""

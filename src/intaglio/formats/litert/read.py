@@ -1,4 +1,4 @@
-"""Does a .litertlm bundle hold what was packed? Codes, scales and floats by name; static scales where they act.
+"""Compares a .litertlm bundle with a packed model: codes, scales and floats by name; static scales where they act.
 
 Its models are taken apart by `tflite`, which shares no code with the exporter. A scale of activations is compared at
 the linear that uses it, and one of keys or values at the cache, in every signature.

@@ -37,9 +37,9 @@ def stored_tensors(plan: Plan) -> list[ListedTensor]:
     """Every tensor of a plan's mobile folder. RecipeError for a grid that the format does not have."""
     check_mobile(plan)
     stored = [part for tensor in plan.everything for part in _parts(plan, tensor, tensor.name)]
-    if plan.model.tied_head:
+    if plan.model.tied_head:  # the format has no ties, so the embedding's codes stand there twice
         stored += _parts(plan, plan.embedding, HEAD)
-    for scale in kv_scales(plan.model):
+    for scale in kv_scales(plan.model):  # of every layer, whether the recipe quantizes the cache or not
         stored.append(ListedTensor(plan.stored_name(scale.name), "static", scale.name, torch.float32, ()))
     return stored
 
@@ -66,10 +66,12 @@ def _parts(plan: Plan, tensor: PlannedTensor, ours: str) -> list[ListedTensor]:
         return [ListedTensor(name, "values", source, tensor.stored_dtype, shape)]
     module = name.removesuffix(".weight")
     rows, columns = shape
+    # codes of eight bits are signed bytes; others are fields of unsigned ones
     codes = torch.int8 if grid.code_bits == 8 else torch.uint8
     packed, scales = (rows, columns * grid.code_bits // 8), (rows, columns // grid.block_size)
     if tensor.quantized_linear or ours == HEAD:
         names = [name, f"{module}.weight_scale"]
+        # each linear has both scales, used or not; a value of 0 says that nothing is quantized
         statics = [f"{kind}_activation_scale" for kind in ("input", "output")]
     else:
         names, statics = [f"{module}.embedding_quantized", f"{module}.embedding_scale"], []

@@ -1,4 +1,4 @@
-"""Does a mobile folder hold what was packed? Its bytes are taken apart here by the reader's rule alone.
+"""Compares a mobile folder with a packed model. Its bytes are taken apart by the rule of transformers' reader alone.
 
 Shared with the exporter is only the list of tensors in `layout.py`. Everything is compared by
 its bits, a few rows at a time, and config.json by what transformers' reader makes of it.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from intaglio.formats.listed import compare_listed
+from intaglio.formats.listed import codes_in_bytes, compare_listed
 from intaglio.formats.mobile.layout import module_bits, resolve_bits, stored_tensors
 from intaglio.formats.tally import Tally
 from intaglio.packed.model import PackedModel
@@ -29,9 +27,5 @@ def compare_mobile(packed: PackedModel, folder: Path, tally: Tally) -> None:
 
 
 def unpacked(data: Tensor, bits: int) -> Tensor:
-    """int8 codes [R, C] of stored bytes: fields of `bits` from the lowest on, each less half of its range."""
-    if bits == 8:
-        return data
-    low_first = np.unpackbits(data.numpy()[..., None], axis=-1, bitorder="little")
-    fields = low_first.reshape(len(data), -1, bits).astype(np.int8)
-    return torch.from_numpy(fields @ (1 << np.arange(bits)).astype(np.int8) - (1 << (bits - 1)))
+    """int8 codes [R, C] of stored bytes; those of eight bits are stored as they are."""
+    return data if bits == 8 else codes_in_bytes(data.numpy(), bits)

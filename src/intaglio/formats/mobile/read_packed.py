@@ -19,15 +19,15 @@ from intaglio.formats.listed import ListedTensor
 from intaglio.formats.mobile.layout import LINEAR_OR_EMBEDDING, resolve_bits, stored_tensors
 from intaglio.numerics.grid import BF16, F32, INT2, INT4, INT8, BlockGrid, Grid, Quantized
 from intaglio.numerics.steps import check_steps
-from intaglio.packed.checkpoint import is_mobile, model_name
+from intaglio.packed.checkpoint import model_name
 from intaglio.packed.codes import unpack_codes
 from intaglio.packed.model import PackedModel
 from intaglio.packed.shards import shards
-from intaglio.packed.store import SAFETENSORS_DTYPES, SafetensorsReader, headers, row_slices
+from intaglio.packed.store import FLOATS, SAFETENSORS_DTYPES, SafetensorsReader, headers, row_slices
 from intaglio.packed.write import write_packed
 from intaglio.plan.carried import describe_whole, text_name, unused_names, whole_name
 from intaglio.plan.families import WHOLES
-from intaglio.plan.family import TOWER_ROLES, TensorSpec, load_config, text_config
+from intaglio.plan.family import TOWER_ROLES, TensorSpec, is_mobile, load_config, text_config
 from intaglio.plan.found import recipe_for
 from intaglio.plan.plan import HEAD, Plan, make_plan
 from intaglio.plan.recipe import Recipe
@@ -41,7 +41,6 @@ IMPORTED = Recipe(
     kv_cache=KvCache(),
 )
 GRIDS: dict[int | None, Grid] = {2: INT2, 4: INT4, 8: INT8, None: BF16}
-FLOATS = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def _check_layout(found: _Folder, expected: list[ListedTensor]) -> None:
             raise ConfigError(f"{found.path}: {len(which)} tensors are {what}: {some}: download or export it again")
     for tensor in expected:
         dtype, shape = found.headers[tensor.name]
-        dtypes = FLOATS if tensor.part == "values" else (SAFETENSORS_DTYPES[tensor.dtype],)
+        dtypes = tuple(FLOATS) if tensor.part == "values" else (SAFETENSORS_DTYPES[tensor.dtype],)
         if dtype not in dtypes or shape != tensor.shape:
             raise ConfigError(
                 f"{found.path}: {tensor.name} is {dtype} {list(shape)}, expected {' or '.join(dtypes)} "

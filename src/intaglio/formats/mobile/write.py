@@ -25,10 +25,8 @@ from intaglio.formats.write_folder import listed_parts, silent, write_folder
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.codes import pack_codes
 from intaglio.packed.model import PackedModel
-from intaglio.packed.store import Specs
+from intaglio.packed.store import Specs, in_file_order
 from intaglio.plan.plan import Plan
-
-DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 
 
 def export_mobile(
@@ -59,12 +57,7 @@ def export_mobile(
 
 def mobile_tensors(stored: list[ListedTensor]) -> Specs:
     """Dtype and shape of every tensor of a mobile folder, in the order of the file."""
-    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in sorted(stored, key=_place)}
-
-
-def _place(tensor: ListedTensor) -> tuple[int, str]:
-    """A tensor's place in the file: where safetensors itself would put it, so that each is aligned."""
-    return DTYPES.index(tensor.dtype), tensor.name
+    return in_file_order({tensor.name: (tensor.dtype, tensor.shape) for tensor in stored})
 
 
 def mobile_config(plan: Plan) -> dict[str, Any]:

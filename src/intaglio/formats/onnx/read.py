@@ -1,4 +1,4 @@
-"""Do the ONNX files hold what was packed? Read with the onnx package, their bytes taken apart by the kernels' rule.
+"""Compares ONNX files with a packed model: read with the onnx package, bytes taken apart by the kernels' rule.
 
 Shared with the exporter is only the list of matrices in `layout.py`. A matrix is what the node of its name
 computes with, found through the graph: the kernel's attributes, its codes and scales, and the QuantizeLinear and
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError, InputError
+from intaglio.formats.listed import codes_in_bytes
 from intaglio.formats.onnx.layout import (
     DECODER,
     EMBEDDINGS,
     FOLDER,
     SMALL_ROLES,
     WEB_MODEL,
-    Kernel,
     Matrix,
     file_name,
     matrices,
@@ -39,7 +39,7 @@ PASSING = ("Cast", "Transpose")  # between a matrix of floats and the node that 
 
 def compare_onnx(packed: PackedModel, folder: Path, tally: Tally) -> None:
     """Count into `tally` what the folder holds and what of it differs from the packed model's text model."""
-    packed = packed.text_only()
+    packed = packed.text_only()  # the exporter writes no towers
     folder = folder if (folder / FOLDER).is_dir() else folder / WEB_MODEL
     graphs = {session: Graph(folder / FOLDER / file_name(session)) for session in KERNELS}
     for session, graph in graphs.items():
@@ -53,6 +53,7 @@ def compare_onnx(packed: PackedModel, folder: Path, tally: Tally) -> None:
         tally.extra += sorted(
             n for n, node in graph.named.items() if node.op_type in KERNELS.values() and n not in names
         )
+        # a trace has no weights: a constant with two long axes is one that nobody planned
         matrix_like = (n for n, t in graph.tensors.items() if sum(size > 1 for size in t.dims) > 1)
         tally.extra += sorted(n for n in matrix_like if n not in graph.seen)
     compare_onnx_facts(packed, folder, graphs, tally)
@@ -170,18 +171,9 @@ def _compare_kernel(packed: PackedModel, matrix: Matrix, node: Any, graph: Graph
     for at, value in packed.chunks(matrix.tensor.name):
         assert isinstance(value, Quantized)
         part = slice(None) if at is None else at
-        tally.compare("codes", value.codes, taken_apart(codes[part], kernel))
+        tally.compare("codes", value.codes, codes_in_bytes(codes[part], kernel.bits))
         steps = value.step.numpy().repeat(kernel.repeats, axis=-1)
         tally.compare("scales", torch.from_numpy(steps), torch.from_numpy(np.array(scale[part])))
-
-
-def taken_apart(data: np.ndarray, kernel: Kernel) -> Tensor:
-    """int8 codes [R, C] of stored bytes: fields from the lowest bits on, each less half of its range."""
-    bits = np.unpackbits(np.asarray(data)[..., None], axis=-1, bitorder="little")
-    fields = bits.reshape(len(data), -1, kernel.bits).astype(np.int16)
-    return torch.from_numpy(
-        (fields @ (1 << np.arange(kernel.bits, dtype=np.int16)) - (1 << (kernel.bits - 1))).astype(np.int8)
-    )
 
 
 def _compare_small(packed: PackedModel, graph: Graph, tally: Tally) -> None:

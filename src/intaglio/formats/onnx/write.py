@@ -68,7 +68,7 @@ def write_onnx(packed: PackedModel, folder: Path) -> None:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy what belongs to a model, in the form in which Transformers.js reads what transformers does.
+    """Copy tokenizer and settings, in a form in which Transformers.js reads them as transformers does.
 
     That knows no classes of tokenizers: tokenizer.json says each step. Whether a first token stands before a text, and
     the chat template, it looks for in tokenizer_config.json. ConfigError where it could not read the tokenizer.

@@ -21,7 +21,7 @@ LAST = np.iinfo(np.int64).max
 
 def decoder_graph(packed: PackedModel, placed: dict[str, Matrix], data: DataFiles) -> Any:
     """inputs_embeds, per_layer_inputs, attention_mask, position_ids and the past -> logits and the new past."""
-    model = trace_decoder(packed.plan.model)  # which says how to install what is missing
+    model = trace_decoder(packed.plan.model)  # its error says how to install missing packages
     from onnx import helper
 
     graph = model.graph
@@ -68,7 +68,7 @@ def _set_type(value: Any, int8: bool) -> None:
 
 
 class _Filling:
-    """Puts what the kernels compute in place of the traced graph's names.
+    """Puts the kernels' nodes in place of the traced graph's names.
 
     placed: linears by name; each is taken out when its place is found. tensors: what they need.
     int8: inputs and outputs of the graph that hold int8 and not floats.

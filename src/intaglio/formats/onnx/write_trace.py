@@ -83,9 +83,9 @@ def _exporter() -> Any:
 
 
 def _skeleton(spec: ModelSpec) -> Any:
-    """transformers' model with names in place of linears and embeddings, and chance in place of all other tensors.
+    """transformers' model with names in place of linears and embeddings, and random values for all other tensors.
 
-    Not ones or zeros: what multiplies by these is left out of a trace, and what is equal becomes one.
+    The exporter would leave a product with ones out of the trace, and would merge tensors that are equal.
     """
     generator = torch.Generator().manual_seed(0)
     model: Any = build_meta_model(spec.config).eval()

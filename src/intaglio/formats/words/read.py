@@ -1,4 +1,4 @@
-"""Does a compressed-tensors or an MLX folder hold what was packed? Its words are taken apart here bit by bit.
+"""Compares a compressed-tensors or an MLX folder with a packed model. Its words are taken apart here bit by bit.
 
 Shared with the exporters are only the lists of tensors in `layout.py`. Everything is compared by its bits.
 """
@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from intaglio.errors import ConfigError
-from intaglio.formats.listed import compare_listed
+from intaglio.formats.listed import codes_in_bytes, compare_listed
 from intaglio.formats.tally import Tally
 from intaglio.formats.words.layout import (
     Scheme,
@@ -24,23 +23,18 @@ from intaglio.formats.words.layout import (
 )
 from intaglio.numerics.grid import BlockGrid
 from intaglio.packed.model import PackedModel
-from intaglio.plan.family import load_config
+from intaglio.plan.family import load_config, quantization_of
 from intaglio.plan.patterns import pattern
 
 
 def is_compressed(path: Path) -> bool:
     """Whether a folder's config says that its weights are compressed-tensors'."""
-    return _quantization(path, "quantization_config").get("quant_method") == "compressed-tensors"
+    return quantization_of(path).get("quant_method") == "compressed-tensors"
 
 
 def is_mlx(path: Path) -> bool:
     """Whether a folder's config has groups as mlx-lm writes them."""
-    return "group_size" in _quantization(path, "quantization")
-
-
-def _quantization(path: Path, key: str) -> dict[str, Any]:
-    found = load_config(path).get(key) if (path / "config.json").is_file() else None
-    return found if isinstance(found, dict) else {}
+    return "group_size" in quantization_of(path, "quantization")
 
 
 def compare_compressed(packed: PackedModel, folder: Path, tally: Tally) -> None:
@@ -87,6 +81,7 @@ def _scheme_of(module: str, linear: bool, quantization: dict[str, Any]) -> Schem
             return pattern(target[3:]).match(module, error=ConfigError) is not None
         return target == module or (linear and target == "Linear")
 
+    # "ignore" comes first, then the groups in their order, as in the library's own search
     if any(map(matches, quantization.get("ignore") or [])):
         return None
     for group in (quantization.get("config_groups") or {}).values():
@@ -97,7 +92,5 @@ def _scheme_of(module: str, linear: bool, quantization: dict[str, Any]) -> Schem
 
 
 def words_unpacked(words: Tensor, bits: int) -> Tensor:
-    """int8 codes [R, C] of words [R, C x bits / 32]: fields from the lowest bits on, each less half its range."""
-    fields = words.numpy().view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)
-    codes = (fields & np.uint32((1 << bits) - 1)).astype(np.int16) - (1 << (bits - 1))
-    return torch.from_numpy(codes.astype(np.int8).reshape(len(words), -1))
+    """int8 codes [R, C] of little-endian words [R, C x bits / 32]."""
+    return codes_in_bytes(words.numpy().view(np.uint8), bits)

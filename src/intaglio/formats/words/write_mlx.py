@@ -86,6 +86,7 @@ def _quantization(plan: Plan) -> dict[str, Any] | None:
     }
     if not groups:
         return None
+    # mlx-lm takes one pair for all modules, and a table for each module that differs
     usual = max(set(groups.values()), key=lambda kind: (list(groups.values()).count(kind), kind))
     named = {module: _entry(*kind) for module, kind in groups.items() if kind != usual}
     return {**_entry(*usual), **named}

@@ -1,4 +1,4 @@
-"""The .litertlm file: models, tokenizer, and what LiteRT-LM has to know about the model's text.
+"""The .litertlm file: models, tokenizer, chat template, end tokens and sampling.
 
 litert-lm-builder stamps a random uuid and the time into every bundle. Here the uuid follows from the packed model
 and the settings, and no time is given, so that two exports are the same file.

@@ -129,7 +129,7 @@ def _prune_buffers(model: Model) -> None:
     tensors = [tensor for subgraph in root.subgraphs for tensor in subgraph.tensors]
     for tensor in tensors:
         if root.buffers[tensor.buffer].data is None and tensor.buffer not in model.stored:
-            tensor.buffer = 0  # of what is computed: the empty buffer does for all
+            tensor.buffer = 0  # computed tensors share the empty buffer
     place = {old: new for new, old in enumerate(sorted({0} | {tensor.buffer for tensor in tensors}))}
     root.buffers = [root.buffers[old] for old in place]
     model.stored = {place[old]: value for old, value in model.stored.items()}

@@ -1,4 +1,4 @@
-"""Tensors of a packed model as LiteRT stores them: what they are, and their bytes a few rows at a time.
+"""Tensors of a packed model as LiteRT stores them: their types and scales, and their bytes a few rows at a time.
 
 Codes of two and four bits lie in LiteRT from the lowest bits of a byte on, as in a packed model, but as two's
 complement and not less their minimum. Both differ in the highest bit of each code only.
@@ -27,7 +27,7 @@ class Weights:
 
     def __init__(self, packed: PackedModel):
         self.packed = packed
-        self.embedding = next(tensor.name for tensor in packed.plan if tensor.spec.role == "token_embedding")
+        self.embedding = packed.plan.embedding.name
 
     def stored(self, name: str) -> Stored:
         """A tensor as a whole. The head of a model that ties it has the codes of the embedding."""
