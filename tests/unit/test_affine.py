@@ -292,7 +292,7 @@ def test_mlx_has_no_group_for_a_narrow_row() -> None:
 def test_mlx_would_take_other_heads(gemma4: Case) -> None:
     config = GEMMA4 | {
         "num_global_key_value_heads": 1,
-        "per_layer_config": {layer: {"num_key_value_heads": 1} for layer in "13"},
+        "per_layer_config": {layer: {"num_key_value_heads": 1, "head_dim": 128} for layer in "13"},
     }
     with pytest.raises(ConfigError, match="mlx-lm takes num_key_value_heads for every layer"):
         mlx_config(make_plan(config, "q4_0"))

@@ -15,11 +15,10 @@ from intaglio.formats.gguf.write import check_exportable, check_grids, export_gg
 from intaglio.formats.gguf.write_bundles import export_lmstudio, export_ollama
 from intaglio.formats.litert.write import check_litert, export_litert
 from intaglio.formats.mobile.write import export_mobile
-from intaglio.formats.notes import gguf_note, litert_note, mlx_note, mobile_note, not_run, too_wide, vllm_note
 from intaglio.formats.onnx.write import export_onnx
 from intaglio.formats.onnx.write_page import export_web
 from intaglio.formats.words.write_mlx import export_mlx
-from intaglio.formats.words.write_vllm import export_vllm
+from intaglio.formats.words.write_vllm import export_vllm, vllm_note
 from intaglio.numerics.grid import F16, GGUF_GRIDS, Q4_0_POSITIVE, BlockGrid, Grid
 from intaglio.plan.plan import Plan
 from intaglio.plan.recipe import Recipe
@@ -150,8 +149,18 @@ NODE = (
 )
 
 
-def _nothing(plan: Plan) -> str:
-    return ""
+# Sentences for an artifact's README, where it differs from the packed model.
+NOT_RUN = "Written by the program's documentation and checked by parsing; the program itself was not run."
+GGUF_NOTE = "GGUF has no static scales: llama.cpp scales activations as they come and keeps the KV cache in floats."
+LITERT_NOTE = "LiteRT rounds activations to 8 bits as they come where weights are Q4_0."
+MLX_NOTE = "MLX has no static scales: activations and KV cache stay in floats."
+MOBILE_NOTE = "transformers quantizes activations and leaves the KV cache in floats."
+TOO_WIDE = "bfloat16 does not hold this recipe's weights, and float32 takes eight times the room: ask for it by name"
+
+
+def _static(note: str) -> Callable[[Plan], str]:
+    """A note for plans with static scales."""
+    return lambda plan: note if plan.static_scales else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,23 +178,30 @@ class Runtime:
     command: str
     file: str = ""
     option: str = ""
-    note: Callable[[Plan], str] = _nothing
-    unwanted: Callable[[Plan], str] = _nothing
+    note: Callable[[Plan], str] = lambda plan: ""
+    unwanted: Callable[[Plan], str] = lambda plan: ""
 
 
 RUNTIMES: dict[str, Runtime] = {
-    "gguf": Runtime(title="llama.cpp", command="llama-cli -m {path}", file="model.gguf", note=gguf_note),
+    "gguf": Runtime(title="llama.cpp", command="llama-cli -m {path}", file="model.gguf", note=_static(GGUF_NOTE)),
     "ollama": Runtime(
-        title="Ollama", command="ollama create {name} -f {path}/Modelfile && ollama run {name}", note=not_run
+        title="Ollama",
+        command="ollama create {name} -f {path}/Modelfile && ollama run {name}",
+        note=lambda plan: NOT_RUN,
     ),
-    "lmstudio": Runtime(title="LM Studio", command="cp -r {path}/*/ ~/.lmstudio/models/", note=not_run),
-    "hf": Runtime(title="transformers", command=PIPELINE, unwanted=too_wide),
-    "gemma-mobile": Runtime(title="transformers", command=PIPELINE, note=mobile_note),
+    "lmstudio": Runtime(title="LM Studio", command="cp -r {path}/*/ ~/.lmstudio/models/", note=lambda plan: NOT_RUN),
+    "hf": Runtime(title="transformers", command=PIPELINE, unwanted=lambda plan: "" if plan.portable else TOO_WIDE),
+    "gemma-mobile": Runtime(
+        title="transformers", command=PIPELINE, note=lambda plan: MOBILE_NOTE if plan.recipe.kv_cache else ""
+    ),
     "vllm": Runtime(title="vLLM", command="vllm serve {path}", note=vllm_note),
     "litert": Runtime(
-        title="LiteRT-LM", command="litert-lm run {path} --prompt Hello", file="model.litertlm", note=litert_note
+        title="LiteRT-LM",
+        command="litert-lm run {path} --prompt Hello",
+        file="model.litertlm",
+        note=lambda plan: "" if plan.static_scales else LITERT_NOTE,
     ),
     "onnx": Runtime(title="ONNX Runtime and Transformers.js", command=NODE),
     "web": Runtime(title="a web page", command="python {path}/serve.py", option="transformers_js"),
-    "mlx": Runtime(title="MLX", command='mlx_lm.generate --model {path} --prompt "Hello"', note=mlx_note),
+    "mlx": Runtime(title="MLX", command='mlx_lm.generate --model {path} --prompt "Hello"', note=_static(MLX_NOTE)),
 }

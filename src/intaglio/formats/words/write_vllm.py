@@ -22,6 +22,7 @@ from intaglio.formats.checkpoint.write import hf_config, whole_config
 from intaglio.formats.words.layout import Scheme, compressed_tensors, linears_of, schemes
 from intaglio.formats.words.write import write_affine
 from intaglio.formats.write_folder import silent
+from intaglio.numerics.grid import BlockGrid
 from intaglio.packed.model import PackedModel
 from intaglio.plan.family import check_settings
 from intaglio.plan.plan import HEAD, Plan
@@ -65,6 +66,23 @@ def export_vllm(
         replace=replace,
         on_progress=on_progress,
     )
+
+
+def vllm_note(plan: Plan) -> str:
+    """The note says where vLLM's folder differs from the packed model; it is empty where nothing differs."""
+    notes = []
+    if any("embedding" in t.spec.role and isinstance(t.grid, BlockGrid) and t.grid.portable for t in plan):
+        notes.append("Embeddings are bfloat16, exactly what their codes and scales decode to.")
+    if any(scheme.static for scheme in schemes(plan).values()):
+        notes.append(
+            "vLLM 0.32 computes q, k and v, and gate and up, as one linear, and gives all of it the output scale of "
+            "the last (v, up), although the file has one for each."
+        )
+    if any(t.spec.role == "expert" and isinstance(t.grid, BlockGrid) for t in plan):
+        notes.append("Each expert is three linears; transformers does not read them, and would make random ones.")
+    if plan.recipe.kv_cache is not None:
+        notes.append("The format has no place for scales of an int8 KV cache: it stays in floats.")
+    return " ".join(notes)
 
 
 def vllm_config(plan: Plan) -> dict[str, Any]:
