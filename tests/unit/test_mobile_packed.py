@@ -16,7 +16,7 @@ from intaglio.formats.gguf.write import export_gguf
 from intaglio.formats.verify import verify
 from intaglio.measure.simulate import decoded_model
 from intaglio.numerics.grid import BlockGrid, Quantized
-from intaglio.packed.checkpoint import load_model, stream_tensors
+from intaglio.packed.checkpoint import load_model, stream_rows
 from intaglio.packed.model import FILE_NAME, PackedModel
 from intaglio.packed.write import write_packed
 from intaglio.plan.plan import make_plan
@@ -40,7 +40,7 @@ def resave(folder: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> P
 
 
 def test_what_was_fitted_is_read_bit_for_bit(mobile_packed: PackedModel) -> None:
-    source = dict(stream_tensors(mobile_packed.path.parent / "checkpoint", mobile_packed.plan.model))
+    source = dict(stream_rows(mobile_packed.path.parent / "checkpoint", mobile_packed.plan.model))
     seen: set[str] = set()
     for tensor, value in mobile_packed:
         expected = fit_tensor(source[tensor.name], mobile_packed.plan, tensor.name)

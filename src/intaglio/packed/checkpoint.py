@@ -59,7 +59,7 @@ def load_model(
     try:
         model = loader.from_pretrained(
             None if by_us else path,
-            state_dict=dict(stream_tensors(path, spec)) if by_us else None,
+            state_dict=dict(stream_rows(path, spec)) if by_us else None,
             config=AutoConfig.for_model(**spec.config),
             dtype=dtype,
             device_map={"": torch.device(device)},
@@ -175,24 +175,19 @@ def notes(model_dir: str | Path, spec: ModelSpec) -> list[str]:
     return said
 
 
-def stream_tensors(model_dir: Path, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+def stream_rows(
+    model_dir: str | Path, spec: ModelSpec, rows: dict[str, slice] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Each tensor of the text model under its own name, one at a time, in the order of the files.
 
-    Towers and tensors that are known to be unused are passed over. Raises ConfigError for a tensor that is
-    missing, has another shape than the config says, is of no float type or has no place in the model.
+    rows: of each tensor, if not all; only they are read from disk. Towers and tensors that are known to be unused are
+    passed over. Raises ConfigError for a tensor that is missing, has another shape than the config says, is of no
+    float type or has no place in the model.
     """
-    for shard, entries in _entries(model_dir, spec.tensors, spec).items():
-        with SafetensorsReader(shard) as file:
-            for tensor, stored_name in entries:
-                yield tensor.name, file.read(stored_name)
-
-
-def stream_rows(model_dir: str | Path, spec: ModelSpec, rows: dict[str, slice]) -> Iterator[tuple[str, Tensor]]:
-    """These rows of each tensor of the text model, in the order of the files: only they are read from disk."""
     for shard, entries in _entries(Path(model_dir), spec.tensors, spec).items():
         with SafetensorsReader(shard) as file:
             for tensor, stored_name in entries:
-                part = rows[tensor.name]
+                part = slice(None) if rows is None else rows[tensor.name]
                 yield tensor.name, file.read(stored_name, None if part == slice(None) else part)
 
 
@@ -211,7 +206,7 @@ def stream_chunks(
     """Each tensor of the model and of what is carried with it, a few rows at a time: name, rows and values.
 
     only: names of the tensors that are wanted, if not all. The rows are None where they are all. Order and errors as
-    in `stream_tensors`.
+    in `stream_rows`.
     """
     for shard, entries in _entries(model_dir, spec.tensors + spec.carried, spec).items():
         with SafetensorsReader(shard) as file:
@@ -221,7 +216,7 @@ def stream_chunks(
 
 
 class TensorReader:
-    """Tensors of a folder's text model by name. Where each lies is looked up once. Errors as in `stream_tensors`."""
+    """Tensors of a folder's text model by name. Where each lies is looked up once. Errors as in `stream_rows`."""
 
     def __init__(self, model_dir: Path, spec: ModelSpec):
         entries = _entries(model_dir, spec.tensors, spec)

@@ -155,30 +155,23 @@ class SafetensorsWriter:
 
     def write(self, name: str, tensor: Tensor, rows: slice | None = None) -> None:
         """Put a tensor of the announced size into its place, or its next rows: these come in order."""
-        if rows is not None:
-            self._write_rows(name, tensor, rows)
-            return
         start, end = self.offsets[name]
         data = bytes_of(tensor)
-        if data.nbytes != end - start:
-            raise ValueError(f"{name}: {data.nbytes} bytes, announced {end - start}")
-        self.file.seek(self.data_start + start)
-        self.file.write(data)
-        if self.hashes is not None:
-            self.hashes[name] = hashlib.sha256(data)
-        self.pending.discard(name)
-
-    def _write_rows(self, name: str, tensor: Tensor, rows: slice) -> None:
-        start, end = self.offsets[name]
-        data = bytes_of(tensor)
-        start += rows.start * (data.nbytes // len(tensor))
-        if rows.start != self.next_row.get(name, 0) or start + data.nbytes > end:
-            raise ValueError(f"{name}: rows {rows.start} to {rows.stop}, expected those from {self.next_row.get(name)}")
+        if rows is None:
+            if data.nbytes != end - start:
+                raise ValueError(f"{name}: {data.nbytes} bytes, announced {end - start}")
+            if self.hashes is not None:
+                self.hashes[name] = hashlib.sha256()
+        else:
+            start += rows.start * (data.nbytes // len(tensor))
+            row = self.next_row.get(name, 0)
+            if rows.start != row or start + data.nbytes > end:
+                raise ValueError(f"{name}: rows {rows.start} to {rows.stop}, expected those from {row}")
+            self.next_row[name] = rows.stop
         self.file.seek(self.data_start + start)
         self.file.write(data)
         if self.hashes is not None:
             self.hashes[name].update(data)
-        self.next_row[name] = rows.stop
         if start + data.nbytes == end:
             self.pending.discard(name)
 

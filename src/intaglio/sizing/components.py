@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from intaglio.plan.family import TOWER_ROLES, ModelSpec, TensorSpec
 
 # In the order in which tables show them. Roles with names of their own in the family table, or the tower's.
@@ -48,40 +46,17 @@ def parameters(model: ModelSpec) -> dict[str, int]:
     return {component: count for component, count in counts.items() if count}
 
 
-@dataclass(frozen=True)
-class LayerCache:
-    """Keys and values of one layer that has its own.
-
-    values_per_token: numbers that a token adds, keys and values together; where they come from one projection
-        too, since keys are rotated and normed otherwise than values. window: tokens that are kept; None for all.
-    """
-
-    layer: int
-    values_per_token: int
-    window: int | None
-
-    def size_bytes(self, context_tokens: int, bits: int) -> int:
-        kept = context_tokens if self.window is None else min(context_tokens, self.window)
-        return kept * self.values_per_token * bits // 8
-
-
-def kv_layers(model: ModelSpec) -> list[LayerCache]:
-    """Layers that fill a cache: neither the KV-shared ones nor those of a drafter, which read others'."""
-    config = model.layer_config
-    caches = []
-    for layer, donor in enumerate(model.kv_donors):
-        own = config.per_layer_config[layer]
-        sliding = config.layer_types[layer] == "sliding_attention"
-        if donor == layer:
-            numbers = 2 * own.num_key_value_heads * own.head_dim
-            caches.append(LayerCache(layer, numbers, config.sliding_window if sliding else None))
-    return caches
-
-
 def kv_cache_bytes(model: ModelSpec, context_tokens: int, batch: int = 1, bits: int = 16) -> dict[str, int]:
-    """Bytes of the keys and values of `batch` sequences: of sliding layers, of full ones, and together."""
-    sizes = {"sliding": 0, "full": 0}
-    for cache in kv_layers(model):
-        kind = "full" if cache.window is None else "sliding"
-        sizes[kind] += batch * cache.size_bytes(context_tokens, bits)
+    """Bytes of the keys and values of `batch` sequences: of sliding layers, of full ones, and together.
+
+    KV-shared layers and those of a drafter fill no cache: they read that of another layer. Where keys and values come
+    from one projection, both are stored all the same, since keys are rotated and normed otherwise than values.
+    """
+    config, sizes = model.layer_config, {"sliding": 0, "full": 0}
+    for layer, donor in enumerate(model.kv_donors):
+        if donor == layer:
+            own, sliding = config.per_layer_config[layer], config.layer_types[layer] == "sliding_attention"
+            numbers = 2 * own.num_key_value_heads * own.head_dim  # of a token, keys and values together
+            kept = min(context_tokens, config.sliding_window) if sliding else context_tokens
+            sizes["sliding" if sliding else "full"] += batch * (kept * numbers * bits // 8)
     return sizes | {"total": sizes["sliding"] + sizes["full"]}
