@@ -25,7 +25,7 @@ from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.runs.drafter import open_target
 from intaglio.runs.proof import Evaluation
-from intaglio.runs.train import read_windows
+from intaglio.runs.texts import read_windows
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 
 PROMPT_TOKENS = 32

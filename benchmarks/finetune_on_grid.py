@@ -37,10 +37,11 @@ from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
+from intaglio.progress import StepInfo
 from intaglio.sources.convert import convert
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.corpus import Corpus, held_out_windows, load_corpus
-from intaglio.train.loop import Options, StepInfo, train
+from intaglio.train.loop import Options, train
 from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
 from intaglio.train.start import plan_to_go_on

@@ -45,6 +45,7 @@ from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_run
 from intaglio.measure.llamacpp import LlamaCpp
 from intaglio.measure.simulate import decoded_model
 from intaglio.plan.plan import Plan
+from intaglio.progress import Lines, Progress
 from intaglio.tiny import HELDOUT_TEXT, TRAIN_TEXT
 from intaglio.train.corpus import Corpus, batch_indices, held_out_windows
 from intaglio.train.loop import Options, train
@@ -163,7 +164,7 @@ def measure(cache: Path, options: argparse.Namespace) -> None:
             model = decoded_model(teacher, PackedModel.open(cache / kind))
             source, runtime = transformers_source(model), transformers_runtime()
             candidates[f"{kind} simulated"] = Candidate(source=source, runtime=runtime, simulated=True)
-        results = evaluate_many(transformers_source(teacher), candidates, windows_NT, on_progress=progress)
+        results = evaluate_many(transformers_source(teacher), candidates, windows_NT, Progress(Lines(print)))
     for name, comparison in results.items():
         kind = name.split()[0]
         size = (cache / f"{kind}.gguf").stat().st_size
@@ -181,12 +182,8 @@ def as_fetched(cache: Path, windows_NT: torch.Tensor, options: argparse.Namespac
     original = load_model(cache / "original")
     source = transformers_source(decoded_model(original, packed))
     candidate = Candidate(source=source, runtime=transformers_runtime(), simulated=True)
-    results = evaluate_many(transformers_source(original), {"": candidate}, windows_NT, on_progress=progress)
+    results = evaluate_many(transformers_source(original), {"": candidate}, windows_NT, Progress(Lines(print)))
     return {"kind": "stock rounding of the checkpoint as fetched", "size_bytes": None, **results[""].to_dict()}
-
-
-def progress(done: int, total: int, kl: dict[str, float]) -> None:
-    print(f"{done}/{total} tokens: " + ", ".join(f"{name} {value:.4f}" for name, value in kl.items()), flush=True)
 
 
 def plan_of(cache: Path, kind: str, options: argparse.Namespace) -> Plan:

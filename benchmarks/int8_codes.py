@@ -28,7 +28,7 @@ from intaglio.packed.checkpoint import load_model
 from intaglio.packed.model import PackedModel
 from intaglio.runs.demo import run_demo
 from intaglio.runs.proof import Evaluation
-from intaglio.runs.train import read_windows
+from intaglio.runs.texts import read_windows
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 
 RESULT = Path(__file__).parent / "results" / "int8_codes.json"

@@ -33,11 +33,12 @@ from intaglio.plan.bundled import bundled_config, bundled_name
 from intaglio.plan.family import describe, read_spec, text_config
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
+from intaglio.progress import Progress
+from intaglio.runs.compare import compare
 from intaglio.runs.proof import Evaluation
-from intaglio.runs.train import compare
 from intaglio.tiny import TRAIN_TEXT
 from intaglio.train.corpus import Corpus, load_corpus
-from intaglio.train.layerwise import WindowInfo, quantize_on_text
+from intaglio.train.layerwise import quantize_on_text
 from intaglio.train.loop import Options, train
 from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
@@ -92,12 +93,12 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     began = now(device)
     windows: list[dict[str, Any]] = []
 
-    def note(info: WindowInfo) -> None:
-        windows.append({"layers": [info.first, info.last], "at_seconds": round(now(device) - began, 2)})
-        peak = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device.type == "cuda" else ""
-        print(
-            f"layer {info.last + 1} of {info.layers}, {windows[-1]['at_seconds']} s{peak}, {info.figures}", flush=True
-        )
+    class Printer(Progress):
+        def part(self, done: int, total: int, figures: str = "") -> None:
+            before = windows[-1]["layers"][1] if windows else -1
+            windows.append({"layers": [before + 1, done - 1], "at_seconds": round(now(device) - began, 2)})
+            peak = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device.type == "cuda" else ""
+            print(f"layer {done} of {total}, {windows[-1]['at_seconds']} s{peak}, {figures}", flush=True)
 
     quantize_on_text(
         folder / "checkpoint",
@@ -107,7 +108,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         gptq=bool(plan.recipe.schedule.gptq_tokens),
         layers="layers" in plan.recipe.schedule.stages,
         replace=True,
-        on_window=note,
+        progress=Printer(),
     )
     seconds = now(device) - began
     if not options.keep:

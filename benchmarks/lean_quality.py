@@ -27,14 +27,15 @@ from common import environment, write_result
 
 from intaglio import Recipe, load_corpus, load_tokenizer, make_plan
 from intaglio.errors import InputError
-from intaglio.measure.evaluate import evaluate_pair, transformers_runtime, transformers_source
+from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_runtime, transformers_source
 from intaglio.packed.checkpoint import load_model
 from intaglio.plan.family import read_spec
 from intaglio.plan.memory import training_memory
+from intaglio.progress import StepInfo
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.corpus import held_out_windows
 from intaglio.train.latents import Latents
-from intaglio.train.loop import Options, StepInfo, train
+from intaglio.train.loop import Options, train
 
 CHOICES: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -55,8 +56,8 @@ def recipe_of(options: argparse.Namespace, choice: str, seed: int) -> Recipe:
 
 
 def held_out_kl(original: Any, student: Any, windows_NT: torch.Tensor) -> dict[str, Any]:
-    sources = (transformers_source(model) for model in (original, student))
-    return evaluate_pair(*sources, windows_NT, runtime=transformers_runtime(), simulated=True).to_dict()
+    candidate = Candidate(source=transformers_source(student), runtime=transformers_runtime(), simulated=True)
+    return evaluate_many(transformers_source(original), {"": candidate}, windows_NT)[""].to_dict()
 
 
 def measure(options: argparse.Namespace, choice: str, seed: int, inputs: tuple) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from intaglio.packed.checkpoint import TextModel, load_model
 from intaglio.packed.model import PackedModel
 from intaglio.runs.demo import run_demo
 from intaglio.runs.proof import Evaluation
-from intaglio.runs.train import read_windows
+from intaglio.runs.texts import read_windows
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.static import switch_static
 

@@ -38,7 +38,7 @@ from intaglio.plan.recipe import Recipe
 from intaglio.runs.demo import run_demo
 from intaglio.runs.proof import Evaluation
 from intaglio.runs.quantize import quantize_model
-from intaglio.runs.train import read_windows
+from intaglio.runs.texts import read_windows
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.static import switch_static
 

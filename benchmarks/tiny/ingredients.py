@@ -27,6 +27,7 @@ from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_run
 from intaglio.measure.int8_cache import int8_source
 from intaglio.measure.simulate import decoded_model
 from intaglio.plan.plan import Plan
+from intaglio.progress import Lines, Progress
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.corpus import held_out_windows
 from intaglio.train.static import attach_static, read_scales, switch_static
@@ -105,7 +106,7 @@ def main() -> None:
             transformers_source(teacher),
             made,
             windows_NT,
-            on_progress=lambda done, total, kl: print(f"\r{done}/{total} tokens", end="", flush=True),
+            Progress(Lines(print)),
         )
     print()
     for name, c in results.items():

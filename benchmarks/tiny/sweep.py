@@ -28,11 +28,12 @@ from intaglio.formats.table import format_of
 from intaglio.packed.checkpoint import load_model
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
+from intaglio.progress import StepInfo
 from intaglio.tiny import MODEL_DIR
 from intaglio.train import loop
 from intaglio.train.corpus import Corpus
 from intaglio.train.latents import prepare
-from intaglio.train.loop import Options, StepInfo, train
+from intaglio.train.loop import Options, train
 from intaglio.train.run_folder import read_losses
 from intaglio.train.static import switch_static
 

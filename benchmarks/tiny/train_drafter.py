@@ -27,9 +27,10 @@ from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import make_plan
 from intaglio.plan.recipe import Recipe
+from intaglio.progress import StepInfo
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.corpus import Corpus, held_out_windows
-from intaglio.train.loop import Options, StepInfo
+from intaglio.train.loop import Options
 from intaglio.train.pack import pack_model
 
 # A width other than the model's: llama.cpp refuses a drafter that is as wide as its target.

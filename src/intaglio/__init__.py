@@ -44,15 +44,16 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `_HOMES` sa
     from intaglio.plan.plan import Plan, make_plan
     from intaglio.plan.recipe import Recipe
     from intaglio.progress import Progress
+    from intaglio.runs.compare import compare as evaluate
+    from intaglio.runs.compare import report
     from intaglio.runs.demo import run_demo, run_demo_drafter
     from intaglio.runs.drafter import Texts
     from intaglio.runs.drafter import run as train_drafter
+    from intaglio.runs.export import export
     from intaglio.runs.finetune import finetune
     from intaglio.runs.proof import Evaluation
     from intaglio.runs.quantize import quantize_model
-    from intaglio.runs.release import export, make_release, verify_release
-    from intaglio.runs.train import compare as evaluate
-    from intaglio.runs.train import report
+    from intaglio.runs.release import make_release, verify_release
     from intaglio.runs.train import run as train_checkpoint
     from intaglio.sizing.planning import Wishes, survey
     from intaglio.sizing.planning import family as survey_family
@@ -156,13 +157,15 @@ _HOMES = {
     "plan.plan": ["Plan", "make_plan"],
     "plan.recipe": ["Recipe"],
     "progress": ["Progress"],
+    "runs.compare": ["evaluate", "report"],
     "runs.demo": ["run_demo", "run_demo_drafter"],
     "runs.drafter": ["Texts", "train_drafter"],
+    "runs.export": ["export"],
     "runs.finetune": ["finetune"],
     "runs.proof": ["Evaluation"],
     "runs.quantize": ["quantize_model"],
-    "runs.release": ["export", "make_release", "verify_release"],
-    "runs.train": ["evaluate", "report", "train_checkpoint"],
+    "runs.release": ["make_release", "verify_release"],
+    "runs.train": ["train_checkpoint"],
     "sizing.planning": ["Wishes", "survey", "survey_family"],
     "sources.convert": ["convert"],
     "sources.inspect": ["inspect"],

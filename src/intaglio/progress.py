@@ -8,16 +8,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from intaglio.train.run_folder import LOG_FILE
-
-if TYPE_CHECKING:
-    from intaglio.train.loop import StepInfo
-
+LOG_FILE = "run.log"  # in a run folder
 SECONDS = 30.0  # between two lines, at most
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Progress after an optimizer step: index, total, mean loss in nats, tokens seen, seconds."""
+
+    step: int
+    total_steps: int
+    loss: float
+    tokens: int
+    seconds: float
+    phase: str
 
 
 class Listener(Protocol):

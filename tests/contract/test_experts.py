@@ -177,7 +177,7 @@ def test_llamacpp_computes_what_was_packed(checkpoint: Path, tmp_path: Path) -> 
 
     So what is left is its 8-bit rounding of activations. The model before it was quantized is 1.5e-4 away.
     """
-    from intaglio.measure.evaluate import evaluate_pair, transformers_source
+    from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_source
     from intaglio.measure.llamacpp import LlamaCpp
 
     packed = pack(checkpoint, tmp_path / "packed")
@@ -190,7 +190,8 @@ def test_llamacpp_computes_what_was_packed(checkpoint: Path, tmp_path: Path) -> 
         export_gguf(shipped, tmp_path / "model.gguf", replace=True)
         with LlamaCpp(tmp_path / "model.gguf") as runtime:
             source = transformers_source(model)
-            return evaluate_pair(source, runtime.logits, windows, runtime="llama.cpp", simulated=False).kl_mean_nats
+            candidate = Candidate(source=runtime.logits, runtime="llama.cpp", simulated=False)
+            return evaluate_many(source, {"": candidate}, windows)[""].kl_mean_nats
 
     found, original = kl(load_packed(packed), packed), kl(load_model(checkpoint), packed)
     assert found < 3e-5 and found < 0.2 * original

@@ -29,7 +29,7 @@ from intaglio.plan.contradictions import check_sizes
 from intaglio.plan.family import load_config
 from intaglio.plan.files import read_json
 from intaglio.plan.recipe import Recipe
-from intaglio.runs.train import _saved_windows as saved_windows
+from intaglio.runs.texts import saved_windows
 from intaglio.sources.inspect import Inspection, inspect
 from intaglio.train.checkpoint import read_state, read_step, write_state
 from intaglio.train.run_folder import _holder, check_run_dir, read_losses

@@ -19,8 +19,9 @@ from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.runs import bench, proof
 from intaglio.runs import train as workflow
+from intaglio.runs.compare import report
 from intaglio.runs.proof import Evaluation
-from intaglio.runs.train import report, run
+from intaglio.runs.train import run
 from intaglio.train import loop
 from intaglio.train.loop import Options
 from intaglio.train.pack import pack_model

@@ -18,7 +18,7 @@ from intaglio.packed.assets import load_tokenizer
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.runs.proof import Evaluation
-from intaglio.runs.train import read_windows
+from intaglio.runs.texts import read_windows
 from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR
 from intaglio.tiny.clustered import write_clustered_drafter
 from tests.support.tiny import pack

@@ -22,12 +22,12 @@ MODULES = {".".join(("intaglio", *path.relative_to(SOURCE).with_suffix("").parts
 
 # A part may import itself and the parts of the levels before its own. Imports inside functions count like any other.
 LEVELS = (
-    ("errors", "tiny"),
+    ("errors", "progress", "tiny"),
     ("numerics",),
     ("plan",),
     ("packed",),
     ("train", "formats"),
-    ("drafter", "progress", "sizing", "sources"),
+    ("drafter", "sizing", "sources"),
     ("measure",),
     ("runs",),
     ("__init__", "cli"),  # __init__ names all that is public, and loads it when it is used

@@ -6,6 +6,7 @@ import json
 import lzma
 import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import huggingface_hub.constants
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from intaglio.errors import ConfigError, CorpusError
+from intaglio.progress import Progress
 from intaglio.train.corpus import Corpus, batch_indices, held_out_windows, sample_corpus
 from intaglio.train.data import pieces as module
 from intaglio.train.data import tokens as tokenizing
@@ -406,8 +408,9 @@ def sample(teacher: Gemma4ForCausalLM, **kwargs: object) -> Corpus:
 
 def test_sampling_is_deterministic_and_leaves_the_random_state(teacher: Gemma4ForCausalLM) -> None:
     before = torch.random.get_rng_state()
-    progress: list[int] = []
-    first = sample(teacher, on_progress=progress.append)
+    heard = Mock()
+    first = sample(teacher, progress=Progress(heard))
+    progress = [call.args[0] for call in heard.part.call_args_list]
     assert torch.equal(torch.random.get_rng_state(), before)
     assert first.tokens.shape == (19, 16) and progress[-1] == 19 * 16 and progress == sorted(set(progress))
     torch.rand(3)

@@ -15,11 +15,12 @@ from intaglio.numerics.grid import F16, Q4_0, Q4_0_FREE, BlockGrid
 from intaglio.packed.assets import load_tokenizer
 from intaglio.packed.checkpoint import load_model
 from intaglio.plan.plan import make_plan
+from intaglio.progress import StepInfo
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.corpus import held_out_windows
 from intaglio.train.gptq import start_from_gptq
 from intaglio.train.latents import Latents, prepare
-from intaglio.train.loop import Options, StepInfo, train
+from intaglio.train.loop import Options, train
 from tests.support.training import small_corpus, small_model, small_plan
 from tests.unit.test_latent import latent_of
 

@@ -64,8 +64,7 @@ def plan_of(checkpoint: Path, recipe: str = "q4_0", *settings: str) -> Plan:
 def by_layers(
     checkpoint: Path, plan: Plan, corpus: Corpus, out: Path, **how: Any
 ) -> tuple[PackedModel, list[WindowInfo]]:
-    windows: list[WindowInfo] = []
-    quantize_on_text(checkpoint, plan, corpus, out, options=OPTIONS, on_window=windows.append, **how)
+    windows = quantize_on_text(checkpoint, plan, corpus, out, options=OPTIONS, **how)
     return PackedModel.open(out), windows
 
 

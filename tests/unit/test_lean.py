@@ -11,9 +11,10 @@ import torch
 from intaglio.errors import InputError
 from intaglio.plan.memory import training_memory
 from intaglio.plan.recipe import Recipe
+from intaglio.progress import StepInfo
 from intaglio.train import checkpoint, fused
 from intaglio.train.lean import MOMENTS, Bfloat16AdamW, GridAdamW8bit, plain
-from intaglio.train.loop import Options, StepInfo, train
+from intaglio.train.loop import Options, train
 from intaglio.train.optimizer import make_optimizer
 from intaglio.train.run_folder import read_losses
 from intaglio.train.student import build_student

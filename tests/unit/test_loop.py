@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
 from intaglio.plan.recipe import Recipe
 from intaglio.plan.schedule import Schedule
+from intaglio.progress import StepInfo
 from intaglio.train import checkpoint, lesson, loop
 from intaglio.train.grid_optimizer import GridOptimizer
 from intaglio.train.latent import FloatLatent
 from intaglio.train.latents import Latents
-from intaglio.train.loop import Options, StepInfo, train
+from intaglio.train.loop import Options, train
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
 from intaglio.train.run_folder import read_losses
 from tests.support import first_losses

@@ -20,7 +20,7 @@ from intaglio.formats.checkpoint.write import export_hf
 from intaglio.formats.verify import verify
 from intaglio.measure import original as original_module
 from intaglio.measure.distances import weight_distances
-from intaglio.measure.evaluate import Candidate, Kept, evaluate_many, evaluate_pair, logits_of
+from intaglio.measure.evaluate import Candidate, Kept, evaluate_many, logits_of
 from intaglio.measure.original import Original, measuring_dtype, open_original
 from intaglio.measure.simulate import Simulation, decoded_model
 from intaglio.numerics.device import device_for
@@ -31,6 +31,7 @@ from intaglio.packed.checkpoint import load_model
 from intaglio.packed.codes import _unpack_by_shifts, pack_codes, unpack_codes
 from intaglio.packed.model import PackedModel
 from intaglio.plan.family import read_spec
+from intaglio.progress import Progress
 from intaglio.runs import train as workflow
 from intaglio.train import quantize as quantize_module
 from tests.support.cases import Case
@@ -219,7 +220,7 @@ def test_in_bfloat16_the_noise_floor_is_against_float32_if_that_fits_alone(
 
 def figures(original: Original, model: Any) -> float:
     source = logits_of(model, original.windows_NT)
-    return evaluate_pair(original.logits, source, original.windows_NT, runtime="", simulated=True).kl_mean_nats
+    return original.compare(Candidate(source=source, runtime="", simulated=True), Progress()).kl_mean_nats
 
 
 def test_one_model_computes_as_one_packed_model_after_another(gemma4: Case, windows: Tensor, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,12 +19,12 @@ from intaglio.measure import metrics
 from intaglio.measure.evaluate import (
     Candidate,
     evaluate_many,
-    evaluate_pair,
     greedy,
     logits_of,
     transformers_source,
 )
 from intaglio.measure.metrics import Accumulator, Comparison, recovered_share, student_975
+from intaglio.progress import Progress
 
 Window = tuple[Tensor, Tensor, Tensor]
 
@@ -274,7 +275,8 @@ def test_evaluation_leaves_the_training_mode_as_it_was(tiny, windows: Tensor):
 def test_pair_scores_every_position_but_the_last(tiny, windows: Tensor):
     source = transformers_source(tiny)
     noisy = Noisy(source, 0.1)
-    result = evaluate_pair(source, noisy, windows, runtime="r", simulated=False)
+    one = {"candidate": Candidate(source=noisy, runtime="r", simulated=False)}
+    result = evaluate_many(source, one, windows)["candidate"]
     noisy.calls = 0
     want = compare([(source(w)[:-1], noisy(w)[:-1], w[1:]) for w in windows])
     assert result.tokens == 5 * 11 and result.runtime == "r" and not result.simulated
@@ -287,26 +289,27 @@ def test_many_candidates_share_one_pass_of_the_teacher(tiny, windows: Tensor):
         "same": Candidate(source=logits_of(tiny, windows, batch=3), runtime="a", simulated=True),
         "noisy": Candidate(source=Noisy(transformers_source(tiny), 0.3), runtime="b", simulated=False),
     }
-    progress: list[tuple[int, int, dict[str, float]]] = []
-    results = evaluate_many(teacher, candidates, windows, on_progress=lambda *args: progress.append(args))
+    heard = Mock()
+    results = evaluate_many(teacher, candidates, windows, Progress(heard))
     assert teacher.calls == 5
     assert results["same"].kl_max_nats < 1e-9 < results["noisy"].kl_mean_nats
     assert (results["same"].simulated, results["noisy"].simulated) == (True, False)
+    progress = [call.args for call in heard.part.call_args_list]
     assert [done for done, _, _ in progress] == [11, 22, 33, 44, 55]
-    assert progress[-1][1:] == (55, {name: result.kl_mean_nats for name, result in results.items()})
+    assert progress[-1][1:] == (55, f"KL {results['noisy'].kl_mean_nats:.4f}")
 
 
 def test_windows_that_cannot_be_scored(tiny, windows: Tensor):
     source = transformers_source(tiny)
     for wrong in (windows[:0], windows[:, :1], windows[0]):
         with pytest.raises(InputError, match="expected \\[windows, tokens\\]"):
-            evaluate_pair(source, source, wrong, runtime="r", simulated=True)
+            evaluate_many(source, {"candidate": Candidate(source=source, runtime="r", simulated=True)}, wrong)
 
     def short() -> Iterator[Tensor]:
         yield from logits_of(tiny, windows[:2])
 
     with pytest.raises(InputError, match="logits of candidate ended early: expected 5 windows"):
-        evaluate_pair(source, short(), windows, runtime="r", simulated=True)
+        evaluate_many(source, {"candidate": Candidate(source=short(), runtime="r", simulated=True)}, windows)
 
 
 class Letters:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from intaglio.progress import Lines, Progress
-from intaglio.train.loop import StepInfo
+from intaglio.progress import Lines, Progress, StepInfo
 from intaglio.train.run_folder import claim
 from tests.support.cli import wait_until
 

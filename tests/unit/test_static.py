@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from intaglio.errors import InputError, MismatchError, WeightError
 from intaglio.measure.int8_cache import decode_windows, int8_cache
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
+from intaglio.progress import Progress, StepInfo
 from intaglio.train.calibrate import calibrate
 from intaglio.train.latents import Latents, prepare
-from intaglio.train.loop import Options, StepInfo, train
+from intaglio.train.loop import Options, train
 from intaglio.train.pack import pack_model
 from intaglio.train.run_folder import read_losses
 from intaglio.train.static import (
@@ -172,12 +174,12 @@ def test_the_first_token_is_not_calibrated_on() -> None:
 def test_calibration_does_not_depend_on_how_text_is_cut(calibrated: Any) -> None:
     model = student()
     pieces = [(IDS[i : i + 3], POSITIONS[i : i + 3]) for i in range(0, len(IDS), 3)]
-    seen: list[tuple[int, int]] = []
-    values = calibrate(model, PLAN, pieces, on_progress=lambda done, total: seen.append((done, total)))
+    heard = Mock()
+    values = calibrate(model, PLAN, pieces, progress=Progress(heard))
     expected = read_scales(calibrated, PLAN)
     assert all(values[name] == pytest.approx(expected[name], rel=0.1) for name in values)
-    assert seen[-1] == (IDS.numel(), IDS.numel())
-    assert len(seen) == len(pieces)
+    assert heard.part.call_args.args[:2] == (IDS.numel(), IDS.numel())
+    assert heard.part.call_count == len(pieces)
 
 
 def test_a_process_without_data_changes_nothing(calibrated: Any) -> None:

@@ -150,7 +150,7 @@ def evaluate(
 ) -> None:
     """Measure an artifact's KL to the original: a .gguf in llama.cpp, the others in transformers."""
     from intaglio.cli.terminal import Bars, print_comparison
-    from intaglio.runs.train import compare
+    from intaglio.runs.compare import compare
 
     with Bars() as bars:
         evaluation = evaluation_of(text, eval_tokens, [], columns)
@@ -173,7 +173,7 @@ def report(
 ) -> None:
     """Measure a finished run again and rewrite report.html, report.md and report.json."""
     from intaglio.cli.terminal import Bars, print_report
-    from intaglio.runs.train import report as run_report
+    from intaglio.runs.compare import report as run_report
 
     with Bars() as bars:
         evaluation = evaluation_of(text, eval_tokens, prompt, columns, references)

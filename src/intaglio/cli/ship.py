@@ -47,7 +47,7 @@ def export(
     """Write a packed model in a runtime's format and read it back. Nothing is re-quantized."""
     from intaglio.formats.table import EXPORTERS
     from intaglio.packed.model import PackedModel
-    from intaglio.runs.release import export as run_export
+    from intaglio.runs.export import export as run_export
 
     if (target is None) == (to is None):
         raise typer.BadParameter(f"expected a target, one of {', '.join(EXPORTERS)}, or --to, and not both")

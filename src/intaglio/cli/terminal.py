@@ -18,10 +18,9 @@ from intaglio.measure.metrics import Comparison
 from intaglio.measure.render import percent, size, with_ci
 from intaglio.measure.report import Report
 from intaglio.numerics.identify import NAMES
-from intaglio.progress import Lines, Progress
+from intaglio.progress import Lines, Progress, StepInfo
 from intaglio.sources.convert import Conversion
 from intaglio.sources.inspect import Inspection, Verdict
-from intaglio.train.loop import StepInfo
 
 console = Printer()
 

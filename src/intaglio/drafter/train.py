@@ -27,12 +27,13 @@ from intaglio.errors import CorpusError, InputError
 from intaglio.packed.checkpoint import TextModel
 from intaglio.plan.drafting import Drafting
 from intaglio.plan.plan import Plan
+from intaglio.progress import Progress, StepInfo
 from intaglio.train import checkpoint
 from intaglio.train.corpus import Corpus
 from intaglio.train.distill import chunked_kl
 from intaglio.train.latents import Latents, prepare
 from intaglio.train.layers import set_layers
-from intaglio.train.loop import Options, Session, StepInfo, dtype_of, run_identity
+from intaglio.train.loop import Options, Session, dtype_of, run_identity
 from intaglio.train.run_folder import check_run_dir, claim
 from intaglio.train.sharding import (
     check_shared,
@@ -98,6 +99,7 @@ def train_drafter(
     target_digest: str = "",
     options: Options | None = None,
     resume: bool = False,
+    progress: Progress | None = None,
     on_step: Callable[[StepInfo], None] = lambda info: None,
 ) -> Latents:
     """Train a copy of `drafter` to the plan's grids and return its latents; `.model` is the drafter itself.
@@ -147,5 +149,5 @@ def train_drafter(
     session = Session(latents, lesson, teach, corpus, run_dir, device, options)
     if is_main():
         claim(run_dir, identity)
-    session.run(checkpoint.latest(run_dir), on_step)
+    session.run(checkpoint.latest(run_dir), progress or Progress(), on_step)
     return latents

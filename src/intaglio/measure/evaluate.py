@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from intaglio.errors import InputError
 from intaglio.measure.metrics import Accumulator, Comparison
+from intaglio.progress import Progress
 
 # Float logits [T, V] of each window: a function of the window's tokens, such as
 # `transformers_source(model)` or `LlamaCpp.logits`, or an iterable that yields them in order.
 LogitSource = Callable[[Tensor], Tensor] | Iterable[Tensor]
-# Called after each window with tokens scored, tokens in all, and each candidate's mean KL so far.
-OnProgress = Callable[[int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,29 +96,15 @@ def _forward(model: Any, windows_NT: Tensor) -> Tensor:
         model.train(was_training)
 
 
-def evaluate_pair(
-    reference: LogitSource,
-    candidate: LogitSource,
-    windows_NT: Tensor,
-    *,
-    runtime: str,
-    simulated: bool,
-    on_progress: OnProgress | None = None,
-) -> Comparison:
-    """Compare one candidate with the reference over the windows."""
-    named = {"candidate": Candidate(source=candidate, runtime=runtime, simulated=simulated)}
-    return evaluate_many(reference, named, windows_NT, on_progress=on_progress)["candidate"]
-
-
 def evaluate_many(
     reference: LogitSource,
     candidates: dict[str, Candidate],
     windows_NT: Tensor,
-    *,
-    on_progress: OnProgress | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Comparison]:
     """Compare several candidates with one reference, which runs once a window.
 
+    progress: shows the scored tokens and the mean KL so far of the last candidate.
     Raises RuntimeFailureError where a candidate's runtime fails, InputError for windows of fewer than two tokens, for
     none at all, and for a source that ends early; ConfigError and WeightError as `Accumulator.add` does.
     """
@@ -131,9 +116,9 @@ def evaluate_many(
     results = {name: Accumulator(runtime=c.runtime, simulated=c.simulated) for name, c in candidates.items()}
     for index, window_T in enumerate(windows_NT, start=1):
         _add_window(next(reference_stream), streams, results, window_T[1:])
-        if on_progress is not None:
-            running = {name: accumulator.kl_mean_nats for name, accumulator in results.items()}
-            on_progress(index * (windows_NT.shape[1] - 1), tokens, running)
+        if progress is not None:
+            latest = list(results.values())[-1].kl_mean_nats
+            progress.part(index * (windows_NT.shape[1] - 1), tokens, f"KL {latest:.4f}")
     return {name: accumulator.result() for name, accumulator in results.items()}
 
 

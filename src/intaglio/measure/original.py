@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from intaglio.measure.evaluate import Kept, evaluate_pair, logits_of
+from intaglio.measure.evaluate import Candidate, Kept, evaluate_many, logits_of
+from intaglio.measure.metrics import Comparison
 from intaglio.packed.checkpoint import TextModel, load_model
 from intaglio.plan.family import ModelSpec
+from intaglio.progress import Progress
 
 NOISE_WINDOWS = 4  # enough for a noise floor: it is the same size on every text
 KEEP_BYTES_CPU = 1 << 30  # of the original's logits: 4096 tokens of a vocabulary of 65536
@@ -51,6 +53,10 @@ class Original:
             f"of that choice: KL {self.noise_kl:.1e} nats, the original against itself {self.noise_of}."
         )
 
+    def compare(self, candidate: Candidate, progress: Progress) -> Comparison:
+        """Measure a candidate against the original on the windows; raises as `evaluate_many` does."""
+        return evaluate_many(self.logits, {"candidate": candidate}, self.windows_NT, progress)["candidate"]
+
 
 def open_original(
     model_dir: str | Path, spec: ModelSpec, windows_NT: Tensor, device: torch.device, given: TextModel | None = None
@@ -72,7 +78,8 @@ def open_original(
     batch, keep_bytes = _room(model, windows_NT, device)
     noise_of = "in float32" if exact is not None else "with another attention kernel"
     reference = exact if exact is not None else _by_another_kernel(model, few_NT)
-    noise = evaluate_pair(reference, logits_of(model, few_NT, batch), few_NT, runtime="", simulated=True)
+    again = Candidate(source=logits_of(model, few_NT, batch), runtime="", simulated=True)
+    noise = evaluate_many(reference, {"candidate": again}, few_NT)["candidate"]
     logits = Kept(lambda some_NT: logits_of(model, some_NT, batch), windows_NT, keep_bytes)
     noise_of += f", {len(few_NT)} window{'s' * (len(few_NT) > 1)}"
     return Original(model, logits, windows_NT, batch, noise.kl_mean_nats, noise_of)

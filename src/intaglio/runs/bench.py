@@ -12,13 +12,13 @@ import torch
 
 from intaglio.errors import IntaglioError
 from intaglio.formats.table import Export, Format, format_of
-from intaglio.formats.verify import Verification, verify_exact
 from intaglio.numerics.device import device_for
 from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.model import PackedModel
 from intaglio.plan.files import without_folders
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.progress import Progress
+from intaglio.runs.export import make_files
 from intaglio.train.corpus import Corpus
 from intaglio.train.layerwise import quantize_on_text
 from intaglio.train.loop import Options
@@ -99,26 +99,6 @@ class Bench:
         return self.out / export.name
 
 
-def make_files(bench: Bench, kind: str, *, replace: bool = False) -> dict[str, Verification]:
-    """Export the packed model of a kind to the files of its format, and read each back; by name.
-
-    Raises MismatchError for a file that does not hold what was packed.
-    """
-    exports = [export for export in bench.format.exports if export.kind == kind]
-    for export in exports:
-        device = {"device": bench.device} if export.on_device else {}
-        export.write(bench.packed[kind], bench.path(export), replace=replace, **device)
-    return verify_files(bench, exports)
-
-
-def verify_files(bench: Bench, exports: Iterable[Export]) -> dict[str, Verification]:
-    """Read exported files back; by name. Raises MismatchError for one that does not hold what was packed."""
-    results = {}
-    for export in exports:
-        results[export.name] = verify_exact(bench.packed[export.kind], bench.path(export), device=bench.device)
-    return results
-
-
 def with_references(
     bench: Bench,
     references: str,
@@ -142,7 +122,7 @@ def with_references(
             progress.stage(f"Making {bench.labels[kind]}")
             _make_reference(bench, kind, corpus, options, replace=replace)
             bench = bench.opened(kind)
-            make_files(bench, kind, replace=replace)
+            make_files(bench.packed[kind], bench.out, kind, replace=replace, device=bench.device)
         except FAILURES as error:
             bench = bench.failed(kind, error)
     return bench

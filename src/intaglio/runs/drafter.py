@@ -25,7 +25,6 @@ from intaglio.errors import InputError, OutputError
 from intaglio.formats.checkpoint.write import export_hf
 from intaglio.formats.gguf.write import export_gguf
 from intaglio.formats.table import format_of
-from intaglio.formats.verify import verify_exact
 from intaglio.measure.drafter_report import DrafterReport, Pair, measure_pair, write_report
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.assets import load_tokenizer
@@ -38,8 +37,9 @@ from intaglio.packed.store import new_path
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
+from intaglio.runs.export import write_exact
 from intaglio.runs.proof import Evaluation
-from intaglio.runs.train import held_out, training_text
+from intaglio.runs.texts import held_out, training_text
 from intaglio.train.corpus import Corpus
 from intaglio.train.data.sources import Data, path_of
 from intaglio.train.loop import Options
@@ -148,7 +148,7 @@ def _run(
     for name, plan in plans.items():
         progress.stage(f"Training {name}")
         how: dict[str, Any] = {"target_digest": identity, "options": options, "resume": resume}
-        latents = train_drafter(target, first, plan, corpus, out / name, on_step=progress.step, **how)
+        latents = train_drafter(target, first, plan, corpus, out / name, progress=progress, **how)
         pack_model(latents, out / name / "packed", assets=target_dir, provenance=record, replace=resume)
         wait_for_all()
         first = trained[name] = load_packed(PackedModel.open(out / name / "packed"))
@@ -158,7 +158,7 @@ def _run(
         return None
     target = open_target(target_dir)[0] if sharded else target.cpu()  # acceptance is measured on the CPU
     progress.stage("Exporting")
-    export(PackedModel.open(out / list(plans)[-1] / "packed"), out, replace=resume)
+    _export(PackedModel.open(out / list(plans)[-1] / "packed"), out, replace=resume)
     report = _measure(_pairs(target, original_dir, before, trained), prompts, texts, progress)
     write_report(report, out, replace=resume)
     return report
@@ -193,19 +193,14 @@ def _kept_float(recipe: Recipe) -> Recipe:
     return replace(Recipe.load(FLOAT_RECIPE), drafter=recipe.drafter, schedule=recipe.schedule)
 
 
-def export(packed: PackedModel, out: Path, *, replace: bool = False) -> tuple[Path, ...]:
+def _export(packed: PackedModel, out: Path, *, replace: bool) -> None:
     """Put the result into `out`: packed model, transformers folder, and a GGUF where its grids allow; each is read
     back, and MismatchError raised for one that does not hold what was trained."""
     with new_path(out / "packed", replace=replace) as temporary:
         shutil.copytree(packed.path, temporary)
-    files = [out / "hf"]
-    export_hf(packed, out / "hf", replace=replace)
+    write_exact(export_hf, packed, out / "hf", replace=replace)
     if not packed.plan.mobile:
-        export_gguf(packed, out / "model.gguf", replace=replace)
-        files.append(out / "model.gguf")
-    for path in files:
-        verify_exact(packed, path)
-    return tuple(files)
+        write_exact(export_gguf, packed, out / "model.gguf", replace=replace)
 
 
 def _pairs(

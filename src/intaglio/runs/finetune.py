@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from intaglio.errors import InputError
 from intaglio.formats.table import format_of
-from intaglio.formats.verify import verify_exact
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_runtime, transformers_source
 from intaglio.measure.metrics import Comparison
 from intaglio.measure.simulate import decoded_model
@@ -30,8 +29,9 @@ from intaglio.packed.store import new_path, scratch_folder
 from intaglio.packed.write import join_packed
 from intaglio.plan.family import check_runs_alone
 from intaglio.progress import Progress
+from intaglio.runs.export import make_files
 from intaglio.runs.proof import Evaluation
-from intaglio.runs.train import held_out, training_text
+from intaglio.runs.texts import held_out, training_text
 from intaglio.train.data.sources import Data, path_of
 from intaglio.train.loop import Options, run_identity, train
 from intaglio.train.pack import pack_model
@@ -107,7 +107,7 @@ def _finetune(
     corpus, windows_NT = held_out(corpus, evaluation, plan, tokenizer)
     progress.stage("Training")
     latents = train(
-        model, plan, corpus, out, teacher=teacher, start=start, options=options, resume=resume, on_step=progress.step
+        model, plan, corpus, out, teacher=teacher, start=start, options=options, resume=resume, progress=progress
     )
     progress.stage("Packing and exporting")
     record = {**start.provenance, "method": "fine-tuned on the grid", "data": str(data), "from": start.sha256()}
@@ -116,24 +116,12 @@ def _finetune(
         join_packed(PackedModel.open(folder / "packed"), start, out / "packed", replace=resume)
     del latents
     packed = PackedModel.open(out / "packed")
-    files = _export(packed, out, replace=resume)
+    verified = make_files(packed, out, "trained", replace=resume)
     progress.stage("Measuring")
     results = _measure(start, packed, None if teacher is None else teacher.to("cpu"), windows_NT, progress)
     with new_path(out / RESULT, replace=True, internal=True) as temporary:
         temporary.write_text(json.dumps({k: v.to_dict() for k, v in results.items()}, indent=2) + "\n", "utf-8")
-    return Finetuned(results["before"], results["after"], files)
-
-
-def _export(packed: PackedModel, out: Path, *, replace: bool) -> tuple[Path, ...]:
-    """The files of the packed model's format, each read back."""
-    files = []
-    for export in format_of(packed.plan).exports:
-        if export.kind != "trained":
-            continue
-        export.write(packed, out / export.name, replace=replace)
-        verify_exact(packed, out / export.name)
-        files.append(out / export.name)
-    return tuple(files)
+    return Finetuned(results["before"], results["after"], tuple(found.artifact for found in verified.values()))
 
 
 def _measure(
@@ -153,7 +141,7 @@ def _measure(
         transformers_source(before if teacher is None else teacher),
         candidates,
         torch.from_numpy(windows_NT).long(),
-        on_progress=lambda done, total, kl: progress.part(done, total, f"KL {kl['after']:.4f}"),
+        progress,
     )
 
 

@@ -16,6 +16,9 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from intaglio.errors import InputError
@@ -24,7 +27,7 @@ from intaglio.formats.verify import Verification
 from intaglio.measure.candidates import artifact_candidate
 from intaglio.measure.charts import CurvePoint
 from intaglio.measure.distances import weight_distances
-from intaglio.measure.evaluate import Candidate, evaluate_pair, greedy, logits_of, transformers_runtime
+from intaglio.measure.evaluate import Candidate, greedy, logits_of, transformers_runtime
 from intaglio.measure.llamacpp import installed, why_unusable
 from intaglio.measure.original import Original, open_original
 from intaglio.measure.report import (
@@ -34,6 +37,7 @@ from intaglio.measure.report import (
     Report,
     Sample,
     plan_rows,
+    write_report,
 )
 from intaglio.measure.simulate import Simulation
 from intaglio.packed.checkpoint import TextModel, model_name
@@ -71,22 +75,24 @@ class Evaluation:
 
 def prove(
     bench: Bench,
-    windows_NT: Tensor,
+    windows_NT: NDArray[np.int32],
     evaluation: Evaluation,
     verifications: dict[str, Verification],
     progress: Progress,
-    began: float | None,
+    *,
+    began: float | None = None,
+    replace: bool = False,
 ) -> Report:
-    """Measure everything on the windows and return the report. A row that cannot be measured says why.
+    """Measure everything on the windows [N, T], and write and return the report. A row that fails says why.
 
     verifications: what reading the trained model's files back said. began: when the run began, in seconds of
     `time.perf_counter`; None when a finished run is measured again.
     """
-    rows, samples, notes = _measure(bench, windows_NT, evaluation, progress)
+    rows, samples, notes = _measure(bench, torch.from_numpy(windows_NT).long(), evaluation, progress)
     size = sum(2 * tensor.numel for tensor in bench.plan.model.tensors)
     losses = read_losses(bench.out)
     progress.stage("Comparing weights")
-    return Report(
+    report = Report(
         title=f"{model_name(bench.model_dir)}, {bench.plan.recipe.name}",
         model=model_name(bench.model_dir),
         format=bench.format.label(bench.plan),
@@ -112,6 +118,8 @@ def prove(
         ),
         notes=notes + _notes(bench),
     )
+    write_report(report, bench.out, replace=replace)
+    return report
 
 
 def _measure(
@@ -218,26 +226,13 @@ class _Measuring:
     def measured(self, row: ComparisonRow, candidate: Callable[[ExitStack], Candidate]) -> ComparisonRow:
         """The row with its figures, or with the reason why it has none."""
         self.progress.stage(f"Measuring {row.label}")
-
-        def on_progress(done: int, total: int, kl: dict[str, float]) -> None:
-            self.progress.part(done, total, f"KL {kl['candidate']:.4f}")
-
         try:
             with ExitStack() as stack:
-                found = candidate(stack)
-                comparison = evaluate_pair(
-                    self.original.logits,
-                    found.source,
-                    self.original.windows_NT,
-                    runtime=found.runtime,
-                    simulated=found.simulated,
-                    on_progress=on_progress,
-                )
+                return replace(row, comparison=self.original.compare(candidate(stack), self.progress))
         except FAILURES as error:
             failed = replace(row, failure=failure_of(error))
             self.progress.note(f"{row.label}: not measured: {failed.failure}")
             return failed
-        return replace(row, comparison=comparison)
 
     def continue_prompts(self, label: str, model: TextModel) -> None:
         """Keep what the model continues each prompt with, or why it continues none."""

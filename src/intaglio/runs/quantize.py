@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -59,14 +58,7 @@ def quantize_model(
     progress, out, device = progress or Progress(), Path(out), device_for(device)
     samples = [image_samples(model_dir, images)] if images is not None else []
     samples += [audio_samples(model_dir, audio)] if audio is not None else []
-
-    def on_sample(done: int, total: int, what: str) -> None:
-        if done:
-            progress.part(done, total, "")
-        else:
-            progress.stage(f"Calibrating towers on {what}")
-
-    towers = Towers(plan, samples, on_sample=on_sample) if samples else None
+    towers = Towers(plan, samples, progress) if samples else None
     if data is not None and not plan.carried:
         _fit_on_text(model_dir, plan, out, data, device, replace, progress)
         return PackedModel.open(out), {}
@@ -75,17 +67,9 @@ def quantize_model(
             alone = stack.enter_context(scratch_folder(out)) / "text"
             _fit_on_text(model_dir, make_plan(model_dir, plan.recipe), alone, data, device, replace, progress)
             trained = PackedModel.open(alone)
-        total, done = len(plan.everything), itertools.count(1)
-        progress.stage(f"Fitting {total} tensors")
+        progress.stage(f"Fitting {len(plan.everything)} tensors")
         quantize(
-            model_dir,
-            plan,
-            out,
-            trained=trained,
-            towers=towers,
-            replace=replace,
-            device=device,
-            on_tensor=lambda name: progress.part(next(done), total, name),
+            model_dir, plan, out, trained=trained, towers=towers, replace=replace, device=device, progress=progress
         )
     return PackedModel.open(out), towers.errors if towers is not None else {}
 
@@ -125,5 +109,5 @@ def _fit_on_text(
         device=device,
         provenance={"name": model_name(model_dir)},
         replace=replace,
-        on_window=lambda info: progress.part(info.last + 1, info.layers, info.figures),
+        progress=progress,
     )

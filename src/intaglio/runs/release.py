@@ -18,13 +18,14 @@ from typing import Any
 from intaglio.errors import ConfigError, InputError, IntaglioError, MismatchError, OutputError
 from intaglio.formats.gguf.write_bundles import library_name, model_title
 from intaglio.formats.table import EXPORTERS, RUNTIMES
-from intaglio.formats.verify import Verification, verify, verify_exact
+from intaglio.formats.verify import Verification, verify
 from intaglio.packed.model import PackedModel, file_sha256
-from intaglio.packed.outputs import MARKER, check_output
+from intaglio.packed.outputs import MARKER
 from intaglio.packed.store import new_path
 from intaglio.plan.files import one_line, read_json, read_text, without_folders
 from intaglio.plan.plan import Plan
 from intaglio.progress import Progress
+from intaglio.runs.export import check_places, write_exact
 
 MANIFEST = "SHA256SUMS"
 CARD = "README.md"
@@ -39,27 +40,6 @@ def parse_targets(text: str) -> list[str]:
     if unknown or not names:
         raise InputError(f"--to {text!r}: expected {ALL}, or some of {', '.join(RUNTIMES)} with commas between")
     return list(RUNTIMES) if ALL in names else list(dict.fromkeys(names))
-
-
-def export(
-    packed: PackedModel, out: str | Path, target: str, *, replace: bool = False, options: dict[str, Any] | None = None
-) -> Verification:
-    """Write a packed model in the format of one runtime and read it back.
-
-    target: a key of `formats.table.EXPORTERS`. options: of its exporter, by name. Raises InputError for a target that
-    is none, the exporter's error for a model that its format cannot hold, and MismatchError if the artifact differs.
-    """
-    if target not in EXPORTERS:
-        raise InputError(f"{target!r}: expected one of {', '.join(EXPORTERS)}")
-    options = options or {}
-    _check_output(out, packed, options)
-    EXPORTERS[target](packed, out, replace=replace, **options)
-    return verify_exact(packed, out)
-
-
-def _check_output(out: str | Path, packed: PackedModel, options: dict[str, Any]) -> None:
-    """Raise OutputError where `out` would take away the packed model, or a file that an option names."""
-    check_output(out, [packed.path, *(given for given in options.values() if isinstance(given, str | Path))])
 
 
 @dataclass(frozen=True)
@@ -94,7 +74,7 @@ def make_release(
     if packed.plan.model.family.drafter:
         raise InputError(f"{packed.path}: a drafter does not run by itself: export it to gguf, hf or vllm, one by one")
     options = options or {}
-    _check_output(out, packed, options)
+    check_places(out, packed, options)
     release = Release({}, {})
     with new_path(Path(out), replace=replace) as temporary:
         temporary.mkdir()
@@ -132,9 +112,8 @@ def _export(packed: PackedModel, out: Path, name: str, options: dict[str, Any]) 
     """Write one artifact and its README, and read it back."""
     runtime, folder = RUNTIMES[name], out / name
     gguf = out / "gguf" / RUNTIMES["gguf"].file
-    linked = {"gguf": gguf} if name in LINKED and gguf.is_file() else {}
-    EXPORTERS[name](packed, folder / runtime.file, **linked, **options)
-    result = verify_exact(packed, folder)
+    options = options | ({"gguf": gguf} if name in LINKED and gguf.is_file() else {})
+    result = write_exact(EXPORTERS[name], packed, folder / runtime.file, artifact=folder, **options)
     lines = [
         f"# {_plain(model_title(packed))} for {runtime.title}",
         f"Recipe {packed.plan.recipe.name}. In this folder:",

@@ -18,32 +18,21 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from intaglio.errors import CorpusError, InputError, OutputError
+from intaglio.errors import InputError, OutputError
 from intaglio.formats.table import format_of
-from intaglio.formats.verify import Verification
-from intaglio.measure.candidates import artifact_candidate, packed_candidate
-from intaglio.measure.evaluate import evaluate_pair
-from intaglio.measure.metrics import Comparison
-from intaglio.measure.original import open_original
-from intaglio.measure.report import Report, write_report
+from intaglio.measure.report import Report
 from intaglio.numerics.device import Device, device_for
-from intaglio.packed import identity
 from intaglio.packed.assets import load_tokenizer
 from intaglio.packed.checkpoint import TextModel, model_name, stored_dtype
-from intaglio.packed.identity import CHECKPOINT, COMPRESSED, GGUF, MOBILE, QUANTIZED, expect
+from intaglio.packed.identity import CHECKPOINT, expect
 from intaglio.packed.model import PackedModel
 from intaglio.packed.outputs import check_output
-from intaglio.packed.store import new_path
 from intaglio.plan.family import ModelSpec, check_runs_alone, read_spec
-from intaglio.plan.files import reading
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
@@ -53,12 +42,12 @@ from intaglio.runs.bench import (
     REFERENCES,
     Bench,
     failure_of,
-    make_files,
-    verify_files,
     with_references,
 )
+from intaglio.runs.export import make_files
 from intaglio.runs.proof import Evaluation, missing_runtime, prove
-from intaglio.train.corpus import Corpus, held_out_windows, load_corpus, sample_corpus
+from intaglio.runs.texts import held_out, save_windows, training_text
+from intaglio.train.corpus import Corpus
 from intaglio.train.data.sources import Data, path_of
 from intaglio.train.latents import Latents
 from intaglio.train.layerwise import quantize_on_text
@@ -66,9 +55,6 @@ from intaglio.train.loop import Options, check_stages, run_identity, train
 from intaglio.train.pack import pack_model
 from intaglio.train.run_folder import check_run_dir, hold
 from intaglio.train.sharding import dismiss_processes, is_main, load_own_rows, start_processes, world_size
-
-SHARE_HELD_OUT = 0.02  # of the training sequences, when no held-out text is given
-HELD_OUT_FILE = "heldout.npy"
 
 
 def run(
@@ -138,27 +124,30 @@ def _run(
         start=start,
         options=options,
         resume=resume,
-        on_step=progress.step,
-        on_calibration=lambda done, total: progress.part(done, total, "tokens calibrated"),
+        progress=progress,
         on_start=_keep_start(model_dir, plan, out, evaluation, failures) if keeps else lambda latents: None,
     )
     progress.stage("Packing")
-    pack_model(latents, out / "packed", assets=model_dir, provenance=_provenance(model_dir, data), replace=resume)
+    record = {"name": model_name(model_dir), "method": "quantization-aware training"}
+    record["data"] = "the model's own samples" if data is None else str(data)
+    pack_model(latents, out / "packed", assets=model_dir, provenance=record, replace=resume)
     main, alone = is_main(), world_size() == 1
     dismiss_processes()
     if not main:
         return None
-    with new_path(out / HELD_OUT_FILE, replace=True, internal=True) as temporary, open(temporary, "wb") as file:
-        np.save(file, windows_NT)
+    save_windows(windows_NT, out)
     del latents
     gc.collect()  # a session and its model hold each other, and a GPU's memory with them
     # on a GPU it is loaded again, without what training left in it; of several processes none has all of it
     given = teacher if device.type == "cpu" and alone else None
     del teacher
     bench = Bench.open(model_dir, out, tokenizer, ["trained"], device=device, given=given, failures=failures)
-    verified = _files(bench, replace=resume, progress=progress)
+    progress.stage("Writing files")
+    verified = make_files(bench.packed["trained"], out, "trained", replace=resume, device=device)
+    for path in [out / PACKED["trained"], *(found.artifact for found in verified.values())]:
+        progress.note(f"{path}: holds what was trained, 0 bits differ")
     bench = with_references(bench, evaluation.references, corpus, options, progress, replace=resume)
-    return _measure(bench, windows_NT, evaluation, verified, progress, began=began, replace=resume)
+    return prove(bench, windows_NT, evaluation, verified, progress, began=began, replace=resume)
 
 
 def _plan(model_dir: Path, recipe: Recipe) -> Plan:
@@ -198,7 +187,7 @@ def _layers(
             options=options,
             device=device,
             provenance={"name": model_name(model_dir), "corpus": corpus.digest},
-            on_window=lambda info: progress.part(info.last + 1, info.layers, info.figures),
+            progress=progress,
         )
     start = PackedModel.open(path)
     if start.plan.digest != plan.digest or start.provenance.get("corpus") != corpus.digest:
@@ -223,179 +212,7 @@ def _keep_start(
     return keep
 
 
-def report(
-    original: str | Path,
-    run_dir: str | Path,
-    *,
-    evaluation: Evaluation | None = None,
-    progress: Progress | None = None,
-    device: Device = None,
-) -> Report:
-    """Measure a finished run again and rewrite its report; on the run's own held-out text by default.
-
-    References that the evaluation asks for are measured if the run has them.
-    """
-    progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(run_dir)
-    progress.stage("Reading the files back")
-    bench = Bench.open(original, out, load_tokenizer(original), ["trained"], device=device_for(device))
-    bench = bench.with_those_there(evaluation.references)
-    vocab_size = bench.plan.model.layer_config.vocab_size
-    if evaluation.text is not None:
-        windows_NT = read_windows(evaluation, vocab_size, bench.tokenizer)
-    else:
-        windows_NT = _saved_windows(out / HELD_OUT_FILE, vocab_size)
-    verified = verify_files(bench, [export for export in bench.format.exports if export.kind == "trained"])
-    return _measure(bench, windows_NT, evaluation, verified, progress, began=None, replace=True)
-
-
 def _teacher(model_dir: str | Path, spec: ModelSpec, device: torch.device) -> TextModel:
     """The original to train from: float32 on a CPU; in its own dtype on a GPU, whose memory the student needs."""
     dtype = torch.float32 if device.type == "cpu" else stored_dtype(model_dir, spec)
     return load_own_rows(model_dir, spec, dtype, device)
-
-
-def _files(bench: Bench, *, replace: bool, progress: Progress) -> dict[str, Verification]:
-    """Write the trained model's files and read them back, then say where they are."""
-    progress.stage("Writing files")
-    verified = make_files(bench, "trained", replace=replace)
-    for path in [bench.out / PACKED["trained"], *(found.artifact for found in verified.values())]:
-        progress.note(f"{path}: holds what was trained, 0 bits differ")
-    return verified
-
-
-def _measure(
-    bench: Bench,
-    windows_NT: NDArray[np.int32],
-    evaluation: Evaluation,
-    verified: dict[str, Verification],
-    progress: Progress,
-    *,
-    began: float | None,
-    replace: bool,
-) -> Report:
-    result = prove(bench, torch.from_numpy(windows_NT).long(), evaluation, verified, progress, began)
-    write_report(result, bench.out, replace=replace)
-    return result
-
-
-def _saved_windows(path: Path, vocab_size: int) -> NDArray[np.int32]:
-    advice = "give held-out text with --text"
-    with reading(path, "cannot be read", advice, CorpusError):
-        if not path.is_file():
-            raise ValueError("no regular file")
-        # mapped: a header that announces more than the file has is an error, and no allocation
-        windows_NT = np.load(path, allow_pickle=False, mmap_mode="r")
-        if not isinstance(windows_NT, np.ndarray):
-            raise ValueError("an archive of arrays")
-    if windows_NT.ndim != 2 or windows_NT.dtype != np.int32 or not windows_NT.size:
-        raise CorpusError(f"{path}: {windows_NT.dtype} of shape {windows_NT.shape}: expected int32 [N, T]: {advice}")
-    if windows_NT.min() < 0 or windows_NT.max() >= vocab_size:
-        raise CorpusError(f"{path}: has tokens that the vocabulary of {vocab_size} has not: {advice}")
-    return np.array(windows_NT)
-
-
-def training_text(plan: Plan, data: Data | None, tokenizer: Any, teacher: TextModel, progress: Progress) -> Corpus:
-    """Training text of a run: a user's text, or without any the teacher's own. `progress` hears what was read."""
-    schedule = plan.recipe.schedule
-    length = schedule.sequence_length
-    if data is not None:
-        corpus = load_corpus(
-            data,
-            tokenizer,
-            sequence_length=length,
-            vocab_size=plan.model.layer_config.vocab_size,
-            max_tokens=max(schedule.tokens, schedule.layer_tokens if "layers" in schedule.stages else 0),
-            assistant_only=schedule.assistant_only,
-        )
-        for line in corpus.reading.lines() if corpus.reading is not None else []:
-            progress.note(line)
-        return corpus
-    if schedule.assistant_only:
-        raise InputError(
-            "schedule.assistant_only needs chats, and the model's own samples are none: give chats with --data, or "
-            "leave it out with --set schedule.assistant_only=false"
-        )
-    return sample_corpus(
-        teacher,
-        tokenizer,
-        tokens=schedule.tokens,
-        sequence_length=length,
-        seed=schedule.seed,
-        on_progress=lambda done: progress.part(done, schedule.tokens, "tokens of its own"),
-    )
-
-
-def held_out(corpus: Corpus, evaluation: Evaluation, plan: Plan, tokenizer: Any) -> tuple[Corpus, NDArray[np.int32]]:
-    """Training sequences, and evaluation windows [N, T] that training never sees."""
-    if evaluation.text is not None:
-        return corpus, read_windows(evaluation, plan.model.layer_config.vocab_size, tokenizer)
-    count = max(1, round(len(corpus.tokens) * SHARE_HELD_OUT))
-    if count >= len(corpus.tokens):
-        raise CorpusError(
-            f"{corpus.source}: {len(corpus.tokens)} sequence: expected two or more, one of them to measure on: "
-            "add text, or give held-out text of its own"
-        )
-    windows = corpus.tokens[-count:][: max(1, evaluation.tokens // corpus.tokens.shape[1])]
-    return corpus.rows(slice(-count)), windows
-
-
-def read_windows(evaluation: Evaluation, vocab_size: int, tokenizer: Any) -> NDArray[np.int32]:
-    """Held-out windows [N, T] of `evaluation.text`."""
-    assert evaluation.text is not None
-    return held_out_windows(
-        evaluation.text, tokenizer, length=evaluation.window, max_tokens=evaluation.tokens, vocab_size=vocab_size
-    )
-
-
-def compare(
-    artifact: str | Path,
-    original: str | Path,
-    evaluation: Evaluation,
-    progress: Progress | None = None,
-    *,
-    int8_cache: bool = False,
-    device: Device = None,
-) -> Comparison:
-    """Measure one artifact against the original on `evaluation.text`.
-
-    artifact: a .gguf, run in llama.cpp; a packed model, simulated in transformers; or a transformers
-    folder, run there. int8_cache: for a packed model with KV scales, read the text token by token
-    through a cache that holds int8. device: for what transformers runs; None picks a GPU if there is one.
-    """
-    progress, artifact, device = progress or Progress(), Path(artifact), device_for(device)
-    progress.stage("Loading")
-    kind = expect(artifact, identity.PACKED, GGUF, CHECKPOINT, MOBILE, COMPRESSED, QUANTIZED).kind
-    packed = PackedModel.open(artifact) if kind == identity.PACKED else None
-    if packed is not None:
-        packed.check()
-    expect(original, CHECKPOINT)
-    spec = read_spec(original)
-    check_runs_alone(spec, original)
-    if packed is not None:
-        check_runs_alone(packed.plan.model, artifact)
-    windows_NT = read_windows(evaluation, spec.layer_config.vocab_size, load_tokenizer(original))
-    measured = open_original(original, spec, torch.from_numpy(windows_NT).long(), device)
-    with ExitStack() as stack:
-        if packed is not None:
-            candidate = packed_candidate(measured, packed, int8_cache)
-        elif int8_cache:
-            raise InputError(f"{artifact}: only a packed model knows the scales that an int8 cache needs")
-        else:
-            candidate = artifact_candidate(artifact, stack, measured)
-        progress.stage("Measuring")
-        return evaluate_pair(
-            measured.logits,
-            candidate.source,
-            measured.windows_NT,
-            runtime=candidate.runtime,
-            simulated=candidate.simulated,
-            on_progress=lambda done, total, kl: progress.part(done, total, f"KL {kl['candidate']:.4f}"),
-        )
-
-
-def _provenance(model_dir: str | Path, data: Data | None) -> dict[str, Any]:
-    return {
-        "name": model_name(model_dir),
-        "method": "quantization-aware training",
-        "data": "the model's own samples" if data is None else str(data),
-    }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from intaglio.numerics.fit_static import BINS, fit_static_scale, magnitude_counts
 from intaglio.plan.plan import Plan
+from intaglio.progress import Progress
 from intaglio.train.sharding import final_hidden, settle
 from intaglio.train.static import modules_by_name, put_scales, switch_static
 
@@ -75,12 +76,12 @@ def calibrate(
     batches: list[Batch],
     *,
     reduce: Callable[[Tensor], Tensor] = lambda counts: counts,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Find and set every static scale of a prepared model, and return the owners' values by name.
 
     batches: full sequences of training text; a position of 0 marks the token to leave out. reduce: sums
-    a tensor over processes. on_progress: tokens done and in all. Raises WeightError for activations
+    a tensor over processes. progress: shows the tokens that are done. Raises WeightError for activations
     that are not finite, and for a scale whose tensor the text never reached.
     """
     observers = Observers(model, plan)
@@ -91,7 +92,8 @@ def calibrate(
             observers.counted = positions > 0
             final_hidden(model, input_ids, positions)
             done += input_ids.numel()
-            on_progress(done, total)
+            if progress is not None:
+                progress.part(done, total, "tokens calibrated")
     settle(model)
     switch_static(model, activations=True, kv_cache=True)
     values = observers.fitted(reduce)

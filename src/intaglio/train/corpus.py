@@ -12,7 +12,7 @@ Shape suffixes: N sequences, T tokens of a sequence, M tokens of a stream, B seq
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from intaglio.errors import ConfigError, CorpusError
+from intaglio.progress import Progress
 from intaglio.train.data.pieces import read_pieces
 from intaglio.train.data.reading import Reading
 from intaglio.train.data.sources import Data, as_source
@@ -147,15 +148,15 @@ def sample_corpus(
     sequence_length: int,
     seed: int,
     batch_size: int = 16,
-    on_progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Corpus:
     """Training text without data: documents from bos to eos that the teacher samples.
 
     Temperature 1, full distribution; a document has `sequence_length` tokens at most. As many sequences
     as hold `tokens` tokens, the same for a seed on one machine; torch's random state stays as it was. Of several
     processes each samples documents of its own, and all have the same corpus, which is another one for another number.
-    `on_progress` hears the tokens done so far after every `batch_size` documents. Raises ConfigError
-    for a tokenizer without bos or eos.
+    progress: shows the tokens that are done, after every `batch_size` documents. Raises ConfigError for a tokenizer
+    without bos or eos.
     """
     from transformers import GenerationConfig
 
@@ -188,8 +189,8 @@ def sample_corpus(
                 starts = np.arange(end) == 0
                 parts.append(Stream(np.array(ids[:end], dtype=np.int32), starts, np.ones(end, dtype=bool)))
                 done += end
-            if on_progress is not None:
-                on_progress(min(done, wanted))
+            if progress is not None:
+                progress.part(min(done, wanted), tokens, "tokens of its own")
     settle(teacher)
     source = f"sampled from the teacher, seed {seed}"
     corpus = _pack(_gather(parts, Reading(source), sequence_length, wanted), sequence_length, source)

@@ -16,7 +16,7 @@ time, and the rows that the text looks up are kept on the host, with the activat
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +34,7 @@ from intaglio.packed.write import PackedWriter, write_packed
 from intaglio.plan.family import transformers_config
 from intaglio.plan.memory import learns_scales
 from intaglio.plan.plan import Plan
+from intaglio.progress import Progress
 from intaglio.train.calibrate import Observers
 from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.gptq import NOTHING_LEARNED, first_half_by, move_in_passes
@@ -51,7 +52,7 @@ TABLES = {"token_embedding": "embed_tokens", "ple_embedding": "embed_tokens_per_
 
 @dataclass(frozen=True)
 class WindowInfo:
-    """A window of layers is done: its first and last layer, and how many layers there are.
+    """A window of layers that is packed: its first and last layer.
 
     before, after: squared error of its outputs against the original's, as a share of these, before and after training
     on the text; None where nothing was trained.
@@ -59,7 +60,6 @@ class WindowInfo:
 
     first: int
     last: int
-    layers: int
     before: float | None = None
     after: float | None = None
 
@@ -81,13 +81,13 @@ def quantize_on_text(
     device: Device = None,
     provenance: dict[str, Any] | None = None,
     replace: bool = False,
-    on_window: Callable[[WindowInfo], None] = lambda info: None,
-) -> None:
-    """Write a PackedModel of a checkpoint by the recipe's fit, its static scales, if any, calibrated on `corpus`.
+    progress: Progress | None = None,
+) -> list[WindowInfo]:
+    """Write a PackedModel by the recipe's fit, its static scales calibrated on `corpus`; return what the windows did.
 
     gptq: let GPTQ choose the codes, on the schedule's share of the corpus. layers: train each window of layers, on the
-    schedule's `layer_tokens`. device: where the layers are at work; None picks a GPU if there is one. on_window: called
-    as each window of layers is packed. Raises ConfigError for a damaged checkpoint, WeightError for values or
+    schedule's `layer_tokens`. device: where the layers are at work; None picks a GPU if there is one. progress: shows
+    each window of layers that is packed. Raises ConfigError for a damaged checkpoint, WeightError for values or
     activations that are not finite, InputError for several processes and for a recipe that leaves GPTQ nothing to move.
     """
     if world_size() > 1:
@@ -101,6 +101,7 @@ def quantize_on_text(
     method += [f"layers trained on {corpus.source}"] if layers else []
     method += [f"calibrated on {corpus.source}"] if plan.static_scales else []
     record = {"method": ", ".join(method), **(provenance or {})}
+    done: list[WindowInfo] = []
     walk = Walk(Path(model_dir), plan, device_for(device), dtype_of(options or Options()), gptq, layers)
     with (
         torch.no_grad(),
@@ -109,9 +110,12 @@ def quantize_on_text(
     ):
         walk.enter(corpus, writer)
         for numbers in walk.windows():
-            on_window(walk.window(numbers, writer))
+            done.append(walk.window(numbers, writer))
+            if progress is not None:
+                progress.part(numbers.stop, len(walk.templates), done[-1].figures)
         for name, value in walk.scales.items():
             writer.add_static(name, value)
+    return done
 
 
 class Walk:
@@ -257,7 +261,7 @@ class Walk:
         self._pack(latents, writer)
         del latents, parts
         gc.collect()  # a module and its hooks may hold each other, and a GPU's memory with them
-        return WindowInfo(numbers[0], numbers[-1], len(self.templates), *errors)
+        return WindowInfo(numbers[0], numbers[-1], *errors)
 
     def _advance(self, number: int) -> Latents:
         """Open a layer, let GPTQ move it, count for static scales, and bring the text behind it."""

@@ -26,6 +26,7 @@ from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
 from intaglio.plan.schedule import Schedule
+from intaglio.progress import Progress, StepInfo
 from intaglio.train import checkpoint
 from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.latents import Latents
@@ -45,7 +46,7 @@ from intaglio.train.sharding import (
     sum_over_processes,
     world_size,
 )
-from intaglio.train.signals import Pending, deferred
+from intaglio.train.signals import deferred
 from intaglio.train.static import put_scales, switch_static
 from intaglio.train.student import build_student, calibrate_student, gptq_start, on_device
 from intaglio.train.trouble import explained
@@ -76,18 +77,6 @@ class Options:
             raise InputError(f"checkpoint_every = {self.checkpoint_every}: expected 0 or more")
 
 
-@dataclass(frozen=True)
-class StepInfo:
-    """Progress after an optimizer step: index, total, mean loss in nats, tokens seen, seconds."""
-
-    step: int
-    total_steps: int
-    loss: float
-    tokens: int
-    seconds: float
-    phase: str
-
-
 def train(
     original: TextModel,
     plan: Plan,
@@ -98,8 +87,8 @@ def train(
     start: PackedModel | None = None,
     options: Options | None = None,
     resume: bool = False,
+    progress: Progress | None = None,
     on_step: Callable[[StepInfo], None] = lambda info: None,
-    on_calibration: Callable[[int, int], None] = lambda done, total: None,
     on_start: Callable[[Latents], None] = lambda latents: None,
 ) -> Latents:
     """Train a copy of `original` to the plan's grids and return its latents; `.model` is the student itself.
@@ -109,13 +98,13 @@ def train(
     run_dir: receives losses, checkpoints and TensorBoard files; an existing run is continued only with `resume`.
     teacher: another model whose distribution is learned, by the original's tokens; the original by default.
     start: a packed model to go on from, bit for bit; `original` is then only what holds it, and is used up.
-    on_calibration: tokens done and in all of the pass that calibrates static scales, if there are any.
+    progress: shows the calibration of static scales and the steps. on_step: for a caller's own code, such as a test
+    that stops a run; called after each step, and what it raises ends the run.
     on_start: called with the latents as training begins with them, but not when it goes on from a checkpoint.
     Raises TrainingError when the loss becomes NaN or Inf; the last checkpoint stays. InputError for a KL to
     nobody: a packed model that goes on has no original.
     """
-    options = options or Options()
-    run_dir = Path(run_dir)
+    options, progress, run_dir = options or Options(), progress or Progress(), Path(run_dir)
     device = start_processes()
     check_stages(plan.recipe.schedule, start is not None)
     if plan.recipe.schedule.lora_rank and start is None:
@@ -134,7 +123,7 @@ def train(
         student = latents.model
         saved = checkpoint.latest(run_dir)
         if start is None:  # else its codes and static scales are the packed model's
-            _first_values(latents, original, corpus, device, saved, on_calibration)
+            _first_values(latents, original, corpus, device, saved, progress)
         if "scales" in plan.recipe.schedule.stages:
             latents.leave_scales()
         if plan.recipe.schedule.gathered:
@@ -145,7 +134,7 @@ def train(
             claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
         if saved is None:
             on_start(latents)
-        session.run(saved, on_step)
+        session.run(saved, progress, on_step)
         switch_static(student, activations=True, kv_cache=True)
         return latents
 
@@ -197,7 +186,7 @@ def _first_values(
     corpus: Corpus,
     device: torch.device,
     saved: Path | None,
-    on_calibration: Callable[[int, int], None],
+    progress: Progress,
 ) -> None:
     """Codes by GPTQ, if the schedule wants it, and static scales; or what a checkpoint will fill."""
     if saved is not None:  # the checkpoint knows the scales; they must only be there
@@ -206,7 +195,7 @@ def _first_values(
         return
     if latents.plan.recipe.schedule.gptq_tokens:
         gptq_start(latents, original, corpus, device)
-    calibrate_student(latents, corpus, device, on_calibration)
+    calibrate_student(latents, corpus, device, progress)
 
 
 def run_identity(plan: Plan, start: PackedModel | None, options: Options | None) -> dict[str, str]:
@@ -252,35 +241,32 @@ class Session:
         self.optimizer = make_optimizer(latents, self.schedule)
         self.dropout = self.recipe.activations.dropout if self.recipe.activations else 0.0
 
-    def run(self, start: Path | None, on_step: Callable[[StepInfo], None]) -> None:
-        """Train from `start`, a checkpoint, or from the beginning, to the end."""
+    def run(self, start: Path | None, progress: Progress, on_step: Callable[[StepInfo], None]) -> None:
+        """Train from `start`, a checkpoint, or from the beginning, to the end.
+
+        A signal that asks the process to end saves a checkpoint first.
+        """
         first = self.restore(start) if start else 0
-        log = self.run_dir / LOSSES_FILE
+        log, every = self.run_dir / LOSSES_FILE, self.options.checkpoint_every
         if is_main():
-            keep_lines(log, first)
+            keep_lines(log, first)  # a cut run has logged steps that are trained again from here
         began = time.perf_counter()
         with deferred() as pending:
-            self._steps(first, began, log, pending, on_step)
+            for step in range(first, self.phases.total):
+                if step == self.phases.tail:
+                    self.enter_tail()
+                loss = self.step(step)
+                info = self.record(step, loss, time.perf_counter() - began)
+                if is_main():
+                    append_line(log, json.dumps({"step": info.step, "tokens": info.tokens, "loss": loss}) + "\n")
+                    progress.step(info)
+                    on_step(info)
+                due = every and info.step % every == 0 and info.step < self.phases.total
+                if due or pending.number:
+                    checkpoint.save(self.run_dir, info.step, self.latents, self.optimizer)
+                pending.stop()
         if self.tracker is not None:
             self.tracker.finish()
-
-    def _steps(
-        self, first: int, began: float, log: Path, pending: Pending, on_step: Callable[[StepInfo], None]
-    ) -> None:
-        """Steps from `first` to the end; a signal that asks the process to end saves a checkpoint first."""
-        for step in range(first, self.phases.total):
-            if step == self.phases.tail:
-                self.enter_tail()
-            loss = self.step(step)
-            info = self.record(step, loss, time.perf_counter() - began)
-            if is_main():
-                append_line(log, json.dumps({"step": info.step, "tokens": info.tokens, "loss": loss}) + "\n")
-                on_step(info)
-            every = self.options.checkpoint_every
-            due = every and info.step % every == 0 and info.step < self.phases.total
-            if due or pending.number:
-                checkpoint.save(self.run_dir, info.step, self.latents, self.optimizer)
-            pending.stop()
 
     def step(self, step: int) -> float:
         """One optimizer step; returns the mean loss over its micro-batches."""

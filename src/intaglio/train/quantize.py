@@ -5,7 +5,8 @@ Streams the checkpoint a few rows of a tensor at a time: from the file to the de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from intaglio.packed.checkpoint import model_name, stream_chunks
 from intaglio.packed.model import PackedModel
 from intaglio.packed.write import PackedWriter, write_packed
 from intaglio.plan.plan import Plan
+from intaglio.progress import Progress
 from intaglio.train.towers import Towers
 
 FITS: dict[str, Callable[[Tensor, BlockGrid], Quantized]] = {
@@ -58,7 +60,7 @@ def quantize(
     replace: bool = False,
     provenance: dict[str, Any] | None = None,
     device: Device = None,
-    on_tensor: Callable[[str], None] = lambda name: None,
+    progress: Progress | None = None,
 ) -> PackedModel:
     """Write a PackedModel of `model_dir` by the recipe's fit alone; static scales are left off.
 
@@ -68,18 +70,20 @@ def quantize(
     device: where tensors are fitted; None picks a GPU if there is one. Stock and absmax fits have the same bits
         on every device; the searches of an MSE fit may choose a neighbouring step where two are as good.
 
-    on_tensor is called with each tensor's name when it is done. Raises ConfigError for a damaged
-    checkpoint and WeightError for NaN, Inf or weights beyond a grid's reach; nothing is left behind.
+    progress: shows each tensor that is done. Raises ConfigError for a damaged checkpoint and WeightError for NaN, Inf
+    or weights beyond a grid's reach; nothing is left behind.
     """
     source, target, device = Path(model_dir), Path(out), device_for(device)
     record = {"name": model_name(source), "method": f"fit {plan.recipe.fit}", **(provenance or {})}
     if trained is not None:
         _check_trained(trained, plan)
         record |= trained.provenance
+    number, progress = itertools.count(1), progress or Progress()
     with write_packed(target, plan, assets=source, provenance=record, replace=replace) as writer:
         writer.leave_static_off()
         if trained is not None:
-            _copy(trained, writer, on_tensor)
+            for name in _copied(trained, writer):
+                progress.part(next(number), len(plan.everything), name)
         wanted = None if trained is None else {tensor.name for tensor in plan.carried}
         for name, rows, values in stream_chunks(source, plan.model, only=wanted):
             value = fit_tensor(values.to(device), plan, name, rows)
@@ -87,7 +91,7 @@ def quantize(
             if towers is not None:
                 towers.put(name, value, rows)
             if rows is None or rows.stop == plan[name].spec.shape[0]:
-                on_tensor(name)
+                progress.part(next(number), len(plan.everything), name)
         for name, scale in towers.calibrate().items() if towers is not None else ():
             writer.add_static(name, scale)
     return PackedModel.open(target)
@@ -101,12 +105,12 @@ def _check_trained(trained: PackedModel, plan: Plan) -> None:
         )
 
 
-def _copy(trained: PackedModel, writer: PackedWriter, on_tensor: Callable[[str], None]) -> None:
-    """All of a packed model's text into another one that is being written."""
+def _copied(trained: PackedModel, writer: PackedWriter) -> Iterator[str]:
+    """Copies a packed model's text into another one that is being written; yields each tensor's name."""
     for tensor in trained.plan:
         for rows, value in trained.chunks(tensor.name):
             writer.add(tensor.name, value, rows)
-        on_tensor(tensor.name)
+        yield tensor.name
     values = trained.read_static()
     for scale in trained.plan.static_scales:
         if scale.owned:

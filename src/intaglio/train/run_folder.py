@@ -19,11 +19,11 @@ from intaglio.errors import ConfigError, InputError, OutputError
 from intaglio.packed.outputs import clear_leftovers, runs, started_at
 from intaglio.packed.store import new_path, write_error
 from intaglio.plan.files import read_json, read_text, reading, whole_number
+from intaglio.progress import LOG_FILE
 
 LOSSES_FILE = "losses.jsonl"
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
-LOG_FILE = "run.log"
 START = "start"  # folder of the packed model that training begins with, where it is not the recipe's fit
 OF_THE_PROCESS = (LOCK_FILE, LOG_FILE, START)  # there before a run has begun
 LONGEST_LOG = 1 << 30  # bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.model import PackedModel
 from intaglio.plan.plan import Plan
 from intaglio.plan.schedule import Schedule
+from intaglio.progress import Progress
 from intaglio.train.calibrate import calibrate
 from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.gptq import start_from_gptq
@@ -56,12 +56,7 @@ def cast_weights(model: TextModel, dtype: torch.dtype) -> None:
             buffer.data = buffer.data.to(dtype)
 
 
-def calibrate_student(
-    latents: Latents,
-    corpus: Corpus,
-    device: torch.device,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+def calibrate_student(latents: Latents, corpus: Corpus, device: torch.device, progress: Progress) -> None:
     """Find the plan's static scales on the schedule's share of the corpus; every process takes its part."""
     if not latents.plan.static_scales:
         return
@@ -75,7 +70,7 @@ def calibrate_student(
         latents.plan,
         [(on_device(corpus.tokens[b], device), on_device(corpus.positions[b], device)) for b in batches],
         reduce=sum_over_processes,
-        on_progress=on_progress,
+        progress=progress,
     )
 
 

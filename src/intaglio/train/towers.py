@@ -20,6 +20,7 @@ from intaglio.numerics.grid import Quantized
 from intaglio.plan.carried import tower_kind
 from intaglio.plan.family import transformers_config
 from intaglio.plan.plan import Plan
+from intaglio.progress import Progress
 from intaglio.train.media import Inputs, Samples, counted
 from intaglio.train.static import StaticLinear, StaticScales, swap_class
 
@@ -32,14 +33,8 @@ class Towers:
     lacks, or whose linears the recipe leaves in floats.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        samples: list[Samples],
-        *,
-        on_sample: Callable[[int, int, str], None] = lambda done, total, what: None,
-    ):
-        self.samples, self.on_sample = samples, on_sample
+    def __init__(self, plan: Plan, samples: list[Samples], progress: Progress | None = None):
+        self.samples, self.progress = samples, progress or Progress()
         self.errors: dict[str, float] = {}
         kinds = [given.kind for given in samples]
         self.scales = [name for name in plan.carried_scales if tower_kind(name) in kinds]
@@ -80,11 +75,11 @@ class Towers:
     def _outputs(self, given: Samples, counts: dict[str, Tensor] | None = None) -> Iterator[Tensor]:
         """`features` of every sample; counts: histograms to add its activations to."""
         what = given.what if counts is not None else f"{given.what}, quantized"
-        self.on_sample(0, len(given), what)
+        self.progress.stage(f"Calibrating towers on {what}")
         for number, inputs in enumerate(given, 1):
             with self._watching(counts or {}, counted(inputs)):
                 yield self.features(given.kind, inputs)
-            self.on_sample(number, len(given), what)
+            self.progress.part(number, len(given))
 
     def features(self, kind: str, inputs: Inputs) -> Tensor:
         """Output of the tower for the text model: [soft tokens, width] of an image, [1, T, width] of a recording."""
