@@ -17,7 +17,7 @@ from intaglio.packed.model import FILE_NAME, PackedModel
 from intaglio.plan.recipe import Recipe
 from intaglio.runs.drafter import Texts, run
 from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
-from intaglio.train.loop import Options
+from intaglio.train.options import Options
 
 
 def main() -> None:

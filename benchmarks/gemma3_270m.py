@@ -48,7 +48,8 @@ from intaglio.plan.plan import Plan
 from intaglio.progress import Lines, Progress
 from intaglio.tiny import HELDOUT_TEXT, TRAIN_TEXT
 from intaglio.train.corpus import Corpus, batch_indices, held_out_windows
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import train
+from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
 

@@ -39,7 +39,8 @@ from intaglio.runs.proof import Evaluation
 from intaglio.tiny import TRAIN_TEXT
 from intaglio.train.corpus import Corpus, load_corpus
 from intaglio.train.layerwise import quantize_on_text
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import train
+from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
 from intaglio.train.sharding import load_own_rows

@@ -35,7 +35,8 @@ from intaglio.progress import StepInfo
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.corpus import held_out_windows
 from intaglio.train.latents import Latents
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import train
+from intaglio.train.options import Options
 
 CHOICES: dict[str, dict[str, Any]] = {
     "float32": {},

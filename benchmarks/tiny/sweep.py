@@ -33,7 +33,8 @@ from intaglio.tiny import MODEL_DIR
 from intaglio.train import loop
 from intaglio.train.corpus import Corpus
 from intaglio.train.latents import prepare
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import train
+from intaglio.train.options import Options
 from intaglio.train.run_folder import read_losses
 from intaglio.train.static import switch_static
 

@@ -30,7 +30,7 @@ from intaglio.plan.recipe import Recipe
 from intaglio.progress import StepInfo
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.corpus import Corpus, held_out_windows
-from intaglio.train.loop import Options
+from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
 
 # A width other than the model's: llama.cpp refuses a drafter that is as wide as its target.

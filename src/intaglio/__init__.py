@@ -65,8 +65,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `_HOMES` sa
     from intaglio.train.data.sources import Source
     from intaglio.train.grid_optimizer import GridOptimizer
     from intaglio.train.latents import prepare
-    from intaglio.train.loop import Options
     from intaglio.train.loop import train as train_model
+    from intaglio.train.options import Options
     from intaglio.train.pack import pack_model
     from intaglio.train.quantize import quantize
     from intaglio.train.start import plan_to_go_on
@@ -175,7 +175,8 @@ _HOMES = {
     "train.data.sources": ["Source"],
     "train.grid_optimizer": ["GridOptimizer"],
     "train.latents": ["prepare"],
-    "train.loop": ["Options", "train_model"],
+    "train.loop": ["train_model"],
+    "train.options": ["Options"],
     "train.pack": ["pack_model"],
     "train.quantize": ["quantize"],
     "train.start": ["plan_to_go_on"],

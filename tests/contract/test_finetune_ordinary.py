@@ -23,7 +23,8 @@ from intaglio.plan.recipe import Recipe
 from intaglio.sources.convert import convert
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from intaglio.train.corpus import held_out_windows, load_corpus
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import train
+from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
 from intaglio.train.start import plan_to_go_on

@@ -23,7 +23,7 @@ from intaglio.runs.compare import report
 from intaglio.runs.proof import Evaluation
 from intaglio.runs.train import run
 from intaglio.train import loop
-from intaglio.train.loop import Options
+from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio

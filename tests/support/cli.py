@@ -51,14 +51,14 @@ def intaglio(*arguments: object) -> Outcome:
 # Training that says "held" after the log's line of a step and stands still, until a signal goes on with it.
 HELD = """
 import json, signal
-from intaglio.train import loop
-plain = loop.append_line
+from intaglio.train import session
+plain = session.append_line
 def append_line(log, line):
     plain(log, line)
     if json.loads(line)["step"] == {step}:
         print("held", flush=True)
         signal.pause()
-loop.append_line = append_line
+session.append_line = append_line
 """
 
 

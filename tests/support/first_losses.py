@@ -11,7 +11,8 @@ import tempfile
 
 import torch
 
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import train
+from intaglio.train.options import Options
 from intaglio.train.run_folder import read_losses
 from tests.support.training import small_corpus, small_model, small_plan
 

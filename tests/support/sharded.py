@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from intaglio.progress import StepInfo
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import train
+from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
 from tests.support.training import SMALL, SMALL_MOE, moe, small_corpus, small_model, small_plan
 

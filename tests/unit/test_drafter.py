@@ -29,7 +29,7 @@ from intaglio.runs.drafter import open_target
 from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR
 from intaglio.tiny.clustered import write_clustered_drafter
 from intaglio.train.corpus import held_out_windows
-from intaglio.train.loop import Options
+from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
 from tests.support.tiny import GEMMA3, GEMMA4, make_checkpoint
 from tests.support.training import SMALL, small_corpus, small_model

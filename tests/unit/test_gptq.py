@@ -20,7 +20,8 @@ from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.corpus import held_out_windows
 from intaglio.train.gptq import start_from_gptq
 from intaglio.train.latents import Latents, prepare
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import train
+from intaglio.train.options import Options
 from tests.support.training import small_corpus, small_model, small_plan
 from tests.unit.test_latent import latent_of
 

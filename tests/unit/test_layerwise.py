@@ -27,7 +27,8 @@ from intaglio.train import layerwise
 from intaglio.train.corpus import Corpus
 from intaglio.train.latents import Latents
 from intaglio.train.layerwise import WindowInfo, quantize_on_text
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import train
+from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
 from intaglio.train.quantize import quantize
 from intaglio.train.start import plan_to_go_on

@@ -14,8 +14,9 @@ from intaglio.plan.recipe import Recipe
 from intaglio.progress import StepInfo
 from intaglio.train import checkpoint, fused
 from intaglio.train.lean import MOMENTS, Bfloat16AdamW, GridAdamW8bit, plain
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import train
 from intaglio.train.optimizer import make_optimizer
+from intaglio.train.options import Options
 from intaglio.train.run_folder import read_losses
 from intaglio.train.student import build_student
 from tests.support.training import small_corpus, small_model, small_plan

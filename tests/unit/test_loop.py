@@ -23,12 +23,13 @@ from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
 from intaglio.plan.recipe import Recipe
 from intaglio.plan.schedule import Schedule
 from intaglio.progress import StepInfo
-from intaglio.train import checkpoint, lesson, loop
+from intaglio.train import checkpoint, lesson, loop, session
 from intaglio.train.grid_optimizer import GridOptimizer
 from intaglio.train.latent import FloatLatent
 from intaglio.train.latents import Latents
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import train
 from intaglio.train.optimizer import Phases, make_optimizer, set_lr
+from intaglio.train.options import Options
 from intaglio.train.run_folder import read_losses
 from tests.support import first_losses
 from tests.support.training import small_corpus, small_model, small_plan
@@ -150,14 +151,14 @@ def test_the_gradient_is_clipped(teacher: nn.Module, tmp_path: Path, monkeypatch
         ]
         norms.append(torch.cat(gradients).norm())
 
-    make = loop.make_optimizer
+    make = session.make_optimizer
 
     def made(latents: Latents, schedule: Schedule) -> GridOptimizer:
         optimizer = make(latents, schedule)
         optimizer.inner.register_step_pre_hook(lambda optimizer, *rest: watched(optimizer))
         return optimizer
 
-    monkeypatch.setattr(loop, "make_optimizer", made)
+    monkeypatch.setattr(session, "make_optimizer", made)
     run(teacher, tmp_path / "a", 1, clip=1e-3)
     run(teacher, tmp_path / "b", 1, clip=0)
     assert norms[0] == pytest.approx(1e-3, rel=1e-3)

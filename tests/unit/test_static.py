@@ -19,7 +19,8 @@ from intaglio.plan.plan import Plan
 from intaglio.progress import Progress, StepInfo
 from intaglio.train.calibrate import calibrate
 from intaglio.train.latents import Latents, prepare
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import train
+from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
 from intaglio.train.run_folder import read_losses
 from intaglio.train.static import (

@@ -15,7 +15,8 @@ from intaglio.plan.memory import training_memory
 from intaglio.plan.plan import make_plan
 from intaglio.train import sharding
 from intaglio.train.grid_optimizer import GridOptimizer
-from intaglio.train.loop import Options, train
+from intaglio.train.loop import train
+from intaglio.train.options import Options
 from intaglio.train.signals import Stopped
 from intaglio.train.trouble import fixes_of, memory_text
 from tests.support.training import small_corpus, small_model, small_plan

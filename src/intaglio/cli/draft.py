@@ -49,7 +49,7 @@ def train_drafter(
     from intaglio.cli.terminal_drafter import print_drafter
     from intaglio.plan.recipe import Recipe
     from intaglio.runs.drafter import Texts, run
-    from intaglio.train.loop import Options
+    from intaglio.train.options import Options
 
     if original is not None and drafter is None:
         raise typer.BadParameter("--original is compared with the drafter that was made for it: name that by --drafter")

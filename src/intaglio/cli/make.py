@@ -135,7 +135,7 @@ def train(
 ) -> None:
     """Train a checkpoint to its grids, or a packed model on them; leaves artifacts, packed model and report."""
     from intaglio.packed.model import FILE_NAME
-    from intaglio.train.loop import Options
+    from intaglio.train.options import Options
 
     options = Options(
         precision=precision,

@@ -33,8 +33,10 @@ from intaglio.train.corpus import Corpus
 from intaglio.train.distill import chunked_kl
 from intaglio.train.latents import Latents, prepare
 from intaglio.train.layers import set_layers
-from intaglio.train.loop import Options, Session, dtype_of, run_identity
+from intaglio.train.loop import run_identity
+from intaglio.train.options import Options
 from intaglio.train.run_folder import check_run_dir, claim
+from intaglio.train.session import Session
 from intaglio.train.sharding import (
     check_shared,
     check_together,
@@ -49,7 +51,7 @@ from intaglio.train.student import cast_weights
 
 
 class DraftLesson(nn.Module):
-    """A drafter plus the loss of its steps, for `train.loop.Session`."""
+    """A drafter plus the loss of its steps, for `train.session.Session`."""
 
     def __init__(self, drafter: TextModel, drafting: Drafting, softcap: float | None):
         super().__init__()
@@ -133,7 +135,7 @@ def train_drafter(
     student = copy.deepcopy(drafter).to(device).requires_grad_(True).train()
     if student.config.use_ordered_embeddings and drafting.clusters == "keep":
         student.masked_embedding.centroids.requires_grad_(False)
-    dtype = dtype_of(options)
+    dtype = options.dtype
     cast_weights(student, dtype)
     latents = prepare(student, plan, source=None if student.dtype == drafter.dtype else drafter.state_dict())
     set_layers(target, compiled=compiled)

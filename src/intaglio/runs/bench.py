@@ -21,7 +21,7 @@ from intaglio.progress import Progress
 from intaglio.runs.export import make_files
 from intaglio.train.corpus import Corpus
 from intaglio.train.layerwise import quantize_on_text
-from intaglio.train.loop import Options
+from intaglio.train.options import Options
 from intaglio.train.quantize import quantize
 from intaglio.train.run_folder import START
 

@@ -22,7 +22,7 @@ from intaglio.runs.drafter import run as run_drafter
 from intaglio.runs.proof import Evaluation
 from intaglio.runs.train import run
 from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
-from intaglio.train.loop import Options
+from intaglio.train.options import Options
 from intaglio.train.run_folder import LOCK_FILE, RUN_FILE, hold
 
 # Short runs for a small machine: GPTQ brings the codes near, small batches make more steps of the rest, and there is

@@ -42,7 +42,7 @@ from intaglio.runs.proof import Evaluation
 from intaglio.runs.texts import held_out, training_text
 from intaglio.train.corpus import Corpus
 from intaglio.train.data.sources import Data, path_of
-from intaglio.train.loop import Options
+from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
 from intaglio.train.run_folder import OF_THE_PROCESS, hold
 from intaglio.train.sharding import (

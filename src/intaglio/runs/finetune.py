@@ -33,7 +33,8 @@ from intaglio.runs.export import make_files
 from intaglio.runs.proof import Evaluation
 from intaglio.runs.texts import held_out, training_text
 from intaglio.train.data.sources import Data, path_of
-from intaglio.train.loop import Options, run_identity, train
+from intaglio.train.loop import run_identity, train
+from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
 from intaglio.train.run_folder import check_run_dir, hold
 from intaglio.train.start import plan_to_go_on

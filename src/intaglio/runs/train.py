@@ -51,7 +51,8 @@ from intaglio.train.corpus import Corpus
 from intaglio.train.data.sources import Data, path_of
 from intaglio.train.latents import Latents
 from intaglio.train.layerwise import quantize_on_text
-from intaglio.train.loop import Options, check_stages, run_identity, train
+from intaglio.train.loop import check_stages, run_identity, train
+from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
 from intaglio.train.run_folder import check_run_dir, hold
 from intaglio.train.sharding import dismiss_processes, is_main, load_own_rows, start_processes, world_size

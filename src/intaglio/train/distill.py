@@ -35,30 +35,36 @@ def cap(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _chunk_gradient(
-    softcap: float | None, teacher_softcap: float | None, student_TV: Tensor, teacher_TV: Tensor, weight: float
+def _kl_terms(
+    softcap: float | None, teacher_softcap: float | None, student_TV: Tensor, teacher_TV: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Summed KL of a chunk (float32 scalar) and weight x its gradient by the student's logits."""
+    """Terms of the KL and its gradient by the student's logits, both float32 [T, V], without a token's weight."""
     capped = cap(student_TV, softcap)
     log_q = capped.log_softmax(-1)
     log_p = cap(teacher_TV, teacher_softcap).log_softmax(-1)
     p = log_p.exp()
-    slope = 1.0 if softcap is None else 1 - (capped / softcap).square()
-    grad = (log_q.exp() - p) * slope * weight
-    return (p * (log_p - log_q)).sum(), grad.to(student_TV.dtype)
+    return p * (log_p - log_q), (log_q.exp() - p) * _slope(capped, softcap)
+
+
+def _slope(capped: Tensor, softcap: float | None) -> Tensor | float:
+    """Derivative of the capped logits by the logits."""
+    return 1.0 if softcap is None else 1 - (capped / softcap).square()
+
+
+def _chunk_gradient(
+    softcap: float | None, teacher_softcap: float | None, student_TV: Tensor, teacher_TV: Tensor, weight: float
+) -> tuple[Tensor, Tensor]:
+    """Summed KL of a chunk (float32 scalar) and weight x its gradient by the student's logits."""
+    terms, grad = _kl_terms(softcap, teacher_softcap, student_TV, teacher_TV)
+    return terms.sum(), (grad * weight).to(student_TV.dtype)
 
 
 def _weighted_chunk_gradient(
     softcap: float | None, teacher_softcap: float | None, student_TV: Tensor, teacher_TV: Tensor, weight_T: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same with a weight for each token, of the loss and of the gradient."""
-    capped = cap(student_TV, softcap)
-    log_q = capped.log_softmax(-1)
-    log_p = cap(teacher_TV, teacher_softcap).log_softmax(-1)
-    p = log_p.exp()
-    slope = 1.0 if softcap is None else 1 - (capped / softcap).square()
-    grad = (log_q.exp() - p) * slope * weight_T.unsqueeze(-1)
-    return ((p * (log_p - log_q)).sum(-1) * weight_T).sum(), grad.to(student_TV.dtype)
+    terms, grad = _kl_terms(softcap, teacher_softcap, student_TV, teacher_TV)
+    return (terms.sum(-1) * weight_T).sum(), (grad * weight_T.unsqueeze(-1)).to(student_TV.dtype)
 
 
 def _chunk_gradient_of_labels(
@@ -68,9 +74,8 @@ def _chunk_gradient_of_labels(
     capped = cap(student_TV, softcap)
     log_q = capped.log_softmax(-1)
     loss = -(log_q.gather(-1, labels_T.unsqueeze(-1)).squeeze(-1) * weight_T).sum()
-    slope = 1.0 if softcap is None else 1 - (capped / softcap).square()
     error = log_q.exp().scatter_add(-1, labels_T.unsqueeze(-1), log_q.new_full((len(labels_T), 1), -1.0))
-    return loss, (error * slope * weight_T.unsqueeze(-1)).to(student_TV.dtype)
+    return loss, (error * _slope(capped, softcap) * weight_T.unsqueeze(-1)).to(student_TV.dtype)
 
 
 @functools.cache

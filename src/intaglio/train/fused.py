@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from intaglio.numerics.grid import BlockGrid, FloatGrid
 from intaglio.plan.memory import BUCKET_VALUES
+from intaglio.train.fused_kernels import block_squares, block_step, float_step
 from intaglio.train.grid_optimizer import GridOptimizer, check_trainable
-from intaglio.train.kernels import backward, expect_compilations, features, forward, scales_of
+from intaglio.train.kernels import expect_compilations
 from intaglio.train.latent import BlockLatent, FloatLatent, take_gradient
 from intaglio.train.latents import Latents
 from intaglio.train.lean import Bfloat16AdamW
@@ -27,67 +27,7 @@ from intaglio.train.sharding import local, sum_over_processes
 
 T = TypeVar("T")
 
-HYPER = ("lr", "beta1", "beta2", "eps", "decay", "bias1", "bias2", "clip")  # entries of a kernel's float32 [8]
 LARGEST_FIXED_BLOCK = 32  # of the GGUF grids; a larger block is a whole row
-
-
-def _adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, hyper: Tensor) -> Tensor:
-    """AdamW's step (Loshchilov and Hutter 2019, arXiv:1711.05101) on one tensor, in place, as torch computes it."""
-    lr, beta1, beta2, eps, decay, bias1, bias2, clip = hyper.unbind()
-    grad = grad * clip
-    new_mean = mean + (grad - mean) * (1 - beta1)  # float32, also where the moments are kept in bfloat16
-    new_square = square * beta2 + grad * grad * (1 - beta2)
-    mean.copy_(new_mean)
-    square.copy_(new_square)
-    value.copy_(value * (1 - lr * decay) - lr / bias1 * new_mean / ((new_square / bias2).sqrt() + eps))
-    return value
-
-
-def _pulled(
-    mode: str, grid: BlockGrid, grad: Tensor, latent: Tensor, codes: Tensor, z: Tensor, given: Tensor
-) -> tuple[Tensor, Tensor]:
-    """float32 gradients of latents [N, K] and of z [N], the latter empty where there is none."""
-    scales = scales_of(mode, grid, *features(mode, latent, z, given))
-    grad = grad.float().clone()
-    (grad_z,) = backward(mode, grid, grad, latent, codes, *scales)
-    return grad, grad_z
-
-
-def _block_squares(mode: str, grid: BlockGrid, *tensors: Tensor) -> Tensor:
-    """Squared norm of each block's gradients, of its latents and its scale latent, float32 [N].
-
-    The sum over blocks is left to torch: inductor would give the last sum of this kernel to one processor of the card.
-    """
-    grad, grad_z = _pulled(mode, grid, *tensors)
-    if mode == "frozen":
-        return grad_z.square()
-    squares = grad.square().sum(-1)
-    return squares + grad_z.square() if grad_z.numel() else squares
-
-
-def _block_step(
-    mode: str,
-    grid: BlockGrid,
-    dtype: torch.dtype,
-    tensors: tuple[Tensor, ...],
-    moments: list[Tensor],
-    hyper: list[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Step latents and scale latents in place; return decoded values [N, K] in `dtype` and their steps [N]."""
-    _, latent, codes, z, given = tensors
-    grad, grad_z = _pulled(mode, grid, *tensors)
-    if mode != "frozen":
-        latent = _adam(latent, grad, moments[0], moments[1], hyper[0])
-    if grad_z.numel():
-        z = _adam(z, grad_z, moments[2], moments[3], hyper[1])
-    scales = scales_of(mode, grid, *features(mode, latent, z, given))
-    return forward(dtype, mode, grid, latent, codes, *scales)[0], scales.step
-
-
-def _float_step(
-    grid: FloatGrid, dtype: torch.dtype, grad: Tensor, latent: Tensor, moments: list[Tensor], hyper: Tensor
-) -> Tensor:
-    return grid.round(_adam(latent, grad.float(), moments[0], moments[1], hyper)).to(dtype)
 
 
 _compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -208,7 +148,7 @@ class Bucket:
 
     def _step(self, clip: Tensor) -> Tensor:
         hyper = self._hyper(self.latents[0].latent, clip)
-        kernel = _kernel(_float_step, self.grad, self.latent, *self.moments)  # type: ignore[arg-type]
+        kernel = _kernel(float_step, self.grad, self.latent, *self.moments)  # type: ignore[arg-type]
         return kernel(self.latents[0].grid, self.dtype, self.grad, self.latent, self.moments, hyper)
 
 
@@ -238,14 +178,14 @@ class BlockBucket(Bucket):
         return self.grad, self.latent, self.codes, self.z, self.given
 
     def norm(self) -> Tensor:
-        return _kernel(_block_squares, *self._tensors)(self.mode, self.grid, *self._tensors).sum()
+        return _kernel(block_squares, *self._tensors)(self.mode, self.grid, *self._tensors).sum()
 
     def _step(self, clip: Tensor) -> Tensor:
         first = self.latents[0]
         hyper = [self._hyper(first.latent, clip)] if self.mode != "frozen" else [self._hyper(first.scale_latent, clip)]
         hyper.append(hyper[0] if first.scale_latent is None else self._hyper(first.scale_latent, clip))
         moments = self.moments if self.mode != "frozen" else [*self.moments, *self.moments]
-        kernel = _kernel(_block_step, *self._tensors, *moments)
+        kernel = _kernel(block_step, *self._tensors, *moments)
         values, steps = kernel(self.mode, self.grid, self.dtype, self._tensors, moments, hyper)
         for latent, step in zip(self.latents, _views(steps, [latent.step for latent in self.latents]), strict=True):
             latent.step = step
@@ -291,10 +231,7 @@ class FusedGridAdamW(GridOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Pull, clip, step and decode; as `GridOptimizer.step`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         if not self.buckets:
             self.make_buckets()
         self.latents.average_whole()

@@ -56,10 +56,7 @@ class GridOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Pull, step, decode. closure: evaluates the loss again, as torch optimizers take it."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         if not self._checked:
             check_trainable(self.latents)
             self._checked = True

@@ -30,11 +30,6 @@ LOWEST_RATIO = 0.6  # of the canonical step; a tighter clip would cost more than
 CHUNK_ELEMENTS = 1 << 17
 
 
-def ratio_of(z: Tensor) -> Tensor:
-    """The learned ratio of a canonical step to the one that clips nothing, in (LOWEST_RATIO, 1)."""
-    return LOWEST_RATIO + (1 - LOWEST_RATIO) * torch.sigmoid(z)
-
-
 def _extremum(blocks_NK: Tensor) -> Tensor:
     """Signed value of largest magnitude [N]. Of a tie in magnitude the positive value is taken:
     its opposite is clipped to code_max, so the decoded block has one extremum all the same."""

@@ -40,7 +40,7 @@ from intaglio.train.corpus import Corpus, batch_indices
 from intaglio.train.gptq import NOTHING_LEARNED, first_half_by, move_in_passes
 from intaglio.train.latents import Latents, prepare
 from intaglio.train.layer_training import Training
-from intaglio.train.loop import Options, dtype_of
+from intaglio.train.options import Options
 from intaglio.train.parts import filled, merged, rooted
 from intaglio.train.quantize import fit_tensor
 from intaglio.train.sharding import without_memory, world_size
@@ -102,7 +102,7 @@ def quantize_on_text(
     method += [f"calibrated on {corpus.source}"] if plan.static_scales else []
     record = {"method": ", ".join(method), **(provenance or {})}
     done: list[WindowInfo] = []
-    walk = Walk(Path(model_dir), plan, device_for(device), dtype_of(options or Options()), gptq, layers)
+    walk = Walk(Path(model_dir), plan, device_for(device), (options or Options()).dtype, gptq, layers)
     with (
         torch.no_grad(),
         write_packed(Path(out), plan, assets=walk.source, provenance=record, replace=replace) as writer,

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -156,15 +156,10 @@ def like(model: TextModel, device: torch.device) -> TextModel:
     return other
 
 
-def mesh_of(device: torch.device) -> DeviceMesh:
-    """All processes in a row."""
-    return init_device_mesh(device.type, (world_size(),))
-
-
 def shard(model: TextModel, device: torch.device) -> None:
     """Shard a text model in place, each decoder layer by itself; gradients are averaged in float32."""
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mesh = mesh_of(device)
+    mesh = init_device_mesh(device.type, (world_size(),))  # all processes in a row
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     whole = {p for name, p in model.named_parameters() if LOOKED_UP in name}
@@ -203,11 +198,7 @@ def check_together(batch_size: int, identity: dict[str, str]) -> None:
 
     identity: what all must have in common, by name: recipe, data, model.
     """
-    size = world_size()
-    if size == 1:
-        return
-    found: list[dict[str, str]] = [{} for _ in range(size)]
-    dist.all_gather_object(found, identity)
+    size, found = world_size(), from_all(identity)
     for rank, other in enumerate(found):
         for key, value in found[0].items():
             if other.get(key) != value:
@@ -231,8 +222,7 @@ def check_shared(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
     wait_for_all()
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, (socket.gethostname(), probe.is_file()))
+    found = from_all((socket.gethostname(), probe.is_file()))
     if is_main():
         probe.unlink()
         if made:

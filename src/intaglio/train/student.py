@@ -56,7 +56,7 @@ def cast_weights(model: TextModel, dtype: torch.dtype) -> None:
             buffer.data = buffer.data.to(dtype)
 
 
-def calibrate_student(latents: Latents, corpus: Corpus, device: torch.device, progress: Progress) -> None:
+def calibrate_student(latents: Latents, corpus: Corpus, device: torch.device, progress: Progress | None = None) -> None:
     """Find the plan's static scales on the schedule's share of the corpus; every process takes its part."""
     if not latents.plan.static_scales:
         return
