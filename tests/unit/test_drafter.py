@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.speculate import judge, speculate
 from intaglio.drafter.accept import chances, draft_logits, rounds, softcap_of
 from intaglio.drafter.clusters import assign_clusters, cluster_loss
-from intaglio.drafter.decode import Costs, _judge, speculate
+from intaglio.drafter.decode import Costs
 from intaglio.drafter.model import Shape, check_fits, load_drafter, new_drafter
 from intaglio.drafter.text import end_tokens, written
 from intaglio.drafter.train import train_drafter
@@ -138,7 +139,7 @@ def test_sampled_output_is_distributed_as_the_target_whatever_the_drafter() -> N
     counts, accepted, draws = torch.zeros(4), 0, 20_000
     for _ in range(draws):
         draft = int(torch.multinomial(q, 1))
-        kept = _judge([(draft, q.log())], torch.stack((p.log(), p.log())), True)
+        kept = judge([(draft, q.log())], torch.stack((p.log(), p.log())), True)
         counts[kept[0]] += 1
         accepted += len(kept) - 1
     assert torch.allclose(counts / draws, p, atol=4 * 0.5 / math.sqrt(draws))

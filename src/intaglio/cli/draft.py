@@ -70,12 +70,8 @@ def train_drafter(
             resume=resume,
             progress=bars.progress,
         )
-    if report is None:  # another process has it
-        return
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        print_drafter(report, out)
+    if report is not None:  # else another process has it
+        print_json(report.to_dict()) if as_json else print_drafter(report, out)
 
 
 def _shape_of_a_new_one(target: Path, drafter: Path | None, **sizes: int | None) -> Shape | None:

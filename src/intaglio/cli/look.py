@@ -53,24 +53,20 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a model takes on disk, in memory and in training; no weights are read."""
+    from intaglio.cli.terminal_plan import print_family, print_survey, print_tensors
+    from intaglio.packed.outputs import check_output
     from intaglio.plan.recipe import Recipe
     from intaglio.plan.units import parse_bytes, parse_tokens
     from intaglio.sizing import planning
 
     if html is not None:
-        from intaglio.packed.outputs import check_output
-
         check_output(html, [model, recipe, drafter])
     if everything == (model is not None):
         raise typer.BadParameter("expected a model, or --all for the family")
     metadata = parse_bytes(metadata_bytes, "--metadata-bytes")
     if model is None:
         rows = planning.family(metadata)
-        if as_json:
-            return print_json(planning.family_dict(rows))
-        from intaglio.cli.terminal_plan import print_family
-
-        return print_family(rows)
+        return print_json(planning.family_dict(rows)) if as_json else print_family(rows)
     wishes = planning.Wishes(
         context=parse_tokens(context, "--context"),
         batch=batch,
@@ -87,8 +83,6 @@ def plan(
         write_page(made, html, replace=replace)
     if as_json:
         return print_json(made.to_dict())
-    from intaglio.cli.terminal_plan import print_survey, print_tensors
-
     print_tensors(made.plan) if tensors else print_survey(made)
 
 

@@ -1,4 +1,4 @@
-"""Decoding with a drafter, token by token: the loop that a runtime runs, and what its steps cost.
+"""A target with its cache and the drafts for it, as a runtime has them, and the cost of their steps.
 
 The target's cache keeps everything and is cropped to what was validated after each round, also where a layer has
 a window: masks leave out what the window does. (transformers' own loop, 5.23, leaves keys and values of rejected
@@ -10,27 +10,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from intaglio.drafter.accept import LONGEST, check_draft_length, draft_logits, softcap_of
+from intaglio.drafter.accept import LONGEST, draft_logits, softcap_of
 from intaglio.drafter.unroll import TargetStates, draft_step, target_states, window_of
 from intaglio.train.distill import cap
 
 
-@dataclass
-class Written:
-    """Output of a decoding loop: tokens after the prompt, and of each round how many drafts were accepted."""
-
-    tokens: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-
-
-class _Reader:
+class Reader:
     """A target with its cache: reads tokens, hands out states and logits, forgets what was rejected."""
 
     def __init__(self, target: Any, without: Sequence[int] = ()):
@@ -55,7 +47,7 @@ class _Reader:
         self.length = length
 
 
-def _drafts(reader: _Reader, drafter: Any, newest: int, behind: int, count: int, sampled: bool) -> list[Any]:
+def drafts(reader: Reader, drafter: Any, newest: int, behind: int, count: int, sampled: bool) -> list[Any]:
     """`count` pairs of a draft and its log-probabilities [V]. behind: tokens read that were rejected."""
     assert reader.states is not None
     kv = {k: (key[:, :, : reader.length], value[:, :, : reader.length]) for k, (key, value) in reader.states.kv.items()}
@@ -75,60 +67,6 @@ def _drafts(reader: _Reader, drafter: Any, newest: int, behind: int, count: int,
     return pairs
 
 
-def _judge(pairs: list[Any], logits: Tensor, sampled: bool) -> list[int]:
-    """The drafts that the target accepts, and its own token behind them. logits: [n + 1, V]."""
-    kept: list[int] = []
-    for (token, log_q), row in zip(pairs, logits, strict=False):
-        if not sampled:
-            own = int(row.argmax())
-            if own != token:
-                return [*kept, own]
-        else:
-            p, q = row.softmax(-1), log_q.exp()
-            if float(torch.rand(())) >= float(p[token] / q[token]):
-                return [*kept, int(torch.multinomial((p - q).clamp_min(0), 1))]
-        kept.append(token)
-    last = logits[len(pairs)]
-    return [*kept, int(torch.multinomial(last.softmax(-1), 1)) if sampled else int(last.argmax())]
-
-
-@torch.no_grad()
-def speculate(
-    target: Any,
-    drafter: Any | None,
-    prompt: list[int],
-    tokens: int,
-    draft_length: int,
-    *,
-    sampled: bool = False,
-    without: Sequence[int] = (),
-) -> Written:
-    """Write `tokens` tokens after the prompt, `draft_length` drafts a round; without a drafter one at a time.
-
-    The text is the target's own, whatever the drafter says: token for token where it is greedy, in distribution
-    (temperature 1) where it is sampled. without: tokens that are not to be written, such as those that end a text;
-    here none ends it. Raises InputError for a draft length that is not 1 to 8.
-    """
-    count = 0
-    if drafter is not None:
-        check_draft_length(draft_length)
-        count = draft_length
-    reader, written = _Reader(target, without), Written()
-    written.tokens += _judge([], reader.read(prompt)[-1:], sampled)
-    behind = 0
-    while len(written.tokens) < tokens:
-        newest = written.tokens[-1]
-        pairs = _drafts(reader, drafter, newest, behind, count, sampled) if drafter is not None else []
-        before = reader.length
-        kept = _judge(pairs, reader.read([newest, *(token for token, _ in pairs)]), sampled)
-        behind = len(pairs) + 1 - len(kept)
-        reader.crop(before + len(kept))
-        written.tokens += kept
-        written.accepted.append(len(kept) - 1)
-    del written.tokens[tokens:]
-    return written
-
-
 @dataclass(frozen=True)
 class Costs:
     """Median seconds of a step on this machine: of the target by the tokens that it reads, and of the drafter."""
@@ -144,7 +82,7 @@ class Costs:
 @torch.no_grad()
 def measure_costs(target: Any, drafter: Any, *, context: int = 128, repeats: int = 9) -> Costs:
     """Time single steps of both behind a context of so many tokens, one after the other in turn."""
-    reader = _Reader(target)
+    reader = Reader(target)
     reader.read([2] * context)
     seconds: dict[int, list[float]] = {n: [] for n in range(LONGEST + 2)}
     for _ in range(repeats):
@@ -154,7 +92,7 @@ def measure_costs(target: Any, drafter: Any, *, context: int = 128, repeats: int
             seconds[count].append(time.perf_counter() - began)
             reader.crop(context)
         began = time.perf_counter()
-        _drafts(reader, drafter, 2, 0, LONGEST, False)
+        drafts(reader, drafter, 2, 0, LONGEST, False)
         seconds[0].append((time.perf_counter() - began) / LONGEST)
     medians = [statistics.median(values) for values in seconds.values()]
     return Costs(tuple(medians[1:]), medians[0])

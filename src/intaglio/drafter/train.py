@@ -113,14 +113,7 @@ def train_drafter(
     """
     check_fits(drafter, target)
     drafting, options, run_dir = plan.recipe.drafter or Drafting(), options or Options(), Path(run_dir)
-    count = len(drafting.step_weights)
-    if corpus.tokens.shape[1] < count + 2:
-        raise CorpusError(
-            f"{corpus.source}: sequences of {corpus.tokens.shape[1]} tokens: expected {count + 2} or more for "
-            f"{count} draft steps"
-        )
-    if not bool(inside(torch.from_numpy(corpus.positions).long(), count).any()):
-        raise CorpusError(f"{corpus.source}: no document is long enough for {count} draft steps: add longer text")
+    _check_text(corpus, len(drafting.step_weights))
     if plan.recipe.schedule.stages != ("model",):
         raise InputError("schedule.stages: a drafter is trained as a whole: leave it out")
     identity = run_identity(plan, None, options) | {"corpus": corpus.digest, "target": target_digest}
@@ -153,3 +146,14 @@ def train_drafter(
         claim(run_dir, identity)
     session.run(checkpoint.latest(run_dir), progress or Progress(), on_step)
     return latents
+
+
+def _check_text(corpus: Corpus, count: int) -> None:
+    """Raise CorpusError for text in which no draft of `count` steps stays in its document."""
+    if corpus.tokens.shape[1] < count + 2:
+        raise CorpusError(
+            f"{corpus.source}: sequences of {corpus.tokens.shape[1]} tokens: expected {count + 2} or more for "
+            f"{count} draft steps"
+        )
+    if not bool(inside(torch.from_numpy(corpus.positions).long(), count).any()):
+        raise CorpusError(f"{corpus.source}: no document is long enough for {count} draft steps: add longer text")
