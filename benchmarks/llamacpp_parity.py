@@ -117,9 +117,9 @@ def compare(windows: int, folder: Path) -> dict[str, Any]:
     models = {"original": original, "decoded": decoded, "rounding": rounding}
     logits = {name: list(map(transformers_source(model), windows_NT)) for name, model in models.items()}
     runtimes = dict.fromkeys(models, transformers_runtime())
+    tokenization = compare_tokens(folder / "q4_0.gguf", tokenizer)
     with LlamaCpp(folder / "q4_0.gguf") as llama:
         logits["q4_0"] = list(map(llama.logits, windows_NT))
-        tokenization = compare_tokens(llama, tokenizer)
         write_f32(folder / "q4_0.gguf", folder / "f32.gguf")
         runtimes |= dict.fromkeys(("q4_0", "f32"), llama.version)
     with LlamaCpp(folder / "f32.gguf") as llama:
@@ -145,11 +145,14 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def compare_tokens(llama: LlamaCpp, tokenizer: Any) -> dict[str, int]:
+def compare_tokens(gguf: Path, tokenizer: Any) -> dict[str, int]:
+    import llama_cpp
+
+    llama = llama_cpp.Llama(str(gguf), vocab_only=True, verbose=False)
     with lzma.open(HELDOUT_TEXT, "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
     ids_of = tokenizer(texts, verbose=False)["input_ids"]
-    differing = sum(llama.tokenize(text) != ids for text, ids in zip(texts, ids_of, strict=True))
+    differing = sum(llama.tokenize(text.encode(), special=True) != ids for text, ids in zip(texts, ids_of, strict=True))
     return {"documents": len(texts), "tokens": sum(map(len, ids_of)), "differing_documents": differing}
 
 

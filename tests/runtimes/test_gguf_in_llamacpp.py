@@ -16,6 +16,7 @@ from intaglio.measure.llamacpp import LlamaCpp
 from intaglio.packed.decoded import load_packed
 from intaglio.plan.recipe import Recipe
 from tests.support.cases import Case, make_case, with_type
+from tests.support.llama import tokenizer_of
 from tests.support.texts import CHAT, texts
 from tests.support.tiny import GEMMA2, GEMMA4, ROPES, VOCABULARY, build, make_checkpoint, pack, with_rope
 
@@ -27,17 +28,17 @@ def test_llamacpp_tokenizes_as_transformers_does(case: Case) -> None:
     tokenizer = AutoTokenizer.from_pretrained(case.hf)
     strings = texts()
     assert len(strings) > 200
-    with LlamaCpp(case.gguf, context_tokens=32, threads=1) as llama:
-        for text in strings:
-            assert llama.tokenize(text) == tokenizer(text)["input_ids"], text
+    llama = tokenizer_of(case.gguf)
+    for text in strings:
+        assert llama.tokenize(text.encode(), special=True) == tokenizer(text)["input_ids"], text
 
 
 def test_llamacpp_knows_the_special_tokens_and_the_template(gemma4: Case) -> None:
-    with LlamaCpp(gemma4.gguf, context_tokens=32, threads=1) as llama:
-        assert (llama.bos, llama.eos, llama.vocabulary) == (2, 1, VOCABULARY)
-        assert llama.metadata()["tokenizer.chat_template"].startswith("{{- bos_token -}}")
-        ids = llama.tokenize(CHAT, add_special=False)
-        assert llama.detokenize(ids, special=True) == CHAT
+    llama = tokenizer_of(gemma4.gguf)
+    assert (llama.token_bos(), llama.token_eos(), llama.n_vocab()) == (2, 1, VOCABULARY)
+    assert llama.metadata["tokenizer.chat_template"].startswith("{{- bos_token -}}")
+    ids = llama.tokenize(CHAT.encode(), add_bos=False, special=True)
+    assert llama.detokenize(ids, special=True).decode() == CHAT
 
 
 def test_llamacpp_computes_the_exported_model(case: Case) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from pathlib import Path
 
 Path(__file__).with_name(f"{os.getpid()}.pid").touch()
 connection = socket.socket(fileno=int(sys.argv[1]))
-answers = {"start": {"version": "0.0"}, "load": {"vocabulary": VOCABULARY, "bos": 2, "eos": 1}}
+answers = {"start": {"version": "0.0"}, "load": {"vocabulary": VOCABULARY}}
 count = 0
 for line in connection.makefile("rb"):
     asked = json.loads(line)
@@ -58,6 +59,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, *, do: str, fate: st
     monkeypatch.setattr(llamacpp, "SCRIPT", folder / "stand_in.py")
     monkeypatch.setattr(llamacpp, "installed", lambda: True)
     return folder
+
+
+def tokenizer_of(gguf: Path) -> Any:
+    """llama.cpp's tokenizer of a GGUF file: `llama_cpp.Llama` without weights."""
+    import llama_cpp
+
+    return llama_cpp.Llama(str(gguf), vocab_only=True, verbose=False)
 
 
 def library(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> None:

@@ -81,16 +81,11 @@ class Runtime:
         self._context = lib.llama_init_from_model(self._model, params)
         if not self._context:
             raise RefusedError(f"llama.cpp cannot make a context of {context_tokens} tokens: {self._last_words()}")
-        self._vocab = lib.llama_model_get_vocab(self._model)
-        self._vocabulary = lib.llama_vocab_n_tokens(self._vocab)
-        return {
-            "vocabulary": self._vocabulary,
-            "bos": lib.llama_vocab_bos(self._vocab),
-            "eos": lib.llama_vocab_eos(self._vocab),
-        }
+        self._vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
+        return {"vocabulary": self._vocabulary}
 
-    def decode(self, tokens: list[int], position: int, outputs: int) -> dict[str, Any]:
-        """Compute the last `outputs` rows of logits. Position 0 begins a text without history."""
+    def decode(self, tokens: list[int], position: int) -> dict[str, Any]:
+        """Compute a row of logits for each token. Position 0 begins a text without history."""
         lib, count = self._lib, len(tokens)
         if position == 0:
             lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
@@ -100,7 +95,7 @@ class Runtime:
             for i, token in enumerate(tokens):
                 batch.token[i], batch.pos[i] = token, position + i
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = i >= count - outputs
+                batch.logits[i] = True
             status = lib.llama_decode(self._context, batch)
         finally:
             lib.llama_batch_free(batch)
@@ -117,42 +112,6 @@ class Runtime:
         target = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         ctypes.memmove(target, source + start * width, (stop - start) * width)
         return {}
-
-    def tokenize(self, text: str, add_special: bool, parse_special: bool) -> dict[str, Any]:
-        """Token ids by the file's own tokenizer."""
-        data = text.encode()
-        arguments = (self._vocab, data, len(data))
-        size = -self._lib.llama_tokenize(*arguments, None, 0, add_special, parse_special)
-        buffer = (self._lib.llama_token * size)()
-        self._lib.llama_tokenize(*arguments, buffer, size, add_special, parse_special)
-        return {"tokens": list(buffer)}
-
-    def detokenize(self, tokens: list[int], special: bool) -> dict[str, Any]:
-        """Text of tokens, with control tokens or without."""
-        array = (self._lib.llama_token * len(tokens))(*tokens)
-        arguments = (self._vocab, array, len(tokens))
-        size = -self._lib.llama_detokenize(*arguments, None, 0, not special, special)
-        buffer = ctypes.create_string_buffer(max(size, 1))
-        self._lib.llama_detokenize(*arguments, buffer, size, not special, special)
-        return {"text": buffer.raw[:size].decode("utf-8", "replace")}
-
-    def ends(self, token: int) -> dict[str, Any]:
-        """Whether a token ends generation."""
-        return {"ends": bool(self._lib.llama_vocab_is_eog(self._vocab, token))}
-
-    def metadata(self) -> dict[str, Any]:
-        """The file's keys with their values as text; arrays are left out, as llama.cpp leaves them."""
-
-        def read(function: Any, index: int) -> str:
-            size = function(self._model, index, None, 0) + 1
-            buffer = ctypes.create_string_buffer(size)
-            function(self._model, index, buffer, size)
-            return buffer.value.decode("utf-8", "replace")
-
-        lib = self._lib
-        key, value = lib.llama_model_meta_key_by_index, lib.llama_model_meta_val_str_by_index
-        count = lib.llama_model_meta_count(self._model)
-        return {"metadata": {read(key, i): read(value, i) for i in range(count)}}
 
     def _last_words(self) -> str:
         return "; ".join(self._errors) or "it gave no reason"

@@ -1,4 +1,4 @@
-"""Logits and greedy text of a GGUF file from llama.cpp itself, in a process of its own.
+"""Logits of a GGUF file from llama.cpp itself, in a process of its own.
 
 Shape suffixes: T tokens, V vocabulary.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ EXTRA_BUFFERS_OFF = ", extra buffers off: the processor has AMX"
 class LlamaCpp:
     """A GGUF file loaded in llama.cpp; a context manager. One context serves every call.
 
-    path: the file. context_tokens: longest window, prompt and continuation included.
+    path: the file. context_tokens: longest window.
     threads: None for one a core. patience: a factor for the time limits; None for INTAGLIO_PATIENCE in the
     environment, or 1.
 
@@ -66,7 +66,7 @@ class LlamaCpp:
         try:
             found = self._ask(
                 "load",
-                {"vocabulary": int, "bos": int, "eos": int},
+                {"vocabulary": int},
                 seconds=work_seconds(self._bytes),
                 where=f"while it loaded {self._path.name}",
                 path=str(self._path.absolute()),
@@ -75,7 +75,6 @@ class LlamaCpp:
                 extra_buffers=extra_buffers,
             )
             self.vocabulary: int = found["vocabulary"]
-            self.bos, self.eos = found["bos"], found["eos"]
             if not 0 < self.vocabulary <= MOST_TOKENS:
                 raise ConfigError(f"{path}: llama.cpp reads a vocabulary of {self.vocabulary} tokens from it")
             self._shared_rows = max(1, SHARED_BYTES // (4 * self.vocabulary))
@@ -95,51 +94,18 @@ class LlamaCpp:
         self._windows += 1
         where = "at the first window" if self._windows == 1 else f"at window {self._windows}"
         logits_TV = torch.empty(len(tokens), self.vocabulary)
-        for start, piece in self._pieces(tokens):
-            self._decode(piece, start, outputs=len(piece), where=where)
+        for start in range(0, len(tokens), BATCH_TOKENS):
+            piece = tokens[start : start + BATCH_TOKENS]
+            seconds = work_seconds(self._bytes, len(piece))
+            self._ask("decode", {}, seconds=seconds, where=where, tokens=piece, position=start)
             for first in range(0, len(piece), self._shared_rows):
-                rows = self._rows(first, min(first + self._shared_rows, len(piece)), where)
+                last = min(first + self._shared_rows, len(piece))
+                self._ask("rows", {}, where=where, start=first, stop=last)
+                rows = self._shared_RV[: last - first]
                 if not math.isfinite(float(rows.sum())):
                     raise RuntimeFailureError(f"{self._path}: llama.cpp computed NaN or Inf {where}")
                 logits_TV[start + first : start + first + len(rows)] = rows
         return logits_TV
-
-    def greedy(self, tokens: Tensor | Sequence[int], n: int) -> list[int]:
-        """At most `n` tokens that continue the prompt, each the likeliest; ends before an end-of-text token."""
-        prompt, where = self._check(tokens, room=n), "while it continued a prompt"
-        for start, piece in self._pieces(prompt):
-            self._decode(piece, start, outputs=1, where=where)
-        continuation: list[int] = []
-        while len(continuation) < n:
-            token = int(self._rows(0, 1, where)[0].argmax())
-            if self._ask("ends", {"ends": bool}, where=where, token=token)["ends"]:
-                break
-            continuation.append(token)
-            self._decode([token], len(prompt) + len(continuation) - 1, outputs=1, where=where)
-        return continuation
-
-    def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """The file's own tokenizer. add_special: <bos> as the file asks for it; parse_special: read
-        the text's control tokens as such."""
-        answer = self._ask(
-            "tokenize",
-            {"tokens": list},
-            seconds=ANSWER_SECONDS + len(text) / 1e4,
-            where="at a text to tokenize",
-            text=text.encode().decode(),  # UnicodeEncodeError here for what is no text
-            add_special=add_special,
-            parse_special=parse_special,
-        )
-        return list(answer["tokens"])
-
-    def detokenize(self, tokens: Sequence[int], special: bool = False) -> str:
-        """Text of the tokens. special: with control tokens in it."""
-        where = "at tokens to read"
-        return str(self._ask("detokenize", {"text": str}, where=where, tokens=list(tokens), special=special)["text"])
-
-    def metadata(self) -> dict[str, str]:
-        """Keys and values of the file as llama.cpp reads them, such as the chat template; without arrays."""
-        return dict(self._ask("metadata", {"metadata": dict}, where="at the file's keys")["metadata"])
 
     def close(self) -> None:
         """End the process, and free the model's memory with it. Calling it twice is fine."""
@@ -151,12 +117,12 @@ class LlamaCpp:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _check(self, tokens_T: Tensor | Sequence[int], room: int = 0) -> list[int]:
+    def _check(self, tokens_T: Tensor | Sequence[int]) -> list[int]:
         """The window's tokens, which llama.cpp can take."""
         tokens = torch.as_tensor(tokens_T).tolist()
-        if not tokens or len(tokens) + room > self.context_tokens:
+        if not tokens or len(tokens) > self.context_tokens:
             raise InputError(
-                f"{len(tokens)} tokens and {room} to come: expected 1 to {self.context_tokens} in all: "
+                f"{len(tokens)} tokens: expected 1 to {self.context_tokens}: "
                 "shorten the window or pass a larger context_tokens"
             )
         if not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
@@ -165,21 +131,6 @@ class LlamaCpp:
                 "the windows come from another tokenizer than the model"
             )
         return tokens
-
-    def _pieces(self, tokens: list[int]) -> Iterator[tuple[int, list[int]]]:
-        """A batch that llama.cpp takes at once, with its position."""
-        for start in range(0, len(tokens), BATCH_TOKENS):
-            yield start, tokens[start : start + BATCH_TOKENS]
-
-    def _decode(self, tokens: list[int], position: int, *, outputs: int, where: str) -> None:
-        """Compute logits of the last `outputs` tokens; `_rows` reads them."""
-        seconds = work_seconds(self._bytes, len(tokens))
-        self._ask("decode", {}, seconds=seconds, where=where, tokens=tokens, position=position, outputs=outputs)
-
-    def _rows(self, start: int, stop: int, where: str) -> Tensor:
-        """Logits [stop - start, V] of what was decoded last, in shared memory until the next call."""
-        self._ask("rows", {}, where=where, start=start, stop=stop)
-        return self._shared_RV[: stop - start]
 
     def _ask(
         self, do: str, answers: dict[str, type], *, seconds: float | None = None, where: str, **arguments: Any
