@@ -7,7 +7,7 @@ from typing import Any
 
 from intaglio.cli.terminal_plan import context_text, file_kind, towers_note, training_title
 from intaglio.measure.charts import rosette
-from intaglio.measure.render import render_plan
+from intaglio.measure.render import render_page
 from intaglio.packed.store import new_path
 from intaglio.plan.memory import LABELS
 from intaglio.plan.units import tokens_text
@@ -22,7 +22,7 @@ Row = tuple[str, str, dict[str, int], int]  # label, note, bytes by kind, and to
 def write_page(survey: Survey, path: Path, *, replace: bool = False) -> None:
     """Write the page; OutputError if the file is there or cannot be written."""
     with new_path(path, replace=replace) as temporary:
-        temporary.write_text(render_plan(page_values(survey)), "utf-8")
+        temporary.write_text(render_page("plan", page_values(survey)), "utf-8")
 
 
 def page_values(survey: Survey) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from intaglio.errors import InputError
 from intaglio.train.distill import cap
 
 LONGEST = 8  # drafts of a round
+TEXTS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,6 @@ def chances(
     *,
     sampled: bool = False,
     without: Sequence[int] = (),
-    batch: int = 8,
 ) -> NDArray[np.float32]:
     """Probability [N, Q, LONGEST] that a draft is accepted if those before it were; in greedy mode 0 or 1.
 
@@ -76,7 +76,9 @@ def chances(
     length = texts.shape[1]
     if length - prompt < 2:
         raise InputError(f"texts of {length} tokens, {prompt} of them prompt: expected two or more that were written")
-    rows = [_chances(target, drafter, ids, sampled, list(without))[:, prompt - 1 :] for ids in texts.split(batch)]
+    rows = [
+        _chances(target, drafter, ids, sampled, list(without))[:, prompt - 1 :] for ids in texts.split(TEXTS_AT_ONCE)
+    ]
     return torch.cat(rows).numpy()
 
 
@@ -118,10 +120,10 @@ def draft_logits(drafter: Any, hidden: Tensor) -> Tensor:
     return clustered_logits(drafter.masked_embedding, hidden, logits) if clustered else logits
 
 
-def rounds(chance: NDArray[np.float32], draft_length: int, seed: int = 0) -> Acceptance:
+def rounds(chance: NDArray[np.float32], draft_length: int) -> Acceptance:
     """Lay rounds of one draft length over texts whose chances `chances` gave."""
     check_draft_length(draft_length)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     accepted = rng.random(chance.shape) < chance
     runs = np.cumprod(accepted[:, :, :draft_length], axis=2).sum(2)  # drafts accepted from each place
     counts = np.zeros(draft_length + 1, dtype=np.int64)

@@ -13,7 +13,7 @@ from intaglio.drafter.accept import LONGEST, Acceptance, chances, rounds
 from intaglio.drafter.decode import Costs, measure_costs
 from intaglio.drafter.text import end_tokens, written
 from intaglio.measure.charts import rosette
-from intaglio.measure.render import render_drafter
+from intaglio.measure.render import render_page
 from intaglio.packed.store import new_path
 
 JSON_FILE, HTML_FILE = "drafter.json", "drafter.html"
@@ -86,19 +86,14 @@ def measure_pair(
 def write_report(report: DrafterReport, out: Path, *, replace: bool = False) -> None:
     """Write drafter.json and drafter.html into `out`."""
     text = json.dumps(report.to_dict(), indent=2) + "\n"
+    values: dict[str, Any] = {
+        "pairs": report.pairs,
+        "first": report.pairs[0],
+        "last": report.pairs[-1],
+        "prompts": report.prompts,
+    }
+    values |= {"tokens": report.tokens, "shown": SHOWN_LENGTH, "rosette": rosette(text)}
     with new_path(out / JSON_FILE, replace=replace, internal=True) as temporary:
         temporary.write_text(text, "utf-8")
     with new_path(out / HTML_FILE, replace=replace, internal=True) as temporary:
-        temporary.write_text(render_drafter(_values(report, text)), "utf-8")
-
-
-def _values(report: DrafterReport, seed: str) -> dict[str, Any]:
-    return {
-        "pairs": report.pairs,
-        "last": report.pairs[-1],
-        "first": report.pairs[0],
-        "prompts": report.prompts,
-        "tokens": report.tokens,
-        "shown": SHOWN_LENGTH,
-        "rosette": rosette(seed),
-    }
+        temporary.write_text(render_page("drafter", values), "utf-8")

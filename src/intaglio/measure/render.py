@@ -28,19 +28,9 @@ MARKDOWN_START = re.compile(r"^(\d{1,9}(?=[.)](\s|$))|(?=[-+=]))")
 MARKDOWN_SPECIAL = re.compile(r"([\\`*\[\]<>|~#&$])|(?<![^\W_])_|_(?![^\W_])")
 
 
-def render_html(values: Mapping[str, Any]) -> str:
-    """The report as one self-contained page."""
-    return _environment("html").get_template("report.html.j2").render(values)
-
-
-def render_plan(values: Mapping[str, Any]) -> str:
-    """A plan as one self-contained page."""
-    return _environment("html").get_template("plan.html.j2").render(values)
-
-
-def render_drafter(values: Mapping[str, Any]) -> str:
-    """A drafter's acceptance as one self-contained page."""
-    return _environment("html").get_template("drafter.html.j2").render(values)
+def render_page(name: str, values: Mapping[str, Any]) -> str:
+    """The template of this name ("report", "plan", "drafter") as one self-contained page."""
+    return _environment("html").get_template(f"{name}.html.j2").render(values)
 
 
 def render_markdown(values: Mapping[str, Any]) -> str:
@@ -77,14 +67,13 @@ def visible(text: str) -> str:
     """The text with line breaks as "\\n", and control characters, stray surrogates and characters
     that reorder text replaced by a symbol."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return "".join(_symbol(c) if _is_control(c) else c for c in text)
+    return "".join(map(_shown, text))
 
 
-def _is_control(character: str) -> bool:
-    return character in REORDERING or (unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t")
-
-
-def _symbol(character: str) -> str:
+def _shown(character: str) -> str:
+    odd = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
+    if not odd and character not in REORDERING:
+        return character
     return chr(0x2400 + ord(character)) if ord(character) < 0x20 else "\ufffd"  # U+2400: pictures of control codes
 
 

@@ -17,7 +17,7 @@ from intaglio.errors import OutputError
 from intaglio.measure import charts
 from intaglio.measure.charts import CurvePoint, LayerRow
 from intaglio.measure.metrics import Comparison, recovered_share
-from intaglio.measure.render import finite, nats, percent, render_html, render_markdown
+from intaglio.measure.render import finite, nats, percent, render_markdown, render_page
 from intaglio.packed.store import new_path
 from intaglio.plan.plan import Plan
 
@@ -159,7 +159,10 @@ class Report:
             if trained.kind == "trained" and baseline.kind in BASELINES
             if trained.variant == baseline.variant and _comparable(a, b)
         ]
-        return sorted(pairs, key=_by_weight)
+        # artifacts before simulations, what is meant before its variants, stock before the others
+        return sorted(
+            pairs, key=lambda p: (p.measured.simulated, bool(p.trained.variant), BASELINES.index(p.baseline.kind))
+        )
 
     def lead(self) -> Recovery | None:
         """The pair of the headline: against stock, in the artifact's own runtime if it was run there."""
@@ -225,7 +228,7 @@ def write_report(report: Report, out_dir: Path, *, replace: bool = False) -> dic
     """
     values = _template_values(report)
     texts = {
-        "html": render_html(values),
+        "html": render_page("report", values),
         "md": render_markdown(values),
         "json": json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n",
     }
@@ -262,11 +265,6 @@ def _template_values(report: Report) -> dict[str, Any]:
         "heat": charts.heat(report.layers),
         "rosette": charts.rosette(report.artifacts[0].sha256 if report.artifacts else report.title),
     }
-
-
-def _by_weight(pair: Recovery) -> tuple[bool, bool, int]:
-    """Artifacts before simulations, what is meant before its variants, stock before the others."""
-    return pair.measured.simulated, bool(pair.trained.variant), BASELINES.index(pair.baseline.kind)
 
 
 def _share(path: TrainingPath) -> str:

@@ -135,7 +135,8 @@ def _run(
     first = before if before is not None else new_drafter(target, shape or Shape.official(target.config.to_dict()))
     first = from_main(first)
     check_fits(first, target)
-    plans = {FLOAT: make_plan(first.config.to_dict(), _kept_float(recipe))}
+    floats = replace(Recipe.load(FLOAT_RECIPE), drafter=recipe.drafter, schedule=recipe.schedule)
+    plans = {FLOAT: make_plan(first.config.to_dict(), floats)}
     plans |= {QUANTIZED: make_plan(first.config.to_dict(), recipe)} if recipe.name != FLOAT_RECIPE else {}
     for plan in plans.values():
         format_of(plan).check(plan, Path(target_dir))  # what an export would refuse after training
@@ -187,10 +188,6 @@ def _texts(
     windows = Evaluation(text=texts.text, tokens=texts.prompts * texts.prompt_tokens, window=texts.prompt_tokens)
     corpus, windows_NT = held_out(corpus, windows, plan, tokenizer)
     return corpus, torch.from_numpy(windows_NT[: texts.prompts, : texts.prompt_tokens]).long()
-
-
-def _kept_float(recipe: Recipe) -> Recipe:
-    return replace(Recipe.load(FLOAT_RECIPE), drafter=recipe.drafter, schedule=recipe.schedule)
 
 
 def _export(packed: PackedModel, out: Path, *, replace: bool) -> None:

@@ -46,7 +46,8 @@ class Observers:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Observe all forwards inside."""
-        handles = [m.register_forward_hook(self._hook(name)) for name, m in self.modules.items() if _is_linear(m)]
+        linears = {name: module for name, module in self.modules.items() if isinstance(module, nn.Linear)}
+        handles = [module.register_forward_hook(self._hook(name)) for name, module in linears.items()]
         for name, module in self.modules.items():
             module.static.observer = lambda kind, x, name=name: self.see(name, kind, x)
         try:
@@ -63,10 +64,6 @@ class Observers:
             self.see(name, "output", output)
 
         return hook
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
 
 
 @torch.no_grad()

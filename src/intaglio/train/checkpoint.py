@@ -33,11 +33,6 @@ REMEDY = "remove it to resume from the one before"
 KEEP = 2  # the newest, and one before it in case the newest turns out to hold a diverged state
 
 
-def step_dir(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
-
-
 def latest(run_dir: Path) -> Path | None:
     """The newest checkpoint of a run, if any."""
     found = _checkpoints(run_dir / "checkpoints")
@@ -56,13 +51,14 @@ def save(run_dir: Path, step: int, latents: Latents, optimizer: torch.optim.Opti
     Of several processes all must call this: each writes the rows that it owns into a file of its own.
     """
     own, first_rows = _own_state(latents, optimizer)
-    path = step_dir(run_dir, step)
+    path = run_dir / "checkpoints" / f"step-{step:08d}"
     with ExitStack() as stack:
         temporary = stack.enter_context(new_path(path, replace=True, internal=True)) if is_main() else None
         if temporary is not None:
             temporary.mkdir()
         folder = from_main(temporary)
-        write_state(folder / _file_name(), own, {FIRST_ROWS: json.dumps(first_rows)})
+        number = f"-{rank() + 1:05d}-of-{world_size():05d}" if world_size() > 1 else ""
+        write_state(folder / f"state{number}.safetensors", own, {FIRST_ROWS: json.dumps(first_rows)})
         wait_for_all()
         if temporary is not None:
             (temporary / "meta.json").write_text(json.dumps({"step": step, "torch": torch.__version__}), "utf-8")
@@ -70,11 +66,6 @@ def save(run_dir: Path, step: int, latents: Latents, optimizer: torch.optim.Opti
         shutil.rmtree(old)
     wait_for_all()
     return path
-
-
-def _file_name() -> str:
-    number = f"-{rank() + 1:05d}-of-{world_size():05d}" if world_size() > 1 else ""
-    return f"state{number}.safetensors"
 
 
 def _own_state(latents: Latents, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -107,7 +107,6 @@ class Bucket:
                 self.state[parameter][key] = view
         for parameter in parameters:
             self.steps_done.fill_(float(self.state[parameter].get("step", 0.0)))
-        for parameter in parameters:
             self.state[parameter]["step"] = self.steps_done
 
     @property

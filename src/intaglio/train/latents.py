@@ -86,8 +86,8 @@ class Latents:
 
     def average_whole(self) -> None:
         """Average, over processes, gradients of weights that each of them has whole."""
-        weights = [latent.weight for latent in self.trained.values()]
-        average_over_processes([w.grad for w in weights if w.grad is not None and not isinstance(w, DTensor)])
+        whole = [latent.weight for latent in self.trained.values() if not isinstance(latent.weight, DTensor)]
+        average_over_processes([weight.grad for weight in whole if weight.grad is not None])
 
     def average_rest(self) -> None:
         """Average gradients of what is no latent, such as static scales; those of adapters are sums already."""

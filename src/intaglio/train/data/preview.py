@@ -75,13 +75,11 @@ def _warnings(corpus: Corpus, tokenizer: Tokenizer, starts: int) -> list[str]:
     found = []
     if starts > reading.documents:
         found.append(f"{starts - reading.documents} bos tokens lie inside documents: are several joined into one?")
-    if reading.chats and not np.isin(corpus.tokens, _own_tokens(tokenizer)).any():
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    own = [token for token in tokenizer.added_tokens_decoder if token not in ends]
+    if reading.chats and not np.isin(corpus.tokens, own).any():
         found.append("chats have no special tokens but bos and eos: is the chat template that of this model?")
     share = reading.counted / reading.tokens
     if share < 0.05:
         found.append(f"only {share:.1%} of the tokens count in the loss")
     return found
-
-
-def _own_tokens(tokenizer: Tokenizer) -> list[int]:
-    return [at for at in tokenizer.added_tokens_decoder if at not in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
