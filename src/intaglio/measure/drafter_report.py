@@ -86,13 +86,8 @@ def measure_pair(
 def write_report(report: DrafterReport, out: Path, *, replace: bool = False) -> None:
     """Write drafter.json and drafter.html into `out`."""
     text = json.dumps(report.to_dict(), indent=2) + "\n"
-    values: dict[str, Any] = {
-        "pairs": report.pairs,
-        "first": report.pairs[0],
-        "last": report.pairs[-1],
-        "prompts": report.prompts,
-    }
-    values |= {"tokens": report.tokens, "shown": SHOWN_LENGTH, "rosette": rosette(text)}
+    values = vars(report) | {"first": report.pairs[0], "last": report.pairs[-1]}
+    values |= {"shown": SHOWN_LENGTH, "rosette": rosette(text)}
     with new_path(out / JSON_FILE, replace=replace, internal=True) as temporary:
         temporary.write_text(text, "utf-8")
     with new_path(out / HTML_FILE, replace=replace, internal=True) as temporary:

@@ -73,4 +73,5 @@ def block_step(
 def float_step(
     grid: FloatGrid, dtype: torch.dtype, grad: Tensor, latent: Tensor, moments: list[Tensor], hyper: Tensor
 ) -> Tensor:
+    """Step latents of floats in place; return them rounded to their grid, in `dtype`."""
     return grid.round(_adam(latent, grad.float(), moments[0], moments[1], hyper)).to(dtype)

@@ -110,7 +110,7 @@ class Latents:
         """Trained parameters: rows of this process alone, and those that every process has alike."""
         latents = [latent for latent in self.trained.values() if isinstance(latent.weight, DTensor)]
         sharded = [parameter for latent in latents for _, parameter in latent.named_parameters()]
-        own = {id(parameter) for parameter in sharded}
+        own = set(map(id, sharded))
         return sharded, [parameter for _, parameter in self.named_parameters() if id(parameter) not in own]
 
     def freeze_codes(self) -> None:
@@ -219,8 +219,7 @@ def _check_fits(owners: dict[str, tuple[nn.Module, str]], plan: Plan) -> None:
     for tensor in plan:
         if tensor.name not in owners:
             raise RecipeError(f"{tensor.name}: planned, but not in this model: was the plan made for another one?")
-        module, attribute = owners[tensor.name]
-        shape = tuple(getattr(module, attribute).shape)
+        shape = tuple(getattr(*owners[tensor.name]).shape)
         if shape != tensor.spec.shape:
             planned = list(tensor.spec.shape)
             raise RecipeError(f"{tensor.name}: planned as {planned}, but {list(shape)} in this model: plan this model")
