@@ -55,12 +55,12 @@ class Progress:
             listener.step(info)
 
     def part(self, done: int, total: int, figures: str = "") -> None:
-        """So much of the stage is done, in its own unit, with a line of figures."""
+        """`done` of `total` of the stage is done, in the stage's own unit; figures: a line to show beside it."""
         for listener in self.listeners:
             listener.part(done, total, figures)
 
     def note(self, line: str) -> None:
-        """Something that stays to be read, such as where the files are, or what the user should know at once."""
+        """A line that stays readable, such as the place of a file, or a warning that is due at once."""
         for listener in self.listeners:
             listener.note(line)
 

@@ -41,7 +41,7 @@ def _halves(group: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def clustered_logits(embedder: Any, hidden: Tensor, logits: Tensor) -> Tensor:
-    """The logits [..., V] that the whole head gives, with all but the likeliest clusters' at their least less 1.
+    """Logits [..., V] of the whole head; outside of the likeliest clusters they become the minimum minus 1.
 
     transformers takes the least of a whole batch, where one text changes another's; for a single place it is the
     same. It gathers the head's rows for each place, which takes many times as long for many of them.

@@ -30,6 +30,7 @@ class Observers:
         device = next(model.parameters()).device
         owned = [scale for scale in plan.static_scales if scale.owned]
         self.names: dict[tuple[str, str], str] = {(scale.module, scale.kind): scale.name for scale in owned}
+        # float64: float32 would lose single counts beyond 2^24
         self.counts = {scale.name: torch.zeros(BINS, dtype=torch.float64, device=device) for scale in owned}
         self.modules = {name: module for name, module in modules_by_name(model).items() if hasattr(module, "static")}
         self.counted: Tensor | None = None  # bool [B, T]
@@ -83,7 +84,7 @@ def calibrate(
     """
     observers = Observers(model, plan)
     total, done = sum(ids.numel() for ids, _ in batches), 0
-    switch_static(model, activations=False, kv_cache=False)
+    switch_static(model, activations=False, kv_cache=False)  # a scale is found for the floats that it will round
     with observers.watching():
         for input_ids, positions in batches:
             observers.counted = positions > 0
@@ -91,7 +92,7 @@ def calibrate(
             done += input_ids.numel()
             if progress is not None:
                 progress.part(done, total, "tokens calibrated")
-    settle(model)
+    settle(model)  # no backward follows, which would free gathered weights
     switch_static(model, activations=True, kv_cache=True)
     values = observers.fitted(reduce)
     put_scales(model, plan, values)

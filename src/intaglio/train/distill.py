@@ -41,7 +41,7 @@ def _kl_terms(
     """Terms of the KL and its gradient by the student's logits, both float32 [T, V], without a token's weight."""
     capped = cap(student_TV, softcap)
     log_q = capped.log_softmax(-1)
-    log_p = cap(teacher_TV, teacher_softcap).log_softmax(-1)
+    log_p = cap(teacher_TV, teacher_softcap).log_softmax(-1)  # by its own cap: a drafter has none where its target has
     p = log_p.exp()
     return p * (log_p - log_q), (log_q.exp() - p) * _slope(capped, softcap)
 
@@ -97,7 +97,7 @@ class _Chunked(torch.autograd.Function):
             hidden = hidden_TD[rows]
             loss, grad_TV = kernel(hidden @ head_VD.T, rows)
             total += loss
-            grad_hidden[rows] = grad_TV @ head_VD
+            grad_hidden[rows] = grad_TV @ head_VD  # now: kept logits of all chunks would fill the memory
             if grad_head is not None:
                 grad_head.addmm_(grad_TV.T, hidden)
         ctx.save_for_backward(grad_hidden, grad_head)

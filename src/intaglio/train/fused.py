@@ -152,7 +152,7 @@ class Bucket:
 
 
 class BlockBucket(Bucket):
-    """The same of weights on a BlockGrid, with their scales."""
+    """A bucket of weights on a BlockGrid, with their scales."""
 
     def __init__(self, latents: list[BlockLatent], optimizer: FusedGridAdamW):
         first = latents[0]
@@ -240,7 +240,7 @@ class FusedGridAdamW(GridOptimizer):
         learning = [bucket for bucket in self.buckets if bucket.has_gradients]
         for bucket in learning:
             bucket.gather()
-        clip = self._clip_factor(learning)
+        clip = self._clip_factor(learning)  # of all gradients, so before the first bucket steps
         for bucket in learning:
             bucket.step(clip)
         self.inner.step()
@@ -270,7 +270,7 @@ class FusedGridAdamW(GridOptimizer):
         whole = sum((bucket.norm() for bucket in learning if not bucket.sharded), zero)
         if rest:
             whole = whole + nn.utils.get_total_norm(rest).square()
-        total = (sum_over_processes(sharded + zero) + whole).sqrt()
+        total = (sum_over_processes(sharded + zero) + whole).sqrt()  # each process has the whole ones alike
         factor = (self.clip / (total + 1e-6)).clamp(max=1.0)
         if rest:
             torch._foreach_mul_(rest, factor)

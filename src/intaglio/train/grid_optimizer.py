@@ -60,8 +60,8 @@ class GridOptimizer(torch.optim.Optimizer):
         if not self._checked:
             check_trainable(self.latents)
             self._checked = True
-        self.latents.pull()
-        if self.clip:
+        self.latents.pull()  # first: its rules need codes and scales as the forward had them
+        if self.clip:  # after the pull: the norm is that of the gradients that are stepped with
             self.latents.clip(self.clip)
         self.inner.step()
         self.inner.zero_grad()

@@ -168,7 +168,7 @@ class BlockLatent:
         """Write the decoded values into the model's weight, and remember their steps."""
         own = local(self.weight)
         values, self.step = self.compute(own.dtype)
-        own.copy_(values)
+        own.copy_(values)  # in place: tied modules and FSDP2 hold this very tensor
 
     @torch.no_grad()
     def pull(self) -> None:
@@ -215,7 +215,7 @@ class BlockLatent:
         own = local(self.weight.detach())
         self.codes, self.base = self.grid.codes_of(own, self.step), self.step
         self.mode, self._scales = "frozen", None
-        self.scale_latent = nn.Parameter(torch.zeros_like(self.step))
+        self.scale_latent = nn.Parameter(torch.zeros_like(self.step))  # zero: exp(0) x base is the step as it is
 
     @torch.no_grad()
     def pack(self) -> Quantized:

@@ -19,7 +19,7 @@ from intaglio.train.kernels import expect_compilations
 
 
 def set_layers(*models: Any, checkpointing: bool = False, compiled: bool = False, backend: str = "inductor") -> None:
-    """Say how the decoder layers of transformers' models run, in the place of what was said before.
+    """Set how the decoder layers of transformers' models run; an earlier setting is replaced.
 
     Sharding may come before or after.
 
@@ -36,7 +36,7 @@ def set_layers(*models: Any, checkpointing: bool = False, compiled: bool = False
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         forward = torch.compile(forward, dynamic=False, backend=backend)
     for layer in layers:
-        layer.__dict__.pop("forward", None)
+        layer.__dict__.pop("forward", None)  # of an earlier setting
         if checkpointing or compiled:
             layer.forward = types.MethodType(forward, layer)  # a copy of the model binds it to its own layer
 

@@ -119,7 +119,7 @@ def quantize_on_text(
 
 
 class Walk:
-    """The way of a text through a model's layers; see the head of this file.
+    """Passes a text through a model's layers, one window at a time; see the head of this file.
 
     model: transformers' text model, whose layers stay without memory. batches: of the text; moving, learning: those
     that GPTQ and training see. scales: static scales found so far, by owner.
@@ -143,7 +143,7 @@ class Walk:
         self.templates: list[nn.Module] = list(whole.model.layers)
 
     def windows(self) -> Iterator[range]:
-        """Numbers of the layers that are trained together."""
+        """Numbers of the layers of each window: those that are trained together."""
         size = self.schedule.layer_window if self.layers else 1
         for first in range(0, len(self.templates), size):
             yield range(first, min(first + size, len(self.templates)))

@@ -1,7 +1,7 @@
 """The lesson of a batch: the distribution of a teacher, or the text itself.
 
-A lesson is a module that takes text and what a `Teach` made of it and returns the loss, so that the
-student and its loss can be wrapped as one.
+A lesson is a module. It takes text and the output of a `Teach` for it, and returns the loss. Student and loss are one
+module, so that they can be wrapped as one.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Distiller(nn.Module):
 
 def labels_inside(positions: Tensor) -> Tensor:
     """Places [B, T] whose next token is of the same document; bool."""
-    inside = positions.roll(-1, 1) > 0
+    inside = positions.roll(-1, 1) > 0  # a position of 0 begins the next document
     inside[:, -1] = False
     return inside
 
@@ -72,7 +72,7 @@ Teach = Callable[[Tensor, Tensor], tuple[Any, ...]]
 
 
 def nothing(input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
-    """The text itself is the lesson."""
+    """The `Teach` of cross-entropy: nothing is needed beside the text."""
     return ()
 
 
@@ -86,6 +86,7 @@ class Teacher:
         self.model, self.dtype = model, dtype
 
     def __call__(self, input_ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
+        # the teacher keeps its own dtype: a cast copy would take its memory once more
         with torch.autocast(input_ids.device.type, self.dtype, enabled=self.model.dtype != self.dtype):
             hidden = final_hidden(self.model, input_ids, positions)
         return hidden.to(self.dtype).flatten(0, 1), self.model.get_output_embeddings().weight.to(self.dtype)

@@ -60,12 +60,12 @@ def train(
     shard of it (see `sharding.load_own_rows`), or all of it, which is then sharded in place. corpus: packed sequences.
     run_dir: receives losses, checkpoints and TensorBoard files; an existing run is continued only with `resume`.
     teacher: another model whose distribution is learned, by the original's tokens; the original by default.
-    start: a packed model to go on from, bit for bit; `original` is then only what holds it, and is used up.
+    start: a packed model to go on from, bit for bit; `original` then only lends its modules, and is changed.
     progress: shows the calibration of static scales and the steps. on_step: for a caller's own code, such as a test
     that stops a run; called after each step, and what it raises ends the run.
     on_start: called with the latents as training begins with them, but not when it goes on from a checkpoint.
-    Raises TrainingError when the loss becomes NaN or Inf; the last checkpoint stays. InputError for a KL to
-    nobody: a packed model that goes on has no original.
+    Raises TrainingError when the loss becomes NaN or Inf; the last checkpoint stays. Raises InputError for a KL
+    without a teacher: a packed model has no original.
     """
     options, progress, run_dir = options or Options(), progress or Progress(), Path(run_dir)
     device = start_processes()
@@ -74,6 +74,7 @@ def train(
         raise InputError("schedule.lora_rank is for training that goes on from a packed model: quantize it first")
     identity = run_identity(plan, start, options) | {"corpus": corpus.digest}
     check_run_dir(run_dir, identity, resume)
+    # on every process alike, and before sharding: one that failed alone would leave the others waiting
     check_together(plan.recipe.schedule.batch_size, identity)
     check_shared(run_dir)
     with explained(plan, run_dir, device, gradient_checkpointing=options.gradient_checkpointing):
@@ -87,6 +88,7 @@ def train(
         saved = checkpoint.latest(run_dir)
         if start is None:  # else its codes and static scales are the packed model's
             _first_values(latents, original, corpus, device, saved, progress)
+        # after GPTQ, which moves the codes that are fixed here
         if "scales" in plan.recipe.schedule.stages:
             latents.leave_scales()
         if plan.recipe.schedule.gathered:
@@ -94,18 +96,18 @@ def train(
         lesson, teach = _lesson(student, teacher, dtype, device, options)
         session = Session(latents, lesson, teach, corpus, run_dir, device, options)
         if is_main():
-            claim(run_dir, identity)  # not before everything that can be wrong with the model was looked at
+            claim(run_dir, identity)  # last: a model that is refused leaves no run behind
         if saved is None:
             on_start(latents)
         session.run(saved, progress, on_step)
-        switch_static(student, activations=True, kv_cache=True)
+        switch_static(student, activations=True, kv_cache=True)  # the last step's dropout may have left them off
         return latents
 
 
 def check_stages(schedule: Schedule, started: bool) -> None:
-    """Raise InputError for stages with nothing to train over the whole model, and where layers were to come before.
+    """Raise InputError for stages that train nothing over the whole model, and for "layers" before its packed model.
 
-    started: whether training goes on from a packed model, as that of layers leaves one.
+    started: whether training goes on from a packed model, such as the stage "layers" leaves.
     """
     if schedule.stages == ("layers",):
         raise InputError(
@@ -151,14 +153,14 @@ def _first_values(
     saved: Path | None,
     progress: Progress,
 ) -> None:
-    """Codes by GPTQ, if the schedule wants it, and static scales; or what a checkpoint will fill."""
-    if saved is not None:  # the checkpoint knows the scales; they must only be there
+    """Codes by GPTQ, if the schedule has it, and static scales; before a checkpoint only places for its scales."""
+    if saved is not None:  # the checkpoint holds the values; parameters must exist to be filled
         plan = latents.plan
         put_scales(latents.model, plan, {scale.name: 1.0 for scale in plan.static_scales if scale.owned})
         return
     if latents.plan.recipe.schedule.gptq_tokens:
         gptq_start(latents, original, corpus, device)
-    calibrate_student(latents, corpus, device, progress)
+    calibrate_student(latents, corpus, device, progress)  # of the codes that GPTQ chose
 
 
 def run_identity(plan: Plan, start: PackedModel | None, options: Options | None) -> dict[str, str]:

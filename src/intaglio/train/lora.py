@@ -119,7 +119,7 @@ class Adapter:
             own, grad = grad, torch.zeros(self.weight.shape, device=grad.device)
             grad[own_slice(self.weight)] = own
             sum_over_processes(grad)
-        for name in self.state:
+        for name in self.state:  # W + s BA: dA = s B^T dW, dB = s dW A^T
             a, b = self.lora.lora_A[name].weight, self.lora.lora_B[name].weight
             scaled = self.lora.scaling[name] * grad
             for factor, part in ((a, b.detach().float().T @ scaled), (b, scaled @ a.detach().float().T)):

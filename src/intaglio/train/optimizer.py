@@ -59,6 +59,7 @@ def make_optimizer(
     Scale latents are logarithms and take `scale_lr`; weight decay would pull scales to 1, so they
     have none. In the tail, masters whose codes are frozen are left out.
     """
+    # a group each: rates of embeddings and norm gains differ from those of weights (docs/experiments.md)
     groups: dict[str, list[nn.Parameter]] = {"scale": [], "embedding": [], "float": [], "weight": []}
     for name, parameter in latents.named_parameters():
         if parameter.requires_grad:

@@ -80,7 +80,7 @@ def quantize(
         record |= trained.provenance
     number, progress = itertools.count(1), progress or Progress()
     with write_packed(target, plan, assets=source, provenance=record, replace=replace) as writer:
-        writer.leave_static_off()
+        writer.leave_static_off()  # first: what is found below replaces it
         if trained is not None:
             for name in _copied(trained, writer):
                 progress.part(next(number), len(plan.everything), name)

@@ -39,8 +39,8 @@ from intaglio.train.student import on_device
 class Session:
     """The state of one training run between its steps.
 
-    lesson: the student with its loss: called with input_ids and positions [B, T] and what `teach` makes of these
-    without gradients.
+    lesson: the student with its loss. It is called with input_ids and positions [B, T], and with the output of `teach`
+    for these, which is computed without gradients.
     """
 
     def __init__(
@@ -93,16 +93,16 @@ class Session:
     def step(self, step: int) -> float:
         """One optimizer step; returns the mean loss over its micro-batches."""
         schedule = self.schedule
-        if self.dropout:
+        if self.dropout:  # a function of seed and step alone, so that a resumed run draws the same
             on = bool(np.random.default_rng([schedule.seed, step]).random() >= self.dropout)
             switch_static(self.latents.model, activations=on, kv_cache=on)
         set_lr(self.optimizer, self.phases.lr_factor(step, schedule.tail_lr))
         indices = batch_indices(len(self.corpus.tokens), schedule.batch_size, schedule.seed, step)
         micro_batches = self.micro_batches(indices)
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), device=self.device)  # read once a step: a GPU runs ahead until then
         for micro_batch, weight in zip(micro_batches, self.weights(micro_batches), strict=True):
             total += self.backward(*micro_batch, weight)
-        average_over_processes([total])
+        average_over_processes([total])  # all see one loss, and so stop at the same NaN
         loss = total.item()
         if not math.isfinite(loss):
             last = checkpoint.latest(self.run_dir)
@@ -116,13 +116,13 @@ class Session:
         indices = indices[rank() :: world_size()]
         size = self.schedule.micro_batch or len(indices)
         parts = [indices[i : i + size] for i in range(0, len(indices), size)]
-
         return [self._on_device(self.corpus.rows(part)) for part in parts]
 
     def _on_device(self, rows: Corpus) -> tuple[Tensor, Tensor, Tensor | None]:
         tokens, positions = on_device(rows.tokens, self.device), on_device(rows.positions, self.device)
         if rows.loss_mask is None:
             return tokens, positions, None
+        # the mask marks labels, and the logits of a label are those of the place before it
         labels = torch.from_numpy(rows.loss_mask).to(self.device).roll(-1, 1)
         return tokens, positions, labels & labels_inside(positions)
 
@@ -132,12 +132,13 @@ class Session:
         if not counts:
             return [1 / len(micro_batches)] * len(micro_batches)
         total = sum_over_processes(torch.stack(counts).sum()).clamp_min(1)
-        return [count * world_size() / total for count in counts]
+        return [count * world_size() / total for count in counts]  # gradients are averaged, so a share counts more
 
     def backward(self, input_ids: Tensor, positions: Tensor, counted: Tensor | None, weight: Any) -> Tensor:
         """Loss of one micro-batch, its gradients times `weight` added to the weights'."""
         with torch.no_grad():
             taught = self.teach(input_ids, positions)
+        # no keyword without a mask: a drafter's lesson has none
         masked = {} if counted is None else {"counted": counted}
         loss: Tensor = self.lesson(input_ids, positions, *taught, **masked) * weight
         loss.backward()
@@ -151,7 +152,7 @@ class Session:
     def restore(self, path: Path) -> int:
         """Bring model and optimizer to the state of a checkpoint; return its step."""
         step = checkpoint.read_step(path)
-        if step > self.phases.tail:
+        if step > self.phases.tail:  # a checkpoint at the first step of the tail was saved before codes froze
             self.enter_tail()
         checkpoint.load(path, self.latents, self.optimizer)
         return step

@@ -57,7 +57,7 @@ def start_processes() -> torch.device:
 
 
 def dismiss_processes() -> None:
-    """Wait for all processes and let each go its own way: from here on there is one again."""
+    """Wait for all processes, then leave the group: from here on this process counts as the only one."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -93,7 +93,7 @@ def own_slice(parameter: Tensor) -> slice:
 
 
 def own_rows(value: Quantized | Tensor, parameter: Tensor) -> Quantized | Tensor:
-    """Those rows of a whole value."""
+    """This process's rows of a whole value."""
     rows = own_slice(parameter)
     if isinstance(value, Tensor):
         return value[rows] if value.ndim else value
@@ -130,7 +130,7 @@ def without_memory(config: Any, dtype: torch.dtype) -> TextModel:
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
+    model.tie_weights()  # parameters without memory were replaced, ties among them too
     return model
 
 
@@ -158,6 +158,7 @@ def like(model: TextModel, device: torch.device) -> TextModel:
 
 def shard(model: TextModel, device: torch.device) -> None:
     """Shard a text model in place, each decoder layer by itself; gradients are averaged in float32."""
+    # float32: a mean of bfloat16 gradients over many processes would be rounded to eight bits
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (world_size(),))  # all processes in a row
     for layer in model.model.layers:

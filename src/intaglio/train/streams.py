@@ -1,4 +1,4 @@
-"""A text on its way through the layers of a model that is not in memory: what each layer is given, kept on the host.
+"""The inputs of each decoder layer for one text, kept on the host, while the model itself is not in memory.
 
 transformers' own forward runs over each batch once, with a recorder in the place of each decoder layer. So masks,
 rotary tables and inputs from per-layer embeddings are its own. From there on the layers run one by one.
@@ -139,7 +139,7 @@ def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def at_home(value: Any, kept: dict[int, Tensor]) -> Any:
-    """The same on the host, in pinned memory where it comes from a GPU. kept: tensors that are there, by their id."""
+    """A structure of tensors on the host, pinned where they come from a GPU. kept: those already there, by their id."""
 
     def move(tensor: Tensor) -> Tensor:
         if id(tensor) not in kept:

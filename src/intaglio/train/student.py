@@ -36,6 +36,7 @@ def build_student(
         student = original if start is not None else copy.deepcopy(original)
         cast_weights(student, dtype or student.dtype)
     student.requires_grad_(True).train()
+    # adapters before latents, which find the weights inside of them
     if plan.recipe.schedule.lora_rank:
         add_lora(student, plan, plan.recipe.schedule.lora_rank)
     source = None if start is not None or student.dtype == original.dtype else original.state_dict()
@@ -84,7 +85,7 @@ def gptq_start(latents: Latents, original: TextModel, corpus: Corpus, device: to
 
 
 def _share(corpus: Corpus, schedule: Schedule, tokens: int) -> NDArray[np.int64]:
-    """Rows of the corpus that hold so many tokens, or all of them."""
+    """Rows of the corpus that hold `tokens` tokens, or all rows of a smaller one: the first of epoch 0."""
     count = min(len(corpus.tokens), -(-tokens // schedule.sequence_length))
     return batch_indices(len(corpus.tokens), count, schedule.seed, 0)
 
