@@ -70,8 +70,6 @@ def train(
     options, progress, run_dir = options or Options(), progress or Progress(), Path(run_dir)
     device = start_processes()
     check_stages(plan.recipe.schedule, start is not None)
-    if plan.recipe.schedule.lora_rank and start is None:
-        raise InputError("schedule.lora_rank is for training that goes on from a packed model: quantize it first")
     identity = run_identity(plan, start, options) | {"corpus": corpus.digest}
     check_run_dir(run_dir, identity, resume)
     # on every process alike, and before sharding: one that failed alone would leave the others waiting
@@ -82,8 +80,7 @@ def train(
         if world_size() > 1 and not isinstance(original, FSDPModule):
             shard(original, device)
         teacher = _teacher(plan, original, teacher, start, device)
-        dtype = options.dtype
-        latents = build_student(original, plan, start=start, dtype=dtype)
+        latents = build_student(original, plan, start=start, dtype=options.dtype)
         student = latents.model
         saved = checkpoint.latest(run_dir)
         if start is None:  # else its codes and static scales are the packed model's
@@ -93,7 +90,7 @@ def train(
             latents.leave_scales()
         if plan.recipe.schedule.gathered:
             keep_gathered(student, teacher)
-        lesson, teach = _lesson(student, teacher, dtype, device, options)
+        lesson, teach = _lesson(student, teacher, device, options)
         session = Session(latents, lesson, teach, corpus, run_dir, device, options)
         if is_main():
             claim(run_dir, identity)  # last: a model that is refused leaves no run behind
@@ -105,7 +102,7 @@ def train(
 
 
 def check_stages(schedule: Schedule, started: bool) -> None:
-    """Raise InputError for stages that train nothing over the whole model, and for "layers" before its packed model.
+    """Raise InputError for stages that train nothing over the whole model, and for those that need a packed model.
 
     started: whether training goes on from a packed model, such as the stage "layers" leaves.
     """
@@ -116,6 +113,8 @@ def check_stages(schedule: Schedule, started: bool) -> None:
         )
     if "layers" in schedule.stages and not started:
         raise InputError("the stage 'layers' comes first, and leaves a packed model: give that as `start`")
+    if schedule.lora_rank and not started:
+        raise InputError("schedule.lora_rank is for training that goes on from a packed model: quantize it first")
 
 
 def _teacher(
@@ -133,7 +132,7 @@ def _teacher(
 
 
 def _lesson(
-    student: TextModel, teacher: TextModel | None, dtype: torch.dtype, device: torch.device, options: Options
+    student: TextModel, teacher: TextModel | None, device: torch.device, options: Options
 ) -> tuple[Distiller, Teach]:
     """The student with its loss, and the teacher's part in it; layers run as the options say."""
     gpu = device.type == "cuda"
@@ -142,7 +141,7 @@ def _lesson(
     if teacher is not None:
         set_layers(teacher, compiled=compiled and gpu)
     lesson = Distiller(student, getattr(student.config, "final_logit_softcapping", None), compiled)
-    return lesson, nothing if teacher is None else Teacher(teacher, dtype)
+    return lesson, nothing if teacher is None else Teacher(teacher, options.dtype)
 
 
 def _first_values(
