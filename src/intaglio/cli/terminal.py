@@ -189,7 +189,7 @@ def _shares(verdicts: list[Verdict], scale: str) -> tuple[str, ...]:
 
 
 def _share(count: int, total: int) -> str:
-    """In percent; 100% is said only of all, and 0% only of none."""
+    """A share in percent; 100% stands only for all, and 0% only for none."""
     rounded = percent(count / total, 2)
     return rounded if count in (0, total) else {"100.00%": "<100%", "0.00%": ">0%"}.get(rounded, rounded)
 

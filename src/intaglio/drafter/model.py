@@ -50,7 +50,7 @@ class Shape:
 
     @classmethod
     def official(cls, target: dict[str, Any], **changes: int) -> Shape:
-        """As Google's drafter for a text model's config of this width, but for `changes`."""
+        """The shape of Google's drafter for a text model's config of this width, with `changes`."""
         small = target["hidden_size"] <= SMALL_TARGET
         own = {"width": 256, "mlp": 2048, "heads": 4} if small else {"width": 1024, "mlp": 8192}
         return cls(**{"heads": target["num_attention_heads"]} | own | changes)

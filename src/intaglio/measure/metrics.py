@@ -212,7 +212,7 @@ def _mean_and_ci(windows: Sequence[np.ndarray]) -> tuple[float, float | None]:
 
 
 def _exp_mean_and_ci(windows: Sequence[np.ndarray]) -> tuple[float, float | None]:
-    """The same for exp(mean); half width to first order, as llama.cpp has it."""
+    """exp of the mean over all tokens, and its half width to first order, as llama.cpp has it."""
     mean, ci = _mean_and_ci(windows)
     with np.errstate(over="ignore"):  # a candidate that is broken beyond 10^308 has perplexity inf
         value = float(np.exp(mean))

@@ -34,10 +34,10 @@ REFERENCES = {"none": (), "stock": ("stock",), "all": ("stock", "fitted", "start
 
 @dataclass(frozen=True)
 class Bench:
-    """A finished run: the original's folder, and what was made of it, by kind.
+    """A finished run: the original's folder, and the packed models made of it, by kind.
 
-    failures: why a reference that was asked for is not there, by kind. device: where things are measured.
-    given: the original, where it is in memory anyway.
+    failures: why a reference that was asked for is missing, by kind. device: of the measurements. given: the
+    original, if it is in memory already.
     """
 
     model_dir: Path
@@ -70,7 +70,7 @@ class Bench:
 
     @property
     def has_start(self) -> bool:
-        """Whether training began with something else than the recipe's fit."""
+        """Whether training began with other codes than the recipe's fit."""
         schedule = self.plan.recipe.schedule
         return bool(schedule.gptq_tokens) or "layers" in schedule.stages
 
@@ -108,9 +108,9 @@ def with_references(
     *,
     replace: bool,
 ) -> Bench:
-    """The bench with what can be had without training, each with its files, or with the reason why one cannot.
+    """The bench with the untrained models, each with its files; of one that fails the reason is kept.
 
-    "start" is where training began, which training itself has packed. Without GPTQ that is the recipe's fit.
+    "start" is the model that training began with. Training has packed it; without GPTQ it is the recipe's fit.
     """
     for kind in REFERENCES[references]:
         if kind in bench.failures or (kind == "start" and not bench.has_start):

@@ -60,8 +60,11 @@ FLOAT, QUANTIZED = "float", "quantized"
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """What acceptance is measured on: `prompts` prompts of held-out text, `prompt_tokens` long, and what the target
-    writes after each, `tokens` more."""
+    """The texts that acceptance is measured on.
+
+    They are `prompts` prompts of held-out text, each `prompt_tokens` long, and the `tokens` tokens that the target
+    writes after each.
+    """
 
     text: Data | None = None
     prompts: int = 32
@@ -139,7 +142,7 @@ def _run(
     plans = {FLOAT: make_plan(first.config.to_dict(), floats)}
     plans |= {QUANTIZED: make_plan(first.config.to_dict(), recipe)} if recipe.name != FLOAT_RECIPE else {}
     for plan in plans.values():
-        format_of(plan).check(plan, Path(target_dir))  # what an export would refuse after training
+        format_of(plan).check(plan, Path(target_dir))  # an export would refuse it only after training
     target = place_target(target, device)
     progress.stage("Reading text")
     corpus, prompts = _texts(target, plans[FLOAT], load_tokenizer(target_dir), data, texts, progress)
@@ -151,7 +154,7 @@ def _run(
         how: dict[str, Any] = {"target_digest": identity, "options": options, "resume": resume}
         latents = train_drafter(target, first, plan, corpus, out / name, progress=progress, **how)
         pack_model(latents, out / name / "packed", assets=target_dir, provenance=record, replace=resume)
-        wait_for_all()
+        wait_for_all()  # the main process writes, and all read it back
         first = trained[name] = load_packed(PackedModel.open(out / name / "packed"))
     main, sharded = is_main(), world_size() > 1
     dismiss_processes()
@@ -166,7 +169,7 @@ def _run(
 
 
 def open_target(path: str | Path) -> tuple[TextModel, str]:
-    """A packed model as it computes, or a float checkpoint; with what tells it from others."""
+    """A packed model as it computes, or a float checkpoint, and its identity: a hash of the packed model, or a path."""
     path = Path(path)
     target_config(path)  # refuses what cannot be a target
     if not (path / PACKED_FILE).is_file():

@@ -117,7 +117,7 @@ def _run(
     failures: dict[str, str] = {}
     keeps = world_size() == 1 and start is None
     latents = train(
-        teacher if start is None else _teacher(model_dir, spec, device),  # the student is then what is given
+        teacher if start is None else _teacher(model_dir, spec, device),  # training would change the teacher itself
         plan,
         corpus,
         out,
@@ -152,12 +152,12 @@ def _run(
 
 
 def _plan(model_dir: Path, recipe: Recipe) -> Plan:
-    """The run's plan. Raises what is wrong with model, recipe or stages before anything is loaded."""
+    """The run's plan. A wrong model, recipe or stage raises here, before anything is loaded."""
     expect(model_dir, CHECKPOINT)
     spec = read_spec(model_dir)
     check_runs_alone(spec, model_dir)
     plan = make_plan(spec, recipe)
-    make_plan(spec, format_of(plan).stock_recipe(recipe))  # a reference that cannot be made is known now
+    make_plan(spec, format_of(plan).stock_recipe(recipe))  # raises now if the reference cannot be made
     by_layers = "layers" in plan.recipe.schedule.stages
     check_stages(plan.recipe.schedule, by_layers)
     if by_layers and world_size() > 1:
@@ -199,7 +199,7 @@ def _layers(
 def _keep_start(
     model_dir: str | Path, plan: Plan, out: Path, evaluation: Evaluation, failures: dict[str, str]
 ) -> Callable[[Latents], None]:
-    """Packs what training begins with, if GPTQ chose it and it is to be measured; a failure is noted and no more."""
+    """A function that packs the first latents, if GPTQ chose them and they are to be measured; it notes a failure."""
 
     def keep(latents: Latents) -> None:
         if not (plan.recipe.schedule.gptq_tokens and "start" in REFERENCES[evaluation.references]):

@@ -62,7 +62,7 @@ def _chunk_gradient(
 def _weighted_chunk_gradient(
     softcap: float | None, teacher_softcap: float | None, student_TV: Tensor, teacher_TV: Tensor, weight_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same with a weight for each token, of the loss and of the gradient."""
+    """Weighted KL of a chunk (float32 scalar) and its gradient, with a weight for each token."""
     terms, grad = _kl_terms(softcap, teacher_softcap, student_TV, teacher_TV)
     return (terms.sum(-1) * weight_T).sum(), (grad * weight_T.unsqueeze(-1)).to(student_TV.dtype)
 

@@ -131,7 +131,7 @@ def backward(
 
 
 def _zero_where_clipped(grad: Tensor, position: Tensor, lowest: float, highest: float) -> None:
-    """In place; by the derivative of hardtanh, which is zero at its bounds too."""
+    """Zero gradients in place where the position is clipped: hardtanh's derivative is zero at its bounds too."""
     derivative = torch.ops.aten.hardtanh_backward
     if torch.compiler.is_compiling():
         grad.copy_(derivative(grad, position, lowest, highest))

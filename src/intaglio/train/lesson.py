@@ -50,7 +50,7 @@ class Distiller(nn.Module):
         teacher_head: Tensor | None,
         counted: Tensor | None = None,
     ) -> Tensor:
-        """The same from the student's final hidden states [B x T, D]."""
+        """The loss of `forward`, from the student's final hidden states [B x T, D]."""
         head, how = self.student.get_output_embeddings().weight, {"softcap": self.softcap, "compiled": self.compiled}
         if teacher_hidden is not None and teacher_head is not None:
             counted_T = None if counted is None else counted.flatten()

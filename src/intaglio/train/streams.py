@@ -130,7 +130,7 @@ class Batch:
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """The same structure of tuples, lists and dicts with the function applied to each tensor; all else as it is."""
+    """A structure of tuples, lists and dicts with the function applied to each tensor; other values stay."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple | list):

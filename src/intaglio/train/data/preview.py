@@ -21,7 +21,7 @@ COUNTS, ENDS = "[[", "]]"  # around what counts in the loss
 
 @dataclass(frozen=True)
 class Preview:
-    """What was read, the first documents as the model sees them, and what looks wrong."""
+    """A record of the reading, the first documents as the model sees them, and warnings."""
 
     reading: Reading
     samples: tuple[str, ...]

@@ -246,7 +246,7 @@ def _list(value: Any, where: str) -> list[Any]:
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    """With arguments as an object: OpenAI's format has them as JSON text, and templates want the object."""
+    """A tool call with its arguments as an object: OpenAI's format has them as JSON text, templates read the object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise CorpusError(f"{where}: got tool call {brief.repr(call)}: expected a function with a name and arguments")

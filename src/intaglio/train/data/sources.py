@@ -165,7 +165,7 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _split_of(path: Path) -> str | None:
-    """By the nearest name that says it. Names of .md files say what they are about, no split."""
+    """The split of a file, by the nearest name that says one. The name of a .md file is a title and says none."""
     kind = kind_of(path)
     words = SPLIT_IN_NAME.findall(path.name[: path.name.lower().rindex(kind)]) if kind != ".md" else []
     if words:

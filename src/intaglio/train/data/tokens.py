@@ -67,7 +67,7 @@ def tokenize(
 
 
 def _trimmed(piece: Piece, tokenizer: Tokenizer) -> Piece:
-    """Without the white space that a text has around its own bos and eos, as files that end in a line end do."""
+    """A piece without white space around the bos and eos that it spells out, such as the line end of its file."""
     text, spans = piece.text, piece.spans
     if piece.last and tokenizer.eos_token and text.rstrip().endswith(tokenizer.eos_token):
         text = text.rstrip() if piece.ends else text
