@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from common import environment, write_result
-from runners.llama_server import LlamaServer
 from runners.start import program_of
 from speculate import speculate
 
 from intaglio.drafter.text import end_tokens
+from intaglio.measure.llama_server import LlamaServer
 from intaglio.packed.assets import load_tokenizer
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel

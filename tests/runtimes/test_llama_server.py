@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.runners.llama_server import LlamaServer
 from benchmarks.runners.start import program_of
 from intaglio.drafter.accept import chances, rounds
 from intaglio.errors import ConfigError
 from intaglio.formats.gguf.write import export_gguf
+from intaglio.measure.llama_server import LlamaServer
 from intaglio.packed.assets import load_tokenizer
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel

@@ -1,6 +1,7 @@
 """Native code that is not ours, in a process of its own: one that dies, hangs or is killed does not end a run.
 
-`Child` talks with a Python script of ours by lines of JSON.
+`Child` talks with a Python script of ours by lines of JSON. The rest serves any program: why it ended, its last
+words, and how long it may take.
 """
 
 from __future__ import annotations
@@ -92,10 +93,7 @@ class Child:
         try:
             line = self._exchange(json.dumps(request).encode() + b"\n", seconds * self._patience)
         except TimeoutError:
-            self._fail(
-                f"{self.name} gave no answer for {seconds * self._patience:,.1f} s {where} and was stopped; if this "
-                f"machine is only slow, {PATIENCE}=10 makes every limit ten times as long"
-            )
+            self._fail(hanging(self.name, seconds * self._patience, where))
         except OSError:
             self._fail(self._ending(where))
         except BaseException:  # Ctrl-C between request and answer: the next answer would be the wrong one
@@ -153,22 +151,12 @@ class Child:
         return bytes(line)
 
     def _ending(self, where: str) -> str:
-        """A line that says why a process that hung up is gone, with what is known about such an end."""
+        """Why a process that hung up is gone."""
         try:
             code = self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             return f"{self.name} hung up {where} and was stopped; {HINT}"
-        words = last_words(read_log(self._log))
-        said = f"; its last words: {words}" if words else ""
-        if code >= 0:
-            return f"{self.name} ended with code {code} {where}{said}; {HINT}"
-        if code == -signal.SIGKILL:
-            known = "systems do this to the largest process when memory runs out"
-        elif code == -signal.SIGILL:
-            known = f"it was built for another processor, {HINT}"
-        else:
-            known = f"known on processors with AMX, {HINT}" if has_amx() else HINT
-        return f"{self.name} ended with signal {-code} {where}; {known}{said}"
+        return ending(self.name, code, where, read_log(self._log))
 
     def _fail(self, message: str) -> NoReturn:
         self._failure = message
@@ -224,6 +212,32 @@ def has_amx() -> bool:
     except OSError:
         return False
     return any("amx_tile" in line.split() for line in lines if line.startswith("flags"))
+
+
+def ending(name: str, code: int, where: str, log: str) -> str:
+    """A line that says how a process ended, with what is known about such an end.
+
+    code: as `subprocess` has it, minus the signal for one that died of a signal.
+    """
+    words = last_words(log)
+    said = f"; its last words: {words}" if words else ""
+    if code >= 0:
+        return f"{name} ended with code {code} {where}{said}; {HINT}"
+    if code == -signal.SIGKILL:
+        known = "systems do this to the largest process when memory runs out"
+    elif code == -signal.SIGILL:
+        known = f"it was built for another processor, {HINT}"
+    else:
+        known = f"known on processors with AMX, {HINT}" if has_amx() else HINT
+    return f"{name} ended with signal {-code} {where}; {known}{said}"
+
+
+def hanging(name: str, seconds: float, where: str) -> str:
+    """A line that says that a process has run out of time."""
+    return (
+        f"{name} gave no answer for {seconds:,.1f} s {where} and was stopped; if this machine is only slow, "
+        f"{PATIENCE}=10 makes every limit ten times as long"
+    )
 
 
 def read_log(log: IO[bytes]) -> str:
