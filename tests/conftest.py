@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Generator, Iterator
+from importlib import import_module
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,6 +28,16 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
     return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _consoles_are_made_first() -> None:
+    """A console keeps the width that COLUMNS had when its module was imported; a process of pytest-xdist has 80.
+
+    Without COLUMNS it asks each time, and tests set it later.
+    """
+    os.environ.pop("COLUMNS", None)
+    import_module("intaglio.cli.terminal_plan")
 
 
 @pytest.fixture(scope="session", autouse=True)

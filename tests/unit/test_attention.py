@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from intaglio.plan import memory
+from intaglio.plan import activations
 from intaglio.train.attention import attend_in_chunks, chunked_attention
 from intaglio.train.sharding import final_hidden
 from tests.support.training import small_corpus, small_model, small_plan
@@ -22,7 +22,7 @@ class Layer(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "SMALLEST_CHUNK", 5)
+    monkeypatch.setattr(activations, "SMALLEST_CHUNK", 5)
 
 
 def mask_of(length: int, window: int | None, documents: bool) -> torch.Tensor:

@@ -118,7 +118,7 @@ def print_report(report: Report, out: Path) -> None:
             console.print(RichText(f"{row.label}: not measured: {row.failure}", style="bold yellow"), soft_wrap=True)
     for artifact in report.artifacts:
         console.print(artifact.verification, highlight=False)
-    console.print(f"report: {out / 'report.html'}", highlight=False)
+    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def print_comparison(name: str, comparison: Comparison) -> None:

@@ -30,4 +30,4 @@ def print_drafter(report: DrafterReport, out: Path) -> None:
         "from the costs of single steps in transformers",
         highlight=False,
     )
-    console.print(f"report: {out / HTML_FILE}", highlight=False)
+    console.print(f"report: {out / HTML_FILE}", highlight=False, soft_wrap=True)
