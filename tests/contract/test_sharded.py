@@ -20,7 +20,7 @@ from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR
 from intaglio.train.run_folder import read_losses
 from tests.support import layers, sharded
 
-PROCESSES = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d")
+PROCESSES = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")  # on a free port
 
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
