@@ -1,4 +1,4 @@
-"""How many drafts a quantized target accepts from the float drafter, and from one that is trained again.
+"""Share of drafts that a quantized target accepts from the float drafter, and from one that is trained again.
 
     python benchmarks/drafter.py --targets RUN/packed [RUN/packed ...] --seeds 0 1 2 --out benchmarks/results/drafter.json
 

@@ -1,4 +1,4 @@
-"""How fast does `inspect` read a bfloat16 checkpoint, and does it mistake latent weights for trained ones?
+"""The speed of `inspect` on a bfloat16 checkpoint, and whether it mistakes latent weights for trained ones.
 
     python benchmarks/inspect_speed.py --cache DIR             # speed: 2 GB of weights on grids, 2 GB latent
     python benchmarks/inspect_speed.py --latent 10000000       # false accepts among that many latent blocks

@@ -1,4 +1,4 @@
-"""Which int8 codes of ONNX Runtime and LiteRT differ from the training forward's, given the same codes before them?
+"""Int8 codes of ONNX Runtime and LiteRT that differ from the training forward's, given the same codes before them.
 
     make test-runtimes                          # the runtimes' environments, once
     python benchmarks/int8_codes.py --out DIR   # DIR: as for runtimes.py, with the trained model in DIR/mobile

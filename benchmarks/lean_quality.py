@@ -1,4 +1,4 @@
-"""What do bfloat16 and 8-bit moments, and moments in host memory, cost in quality, and how much memory do they save?
+"""Quality and memory of training with moments in bfloat16, in 8 bits, and in host memory.
 
     python benchmarks/lean_quality.py --out FILE                          # the bundled model and text
     python benchmarks/lean_quality.py MODEL --steps 200 --batch 8 --length 512 --out FILE --set weights.token_embedding.grid=q8_0

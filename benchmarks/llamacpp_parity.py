@@ -1,4 +1,4 @@
-"""Does llama.cpp compute what transformers computes from the same weights, and where do they part?
+"""Differences between what llama.cpp and transformers compute from the same weights, and where they arise.
 
     python benchmarks/llamacpp_parity.py          # about 10 minutes on two cores
 

@@ -1,4 +1,4 @@
-"""How long does a run of a real model's size take until each file is there, and is the GPU at work?
+"""Time until each file of a run is there, for a model of real size, and the share in which the GPU works.
 
     python benchmarks/real_size.py e2b --cache DIR --out benchmarks/results/real_size_e2b.json
     python benchmarks/real_size.py --config tiny/config.json --cache DIR --out tiny.json    on any machine
@@ -89,7 +89,7 @@ def random_rows(tensor: TensorSpec, rows: slice | None, generator: torch.Generat
 
 
 def write_text(path: Path, source: Path, tokens: int) -> None:
-    """As many documents as make so many tokens, from the beginning again where there are too few."""
+    """Write as many documents as make so many tokens, from the beginning again where there are too few."""
     with lzma.open(source, "rt", encoding="utf-8") as packed:
         lines = packed.readlines()
     written = 0

@@ -1,4 +1,4 @@
-"""How much of a stranger's QAT checkpoint does stock conversion lose, and how much does `intaglio convert` keep?
+"""The loss of stock conversion of a stranger's QAT checkpoint, beside that of `intaglio convert`.
 
     python benchmarks/stranger_qat.py
 

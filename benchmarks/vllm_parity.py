@@ -1,4 +1,4 @@
-"""Where do vLLM on a CPU and the training forward part, and why?
+"""Differences between vLLM on a CPU and the training forward, and their causes.
 
     make test-runtimes                          # the runtimes' environments, once
     python benchmarks/vllm_parity.py --out DIR  # DIR: as for runtimes.py, with the trained model in DIR/q4_0

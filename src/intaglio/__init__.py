@@ -181,7 +181,8 @@ _HOMES = {
     "train.quantize": ["quantize"],
     "train.start": ["plan_to_go_on"],
 }
-# What a home calls it. A package intaglio.train or intaglio.drafter would take the place of a function of that name.
+# Public names whose functions are called otherwise in their modules. A public `train` or `drafter` would be hidden by
+# the package of that name.
 _AT_HOME = {
     "evaluate": "compare",
     "survey_family": "family",

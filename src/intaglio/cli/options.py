@@ -63,7 +63,7 @@ def source_of(text: str | Path | None, columns: list[str]) -> Data | None:
 
 
 def print_json(value: Any) -> None:
-    """For programs to read."""
+    """Print a value as JSON, for programs."""
     typer.echo(json.dumps(value, indent=2))
 
 

@@ -34,7 +34,7 @@ class Printer(Console):
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """For characters that a stream cannot show: ASCII that looks alike, or an escape."""
+    """Replace characters that a stream cannot show by ASCII that looks alike, or by an escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "".join(map(_ascii, error.object[error.start : error.end])), error.end

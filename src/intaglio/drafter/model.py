@@ -25,7 +25,7 @@ from intaglio.plan.family import build_meta_model, is_drafter, load_config, text
 
 LAYER_TYPES = ("sliding_attention", "sliding_attention", "sliding_attention", "full_attention")
 SMALL_TARGET = 2560  # E4B's width; drafters up to there are 256 wide, those of larger models 1024
-# What a layer's keys and values depend on, and the tokens: here drafter and target must be the same.
+# Settings that a layer's keys and values depend on, and the tokens: drafter and target must agree in them.
 SHARED_FIELDS = ("vocab_size", "sliding_window", "rope_parameters")
 TAKEN = (
     *SHARED_FIELDS,
@@ -148,7 +148,7 @@ def check_fits(drafter: TextModel, target: TextModel) -> None:
 
 
 def _stored(config: Any) -> dict[str, int]:
-    """For each type of layer the one whose keys and values others may read: the last that has its own."""
+    """The layer of each type whose keys and values others may read: the last that has its own."""
     own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
     return {kind: number for number, kind in enumerate(config.layer_types[:own])}
 

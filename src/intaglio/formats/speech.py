@@ -121,7 +121,7 @@ def compare_templates(expected: Speech, found: dict[str, str], tally: Tally) -> 
 
 
 def _other_chats(speech: Speech, name: str, mine: str, theirs: str) -> list[str]:
-    """What two templates do not write alike, as a line; none where they do."""
+    """A line that counts the fixed chats which two templates write differently; none if they agree."""
     try:
         with Renderer(speech.tokenizer) as renderer:
             wrong = sum(renderer.reply(mine, *chat) != renderer.reply(theirs, *chat) for chat in CHATS)

@@ -138,7 +138,7 @@ def verify(packed: PackedModel, artifact: str | Path, *, device: torch.device | 
 
 
 def verify_exact(packed: PackedModel, artifact: str | Path, *, device: torch.device | str = "cpu") -> Verification:
-    """As `verify`, for what has just been written: raises MismatchError where anything differs."""
+    """Verify what has just been written, as `verify` does; raise MismatchError where anything differs."""
     result = verify(packed, artifact, device=device)
     if not result.exact:
         raise MismatchError(f"{artifact}: {result.summary()}: the export is not what was packed; please report this")

@@ -78,7 +78,7 @@ def transformers_source(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def transformers_runtime() -> str:
-    """For `Comparison.runtime`: the library and its version."""
+    """The library and its version, for `Comparison.runtime`."""
     import transformers
 
     return f"transformers {transformers.__version__}"

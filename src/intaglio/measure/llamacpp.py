@@ -150,7 +150,7 @@ def installed() -> bool:
 
 
 def why_unusable() -> str | None:
-    """Why llama.cpp cannot run here; None if it can. Starts its process and ends it."""
+    """The reason why llama.cpp cannot run here; None if it can. Starts its process and ends it."""
     try:
         child, _ = _start(None)
     except IntaglioError as error:

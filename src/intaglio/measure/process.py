@@ -151,7 +151,7 @@ class Child:
         return bytes(line)
 
     def _ending(self, where: str) -> str:
-        """Why a process that hung up is gone."""
+        """The reason why a process that hung up is gone."""
         try:
             code = self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:

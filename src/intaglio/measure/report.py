@@ -169,7 +169,7 @@ class Report:
         return next((pair for pair in self.recoveries() if pair.baseline.kind == "stock"), None)
 
     def path(self) -> TrainingPath | None:
-        """From stock rounding over the start to the trained model, if all three were measured in one runtime."""
+        """Stock rounding, the start and the trained model, if one runtime has measured all three."""
         measured = [(row, row.comparison) for row in self.comparisons if row.comparison is not None and not row.variant]
         for trained_row, trained in measured:
             rows = {row.kind: row for row, other in measured if _comparable(trained, other)}

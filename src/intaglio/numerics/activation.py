@@ -21,7 +21,7 @@ def round_scale(scale: Tensor) -> Tensor:
 
 
 def position(x: Tensor, scale: Tensor) -> Tensor:
-    """Where x lies between the codes, in x's dtype."""
+    """The position of x between the codes, in x's dtype."""
     return x / scale.to(x.dtype)
 
 

@@ -18,7 +18,7 @@ from intaglio.numerics.grid import EMPTY_STEP, BlockGrid
 from intaglio.numerics.rounding import CHANNEL_STEP_LARGEST, FLOAT_SMALLEST, divide
 
 CANDIDATES = 14
-# Where the search begins to clip, in root mean squares of the row, for one bit beside the sign and for
+# The search begins to clip here, in root mean squares of the row, for one bit beside the sign and for
 # each one more. The best clip of Gaussian rows grows so, from 1.1 at two bits to 4 at eight.
 LOWEST_CLIP = 0.4
 ROUNDS = 2  # of least squares after the search; a third one changes the error by less than 0.01 dB

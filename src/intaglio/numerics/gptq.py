@@ -20,7 +20,7 @@ from intaglio.numerics.grid import BlockGrid
 
 DAMPING = 0.01  # of the mean second moment, added to every one: the paper's choice
 COLUMNS_AT_ONCE = 128
-# How far from its code a latent may start, in steps. At 0.5 the first update could undo the rounding.
+# A latent may start this far from its code, in steps. At 0.5 the first update could undo the rounding.
 CELL = 0.4
 
 

@@ -37,7 +37,7 @@ from intaglio.numerics.rounding import (
     round_significant,
 )
 
-# Of a channel grid's block of zeros: any normal number serves, and this one survives every float format.
+# The scale of a channel whose values are all zero: any normal number serves, and every float format holds this one.
 EMPTY_STEP = 1.0
 WHOLE_ROW = 0  # as a block size: whatever the width of a row, or of its slices, turns out to be
 
@@ -242,7 +242,7 @@ GRIDS: dict[str, Grid] = {
         *(F16, F32, BF16, I64),
     )
 }
-# By tensor type of GGUF: the portable grid, and the one of all scales that the type can hold.
+# Grids by tensor type of GGUF: the portable grid, and the one of all scales that the type can hold.
 GGUF_GRIDS: dict[str, tuple[BlockGrid, BlockGrid]] = {
     str(free.ggml_type): (portable, free)
     for portable, free in ((Q4_0, Q4_0_FREE), (Q6_K, Q6_K_FREE), (Q8_0, Q8_0_FREE), (Q2_0, Q2_0_FREE))

@@ -24,7 +24,7 @@ from intaglio.numerics.rounding import round_half, round_significant
 # Width of the scale that explains a block; the lower the better for whoever has to store it.
 ANY, BFLOAT16, HALF, FLOAT, NOTHING = 0, 1, 2, 3, 4
 SCALE_NAMES = {ANY: "any", BFLOAT16: "bfloat16", HALF: "float16", FLOAT: "float32"}
-# Of values up to 127 steps high, rounded to 8 significant bits, the upper ones do not tell their code before
+# Values up to 127 steps high are rounded to 8 significant bits, and the upper ones do not tell their code before
 # the step is known to more than 8 bits. It is found from values below this share of the peak, and then from
 # all whose code is at most so high, in two steps.
 SMALL_SHARE = 1 / 6

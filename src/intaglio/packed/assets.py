@@ -1,4 +1,4 @@
-"""What belongs to a model beside its weights: tokenizer, chat template, generation settings; checked and copied.
+"""The files beside a model's weights, checked and copied: tokenizer, chat template, generation settings.
 
 These files state many things twice, and every runtime reads another one of them. Where two of them contradict each
 other, one runtime would speak otherwise than the next, so `check_assets` refuses them before anything is made of them.
@@ -171,7 +171,7 @@ def _tokens(path: Path, said: dict[str, Any]) -> dict[Any, int]:
 
 
 def _special_texts(files: dict[str, dict[str, Any]]) -> dict[str, tuple[str, Any]]:
-    """For bos, eos, unk and pad the file that names the token, and its text."""
+    """The file that names each of the tokens bos, eos, unk and pad, and the token's text."""
     found = {}  # where two files do, transformers takes special_tokens_map.json
     for kind in ("bos", "eos", "unk", "pad"):
         for file in (TOKENIZER, SPECIAL_TOKENS):

@@ -239,7 +239,7 @@ class TensorReader:
 def _entries(
     model_dir: Path, tensors: tuple[TensorSpec, ...], spec: ModelSpec
 ) -> dict[Path, list[tuple[TensorSpec, str]]]:
-    """In which file each of these tensors is, and its name there; but for a head, the headers alone are read."""
+    """The file that each of these tensors is in, and its name there; but for a head, the headers alone are read."""
     expect(model_dir, CHECKPOINT)
     wanted = {t.name: t for t in tensors}
     stored: dict[str, str] = {}  # by our names, what the files call them

@@ -21,8 +21,8 @@ def pack_codes(codes: Tensor, grid: BlockGrid) -> Tensor:
     return packed
 
 
-# How a byte, widened to as many bytes as it has codes, moves each code into a byte of its own: shifts
-# to the left, each followed by "or", and the mask of what remains. The first byte is the lowest.
+# A byte is widened to as many bytes as it has codes. These shifts to the left, each followed by "or", and this mask
+# then leave one code in each byte, the first code in the lowest.
 FIELDS: dict[int, tuple[str, tuple[int, ...], int]] = {4: ("<u2", (4,), 0x0F0F), 2: ("<u4", (12, 6), 0x03030303)}
 
 

@@ -33,7 +33,7 @@ PACKED_FILE = "packed.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PREPARED_NAMES = re.compile(r"\.quantizers?\.|\.static\.\w+_scale_latent$")
-# What PEFT 0.21 calls tensors of its tuners, and the modules that it wraps.
+# Names that PEFT 0.21 gives to tensors of its tuners, and the modules that it wraps.
 ADAPTER_NAMES = re.compile(
     r"\.(lora_(A|B|E|ga|embedding_[AB]|magnitude_vector)|vera_lambda_[bd]|hada_\w+|lokr_\w+|b?oft_\w+|hra_u|ia3_l|"
     r"ln_tuning_layers|fourierft_spectrum|c3a_kernel|shira_weight|miss_block|bone_block|road_\w+|randlora_\w+|"

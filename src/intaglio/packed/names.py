@@ -14,7 +14,7 @@ from intaglio.plan.plan import HEAD
 
 # A multimodal checkpoint nests its text model; the text model alone does not.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
-# What wrappers put before or between the names of a model: DataParallel and DDP, PEFT without adapters, torch.compile,
+# Words that wrappers put into the names of a model: DataParallel and DDP, PEFT without adapters, torch.compile,
 # FSDP, activation checkpointing, Lightning.
 WRAPPED = re.compile(
     r"^(?:(?:module|base_model\.model|_forward_module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"

@@ -24,7 +24,7 @@ PARTIAL = re.compile(
 WEEK = 7 * 86400  # seconds; nothing takes so long to be written
 LONGEST_NAME = 150  # characters of an output's name in that of its temporary; file systems take 255 bytes
 HEAD_BYTES = 1 << 20
-# How a file of ours begins, and what follows soon: a GGUF's key, a bundle's author, a page's heading.
+# The first bytes of a file of ours, and a word that follows soon: a GGUF's key, a bundle's author, a page's heading.
 SIGNS = ((b"GGUF", b"intaglio.plan"), (b"LITERTLM", b"intaglio"), (b"<!", b'class="kicker">intaglio'))
 
 
@@ -45,7 +45,7 @@ def _where() -> str:
 
 
 def started_at(pid: int) -> int:
-    """When a process started, in ticks since the machine did; 0 where the system does not say."""
+    """The start of a process, in ticks since the machine did; 0 where the system does not say."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace")
         return int(stat.rpartition(")")[2].split()[19])
@@ -101,7 +101,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def why_kept(path: Path) -> str:
-    """Why an existing output is not to be replaced; empty for what is known to be ours.
+    """The reason why an existing output is not to be replaced; empty for what is known to be ours.
 
     A folder is ours if it has a marker that lists every file in it, and a file if it has one of SIGNS.
     """

@@ -58,7 +58,7 @@ def unlisted(folder: Path) -> str:
 
 
 def tensor_files(model_dir: Path) -> dict[str, Path]:
-    """In which file of a checkpoint each tensor is, file by file.
+    """The file of a checkpoint that each tensor is in, file by file.
 
     Raises ConfigError for a tensor that two shards hold, and for one that the index promises of a shard which
     has no such tensor; else as `shards`.

@@ -82,7 +82,7 @@ class Renderer:
         return Rendered(reply["text"], [(begin, end) for begin, end in reply["spans"]], reply["unclear"])
 
     def reply(self, template: str, messages: list[dict[str, Any]], ask: bool = False, **more: Any) -> dict[str, Any]:
-        """What `template_child` answers: the text of a chat by any template, or its "error".
+        """The answer of `template_child`: the text of a chat by any template, or its "error".
 
         ask: whether the header of an answer follows. Raises ConfigError as `render`, except for a refusal.
         """

@@ -97,7 +97,7 @@ def assistant_spans(template: Template, messages: list[Any], text: str) -> Itera
 
 
 def turn_begin(template: Template, messages: list[Any], at: int, text: str) -> int | None:
-    """Where the words of turn `at` begin, behind its header."""
+    """The position where the words of turn `at` begin, behind its header."""
     marked = with_sentinel(template, messages, at)
     if marked is None:
         return None
@@ -111,7 +111,7 @@ def turn_begin(template: Template, messages: list[Any], at: int, text: str) -> i
 
 
 def turn_end(template: Template, messages: list[Any], at: int, text: str, begin: int) -> int | None:
-    """Where turn `at` ends, its end token included."""
+    """The position where turn `at` ends, its end token included."""
     plain = [{key: value for key, value in message.items() if key not in REASONING} for message in messages]
     for variant in (messages, plain):  # templates leave thoughts out of turns that are not the last
         cut = template.attempt(variant[: at + 1])

@@ -47,7 +47,7 @@ def tower_kind(name: str) -> str:
 
 
 def scales_in_use(carried_scales: Iterable[str], values: dict[str, float]) -> dict[str, tuple[int, int]]:
-    """For each kind of tower with activation scales: how many are known, and how many there are."""
+    """The activation scales of each kind of tower: how many are known, and how many there are."""
     found = [(tower_kind(name), bool(values[name])) for name in carried_scales]
     totals = {kind: [known for of, known in found if of == kind] for kind in TOWER_KINDS}
     return {kind: (sum(known), len(known)) for kind, known in totals.items() if known}

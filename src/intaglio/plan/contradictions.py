@@ -1,4 +1,4 @@
-"""What no config.json may say: sizes that no model has, numbers that compute nothing, and one thing in two ways."""
+"""Statements that no config.json may make: sizes that no model has, useless numbers, and contradictions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POSITIVE = (
     *("final_logit_softcapping", "attn_logit_softcapping"),
 )
 
-# What a multimodal config may say twice, for itself and in its text_config; both have to say the same.
+# Keys that a multimodal config may say twice, for itself and in its text_config; both have to say the same.
 SAID_TWICE = (
     *("tie_word_embeddings", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "global_head_dim", "num_kv_shared_layers"),

@@ -37,7 +37,7 @@ ROLES: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTokenizer:
-    """How llama.cpp runs a byte-fallback BPE.
+    """The way llama.cpp runs a byte-fallback BPE.
 
     model, pre: `tokenizer.ggml.model` and `tokenizer.ggml.pre`. by_scores: whether it merges by a score for each token,
     as SentencePiece does, and finds added tokens where a space is still a space; otherwise by the merges themselves.

@@ -75,14 +75,14 @@ class ModelSpec:
 
     @functools.cached_property
     def first_late_layer(self) -> int:
-        """Where the late layers begin: the KV-shared ones, or without any the second half."""
+        """The first of the late layers: the KV-shared ones, or without any the second half."""
         config = self.layer_config
         layers, shared = int(config.num_hidden_layers), int(getattr(config, "num_kv_shared_layers", 0))
         return layers - shared if 0 < shared < layers else (layers + 1) // 2
 
     @functools.cached_property
     def kv_donors(self) -> tuple[int, ...]:
-        """For each layer the one whose keys and values it attends to: itself, or the last of its type that has any.
+        """The layer whose keys and values each layer attends to: itself, or the last of its type that has any.
 
         Empty for a drafter, which attends to those of another model.
         """

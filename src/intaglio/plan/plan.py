@@ -25,7 +25,7 @@ from intaglio.plan.recipe import Recipe, WeightRule
 from intaglio.plan.static import StaticScale, activation_scales, kv_scales
 
 HEAD = "lm_head.weight"
-# Of towers that a recipe says nothing of.
+# The rule of towers that a recipe does not mention.
 LEFT_ALONE = WeightRule(name="(no rule)", grid=BF16, trainable=False)
 
 

@@ -269,6 +269,6 @@ WEIGHT_RULES = {
 
 
 def _rule_table(rule: WeightRule) -> dict[str, Any]:
-    """What the rule says beyond defaults."""
+    """The entries of a rule that differ from the defaults."""
     table = to_table(rule) | {"grid": rule.grid.name}
     return {f.name: table[f.name] for f in fields(rule) if f.name != "name" and getattr(rule, f.name) != f.default}

@@ -40,7 +40,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "q4_0": SHORT | {"tokens": 143_360, "lr": 1e-4},
     "mobile": SHORT | {"tokens": 163_840, "lr": 5e-4},
 }
-# Of either stage of the drafter: in floats, and on its grids.
+# The drafter's two stages, in floats and on its grids, share this.
 DRAFTER_SCHEDULE = {"tokens": 81_920, "batch_size": 4, "sequence_length": 256, "lr": 5e-4}
 # Names of what a run leaves; a folder with anything else is not removed.
 IN_A_RUN = (

@@ -75,7 +75,7 @@ class Survey:
 
     @property
     def tower_bytes(self) -> int:
-        """What towers and their embedders add to that, or are part of it in a mobile folder."""
+        """The bytes that towers and their embedders add to that, or are part of it in a mobile folder."""
         return self.footprint.total("resident_bytes") - self.footprint.total("resident_bytes", text_only=True)
 
     @property

@@ -15,7 +15,7 @@ PUBLISHED_GB: dict[str, dict[str, float]] = {
     "gemma-4-31b": {"bf16": 69.9, "sfp8": 34.9, "q4_0": 17.5},
 }
 
-# What the published figures leave out, for whoever plans with them.
+# Things that the published figures leave out, for whoever plans with them.
 LEFT_OUT = (
     "BF16 and Q4_0 are a rule of thumb, parameters x {2, 0.5} bytes x 1.2 in units of 2^30, and no file's size.",
     "Q4_0 leaves out the scale of each block of 32 (4.5 bits a weight, not 4) and that embeddings have 6.56 bits. "

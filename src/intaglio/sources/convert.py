@@ -1,4 +1,4 @@
-"""From a checkpoint that someone else trained on a grid to a PackedModel with the codes that were trained.
+"""Converts a checkpoint that someone else trained on a grid to a PackedModel with the trained codes.
 
 Every tensor is looked into first (`inspect`). Nothing is written before it is clear that every trained block
 comes over exactly, or the caller has said `requantize`; then just the blocks that do not are fitted anew, and

@@ -25,7 +25,7 @@ from intaglio.plan.family import load_config, transformers_config
 from intaglio.plan.plan import Plan, PlannedTensor
 from intaglio.sources.stored import Source, Stored
 
-# What an export writes into a config anew, or transformers does.
+# Keys that an export, or transformers, writes into a config anew.
 NOT_OF_THE_MODEL = ("dtype", "architectures", "transformers_version", "_name_or_path", "id2label", "label2id")
 
 

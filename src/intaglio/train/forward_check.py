@@ -1,4 +1,4 @@
-"""Does a model in training compute what ships? One short text through it and through a plain model of its own weights.
+"""Checks that a model in training computes what ships, by one short text through it and a plain model of its weights.
 
 What is packed are weights and static scales, and whoever loads them computes with transformers' own modules. A hook, a
 patched forward or another activation in the model in training is in neither, so it would be lost without a word.

@@ -224,7 +224,7 @@ class FusedGridAdamW(GridOptimizer):
         self.buckets: list[Bucket] = []
 
     def new_moment(self, parameter: Tensor, key: str) -> Tensor:
-        """As `GridOptimizer` makes it; in host memory if it is offloaded."""
+        """A moment of zeros beside a parameter, in host memory if moments are offloaded."""
         return torch.zeros_like(parameter, dtype=self.moments, device="cpu" if self.offload else None)
 
     @torch.no_grad()

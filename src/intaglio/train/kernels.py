@@ -105,7 +105,7 @@ def forward(
 def backward(
     mode: str, grid: BlockGrid, grad: Tensor, blocks: Tensor, frozen: Tensor, *scales: Tensor
 ) -> tuple[Tensor]:
-    """From a gradient of the values [N, K] that of z [N], and in its own place that of the latents.
+    """Turn a gradient of the values [N, K] into that of z [N], and in its own place that of the latents.
 
     grad: float32, overwritten but in frozen mode, where latents have no gradient and any dtype will do.
     In fixed mode the result is empty.

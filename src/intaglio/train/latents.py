@@ -142,7 +142,7 @@ class Latents:
         return isinstance(getattr(*self.owners[name]), DTensor)
 
     def first_rows(self) -> dict[str, int]:
-        """Where this process's rows of masters and of their state begin in the whole, by name; of sharded ones only."""
+        """The first of this process's rows of masters and their state, by name; of sharded ones only."""
         return {
             name: own_slice(latent.weight).start
             for latent in self.trained.values()

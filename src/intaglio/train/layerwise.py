@@ -65,7 +65,7 @@ class WindowInfo:
 
     @property
     def figures(self) -> str:
-        """For a progress line."""
+        """The window in words, for a progress line."""
         return "layers" if self.after is None else f"layers, error {self.before:.2%} -> {self.after:.2%}"
 
 

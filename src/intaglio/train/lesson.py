@@ -67,7 +67,7 @@ def labels_inside(positions: Tensor) -> Tensor:
     return inside
 
 
-# What a lesson needs beside the text, from input_ids and positions [B, T].
+# A function that gives what a lesson needs beside the text, from input_ids and positions [B, T].
 Teach = Callable[[Tensor, Tensor], tuple[Any, ...]]
 
 

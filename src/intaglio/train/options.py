@@ -11,7 +11,7 @@ from intaglio.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a run is computed: precision, compilation, checkpoints, logs. None of it is in the recipe.
+    """Settings of how a run is computed: precision, compilation, checkpoints, logs. None of it is in the recipe.
 
     precision: "bf16" to hold the student's weights and compute in bfloat16, "no" for float32; None picks bf16 on a GPU.
         Latents are float32 either way.

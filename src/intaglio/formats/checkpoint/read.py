@@ -1,4 +1,4 @@
-"""Does a folder that transformers opens hold the model beside its weights, and nothing that runs?"""
+"""Checks that a folder for transformers holds the model beside its weights, and nothing that runs."""
 
 from __future__ import annotations
 

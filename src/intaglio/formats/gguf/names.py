@@ -10,7 +10,7 @@ from intaglio.plan.family import ModelSpec
 from intaglio.plan.plan import PlannedTensor
 from intaglio.plan.rope import RELATIVE, plain_rope, refusal, rope_parameters, ropes
 
-# What llama.cpp calls the tensors of these families (gguf-py: TENSOR_NAMES).
+# llama.cpp's names of the tensors of these families (gguf-py: TENSOR_NAMES).
 GGUF_MODEL_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",

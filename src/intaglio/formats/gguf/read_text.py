@@ -1,4 +1,4 @@
-"""Does a GGUF file read and write text as the packed model does? Tokens, special ids, templates, sampling settings.
+"""Checks that a GGUF file reads and writes text as the packed model does: tokens, special ids, templates, settings.
 
 The vocabulary is compared token by token. The fixed texts are run by llama.cpp itself, where llama-cpp-python is
 installed, in a process of its own.

@@ -91,7 +91,7 @@ def check_grids(plan: Plan) -> None:
 
 
 def _lacking(tensor: PlannedTensor) -> tuple[str, str]:
-    """Why GGUF has no type for a planned tensor, and what to do."""
+    """The reason why GGUF has no type for a planned tensor, and what to do."""
     grid, rule = tensor.grid, f"weights.{tensor.rule.name}"
     if not isinstance(grid, BlockGrid):
         return "which GGUF does not have", "choose a recipe for GGUF, for example q4_0"

@@ -1,4 +1,4 @@
-"""Does a .litertlm bundle hold the model beside its weights? Constants of its graphs, tokenizer, template, settings.
+"""Checks that a .litertlm bundle holds the model beside its weights: graph constants, tokenizer, template, settings.
 
 Rotary angles, eps, the cap of logits, the sliding window and the caches are read where the graph computes with them.
 All else of the graphs is the trace's: it is compared with the digest that the export wrote into the bundle, so that a

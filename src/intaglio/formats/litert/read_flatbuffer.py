@@ -40,7 +40,7 @@ class Table:
     budget: Budget
 
     def place(self, number: int) -> int | None:
-        """Where a field's value is; None if it has its default."""
+        """The place of a field's value; None if it has its default."""
         vtable = self.start - self.integer(self.start, "<i")
         slot = 4 + 2 * number
         if slot >= self.integer(vtable, "<H"):

@@ -45,7 +45,7 @@ GRIDS: dict[int | None, Grid] = {2: INT2, 4: INT4, 8: INT8, None: BF16}
 
 @dataclass(frozen=True)
 class _Folder:
-    """Where each tensor of a folder is, and what its file's header says of it: dtype and shape."""
+    """The place of each tensor of a folder, with dtype and shape as its file's header says."""
 
     path: Path
     files: dict[str, Path]

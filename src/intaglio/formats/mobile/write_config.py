@@ -15,7 +15,7 @@ from intaglio.formats.mobile.layout import module_bits, resolve_bits
 from intaglio.plan.plan import HEAD, Plan
 
 DEFAULT_BITS = 4
-# What Google's files list as floats, as far as a plan has it so; further modules are listed by name.
+# Modules that Google's files list as floats, as far as a plan has it so; further modules are listed by name.
 FLOAT_MODULES = (
     "model.vision_tower.patch_embedder",
     "model.audio_tower.subsample_conv_projection",
@@ -103,7 +103,7 @@ def _by_layer(prefix: str, module: str, layers: Layers) -> list[tuple[str, int]]
 
 
 def _tower_patterns(towers: dict[str, int]) -> list[tuple[str, int]]:
-    """For each tower what is unlike the most of it, by the kind of module, and then all the rest."""
+    """The modules of each tower that are unlike most of it, by kind, and then all the rest."""
     patterns: list[tuple[str, int]] = []
     by_tower: dict[str, dict[str, int]] = {}
     for name, n in towers.items():

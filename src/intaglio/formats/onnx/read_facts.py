@@ -1,4 +1,4 @@
-"""Does an ONNX folder hold the model beside its weights? Constants of the graph, config, tokenizer and template.
+"""Checks that an ONNX folder holds the model beside its weights: graph constants, config, tokenizer, template.
 
 Rotary angles, eps of norms and the cap of logits are read where the graph computes with them. All other nodes and
 small constants are the trace's: they are compared with the digest that the export wrote into the file, so that a

@@ -27,7 +27,7 @@ DOMAIN = "intaglio"  # of the nodes that stand for something else
 LINEAR, CACHE = "Linear", "Cache"
 # Not 21: there ONNX Runtime 1.32, moving DequantizeLinear of an int8 cache, makes a QuantizeLinear that it refuses.
 OPSET = 20
-# What the sample inputs have: two or more of everything, since a size of one would be taken for a constant.
+# Sizes of the sample inputs: two or more of everything, since a size of one would be taken for a constant.
 SAMPLE_BATCH, SAMPLE_TOKENS, SAMPLE_PAST = 2, 4, 3
 
 

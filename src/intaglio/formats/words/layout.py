@@ -95,7 +95,7 @@ class Scheme:
 
 
 def schemes(plan: Plan) -> dict[str, Scheme]:
-    """By the folder's name of each module that stays on its grid, in state-dict order.
+    """The modules that stay on their grids, by the folder's names, in state-dict order.
 
     Linears do. Embeddings do where a float of 16 bits could not hold them; their head is then untied.
     RecipeError for what compressed-tensors or vLLM does not have.

@@ -28,7 +28,7 @@ class Preview:
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The preview as values of JSON."""
         return {"read": self.reading.lines(), "samples": list(self.samples), "warnings": list(self.warnings)}
 
 

@@ -62,7 +62,7 @@ def _call(target: str, name: str, argument: ir.Value, result: ir.Type) -> ir.Val
 
 
 class PlaceholderLinear(nn.Module):
-    """In the place of a linear; `name` is that of its weight."""
+    """A module that stands for a linear; `name` is that of its weight."""
 
     def __init__(self, name: str, features: int):
         super().__init__()

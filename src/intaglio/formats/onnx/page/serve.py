@@ -8,7 +8,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-# What the page and its workers load and run comes from this folder, and nothing is sent elsewhere.
+# Everything that the page and its workers load and run comes from this folder, and nothing is sent elsewhere.
 POLICY = (
     "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self' blob:; "
     "connect-src 'self' blob: data:; img-src 'self' data:; object-src 'none'; "
