@@ -7,6 +7,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors.torch import save
 from intaglio.errors import ConfigError, IntaglioError
 from intaglio.formats.table import EXPORTERS
 from intaglio.formats.verify import verify
+from intaglio.packed.assets import SETTINGS, SPECIAL_TOKENS, TOKENIZER, check_assets
 from intaglio.packed.outputs import why_kept
 from intaglio.plan.contradictions import check_sizes
 from intaglio.plan.family import load_config
@@ -31,6 +33,7 @@ from intaglio.plan.files import read_json
 from intaglio.plan.recipe import Recipe
 from intaglio.runs.texts import saved_windows
 from intaglio.sources.inspect import Inspection, inspect
+from intaglio.tiny import MODEL_DIR
 from intaglio.train.checkpoint import read_state, read_step, write_state
 from intaglio.train.run_folder import _holder, check_run_dir, read_losses
 from tests.support import ggml
@@ -311,6 +314,20 @@ def test_other_state_than_expected_is_never_accepted(tmp_path: Path) -> None:
     write_state(path, STATE)
     optional = {"b": SPECS["b"], "c": SPECS["b"]}
     assert set(dict(read_state(path, {k: v for k, v in SPECS.items() if k != "b"}, optional))) == set(STATE)
+
+
+@pytest.mark.parametrize("name", [TOKENIZER, SPECIAL_TOKENS, "added_tokens.json", SETTINGS])
+def test_mutated_files_beside_a_tokenizer(name: str, tmp_path: Path) -> None:
+    """Whatever these files say, `check_assets` accepts it or raises a typed error."""
+    folder = shutil.copytree(MODEL_DIR, tmp_path / "model")
+    said = {"added_tokens_decoder": {"1": {"content": "<eos>"}, "2": {"content": "<bos>"}}, "bos_token": "<bos>"}
+    said |= {"eos_token": {"content": "<eos>"}, "chat_template": [{"name": "default", "template": "x"}], "<eos>": 1}
+    path, random = folder / name, Random(f"{SEED} {name}")
+    data = json.dumps(said if name != SETTINGS else {"eos_token_id": [1, 2], "top_k": 3}).encode()
+    for _ in range(600):
+        path.write_bytes((mutated_json if random.random() < 0.8 else mutated_bytes)(data, random))
+        with contextlib.suppress(IntaglioError):
+            check_assets(folder)
 
 
 @pytest.mark.parametrize("target", ["mlx", "vllm", "hf"])

@@ -14,7 +14,7 @@ from typing import Any
 
 from intaglio.errors import ConfigError
 from intaglio.plan.family import text_config
-from intaglio.plan.files import one_line, read_json, read_text
+from intaglio.plan.files import one_line, read_json, read_text, reading
 
 TOKENIZER, SETTINGS, SPECIAL_TOKENS = "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"
 TEMPLATE, PROCESSOR_TEMPLATE = "chat_template.jinja", "chat_template.json"
@@ -70,22 +70,34 @@ def copy_assets(source: Path, target: Path) -> None:
 
 
 def check_assets(folder: Path) -> None:
-    """Raise ConfigError for files that are damaged or contradict each other, and name both."""
-    files = {name: _object(folder / name) for name in (*ASSETS, "config.json") if name.endswith(".json")}
-    _check_templates(folder)
-    _check_settings(folder / SETTINGS, files[SETTINGS])
-    known = _tokens(folder / "tokenizer.json", files["tokenizer.json"])
-    texts = _special_texts(files)
-    if known:
-        for kind, (file, text) in texts.items():
-            if text not in known:
-                raise ConfigError(f"{folder / file}: {kind}_token is {text!r}, which tokenizer.json does not have")
-        for file, index, text in _stated_tokens(files):
-            if known.get(text) != index:
-                raise ConfigError(
-                    f"{folder / file}: says that token {index} is {text!r}, and tokenizer.json that it is "
-                    f"{known.get(text, 'none')}: take both files from one model"
-                )
+    """Raise ConfigError for files that are damaged or contradict each other, and name them."""
+    with reading(folder, "tokenizer files cannot be read", "take all of them from one model"):
+        files = {name: _object(folder / name) for name in (*ASSETS, "config.json") if name.endswith(".json")}
+        _check_templates(folder)
+        _check_settings(folder / SETTINGS, files[SETTINGS])
+        known, texts = _tokens(folder / "tokenizer.json", files["tokenizer.json"]), _special_texts(files)
+        if known:
+            _check_texts(folder, files, known, texts)
+        _check_ids(folder, files, known, texts)
+
+
+def _check_texts(
+    folder: Path, files: dict[str, dict[str, Any]], known: dict[Any, int], texts: dict[str, tuple[str, Any]]
+) -> None:
+    for kind, (file, text) in texts.items():
+        if text not in known:
+            raise ConfigError(f"{folder / file}: {kind}_token is {text!r}, which tokenizer.json does not have")
+    for file, index, text in _stated_tokens(files):
+        if known.get(text) != index:
+            raise ConfigError(
+                f"{folder / file}: says that token {index} is {text!r}, and tokenizer.json that it is "
+                f"{known.get(text, 'none')}: take both files from one model"
+            )
+
+
+def _check_ids(
+    folder: Path, files: dict[str, dict[str, Any]], known: dict[Any, int], texts: dict[str, tuple[str, Any]]
+) -> None:
     size = text_config(files["config.json"]).get("vocab_size")
     for file, kind, index in _stated_ids(files):
         if type(index) is not int:

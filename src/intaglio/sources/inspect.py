@@ -206,7 +206,7 @@ def examine(tensor: Stored, slice_columns: int | None = None) -> Verdict:
 
 
 def _with_width(hypothesis: Hypothesis, sample_RC: Tensor) -> Hypothesis:
-    """The hypothesis with the rule that looks for the scales of the sample: of several that explain a block, one is right."""
+    """The hypothesis with the rule that looks for the sample's scales, since several rules may explain a block."""
     width = recover(blocks_of(sample_RC, hypothesis.width)[: 4 * CHUNK_BLOCKS], hypothesis.rule).width
     counts = torch.bincount(width.long(), minlength=5)
     wide = int(counts[HALF] + counts[FLOAT]) > EXCEPTIONS * int(counts[:NOTHING].sum())
