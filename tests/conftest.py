@@ -21,6 +21,11 @@ from tests.support.tiny import GEMMA4, make_checkpoint, pack
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
+# A console keeps the width that COLUMNS had when its module was imported. A process of pytest-xdist has 80 there, and
+# tests set it later. So the consoles are made here, before any test module is imported, and ask each time.
+os.environ.pop("COLUMNS", None)
+import_module("intaglio.cli.terminal_plan")
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
@@ -28,16 +33,6 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
     return report
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _consoles_are_made_first() -> None:
-    """A console keeps the width that COLUMNS had when its module was imported; a process of pytest-xdist has 80.
-
-    Without COLUMNS it asks each time, and tests set it later.
-    """
-    os.environ.pop("COLUMNS", None)
-    import_module("intaglio.cli.terminal_plan")
 
 
 @pytest.fixture(scope="session", autouse=True)
