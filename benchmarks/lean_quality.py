@@ -2,13 +2,14 @@
 
     python benchmarks/lean_quality.py --out FILE                          # the bundled model and text
     python benchmarks/lean_quality.py MODEL --steps 200 --batch 8 --length 512 --out FILE --set weights.token_embedding.grid=q8_0
-    python benchmarks/lean_quality.py --steps 4 --batch 2 --length 64 --gptq-tokens 256 --tokens 512 --seeds 1 --out FILE
+    python benchmarks/lean_quality.py --steps 4 --batch 2 --length 64 --gptq-tokens 256 --tokens 512 --seeds 0 --out FILE
 
 The same short run is made for each choice and seed: recipe q4_0, first codes by GPTQ, KL to the original. It measures the KL to
 the original on held-out text, simulated in transformers, before training and after. It also measures milliseconds a step,
 without the first two, which compile. On a GPU it gives the peak that torch allocated during training, beside the plan's
 figure. A seed orders the data, and all choices of a seed see the same. "float32 again" repeats the first choice; the
-difference is the noise of a repetition. "int8" needs torchao (`intaglio[lean]`).
+difference is the noise of a repetition. "int8" needs torchao (`intaglio[lean]`). Each row is written as it is measured,
+and what the file has already is not measured again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import json
 import statistics
 import tempfile
 import time
@@ -126,7 +128,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--gptq-tokens", type=int, default=32768)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--choices", nargs="*", default=list(CHOICES), choices=CHOICES)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on a GPU")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "lean_quality.json")
@@ -136,8 +138,14 @@ def main() -> None:
     windows = held_out_windows(
         options.text, tokenizer, length=options.length, max_tokens=options.tokens, vocab_size=vocabulary
     )
-    rows: list[dict[str, Any]] = []
-    for seed, choice in itertools.product(range(options.seeds), options.choices):
+    settings = {k: str(v) for k, v in vars(options).items() if k not in ("model", "data", "text", "out", "seeds")}
+    settings["model"] = options.model.name
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    rows: list[dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    done = {(row["seed"], row["choice"]) for row in rows}
+    for seed, choice in itertools.product(options.seeds, options.choices):
+        if (seed, choice) in done:
+            continue
         try:
             rows.append(measure(options, choice, seed, (tokenizer, torch.from_numpy(windows).long())))
         except InputError as error:  # torchao is not there
@@ -146,12 +154,11 @@ def main() -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        show(rows)
-    settings = {key: str(value) for key, value in vars(options).items() if key not in ("model", "data", "text", "out")}
-    settings["model"] = options.model.name
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    result = {"environment": environment("torchao") | {"device": device}, "settings": settings, "rows": rows}
-    write_result(options.out, result)
+        write_result(
+            options.out,
+            {"environment": environment("torchao") | {"device": device}, "settings": settings, "rows": rows},
+        )
+    show(rows)
 
 
 if __name__ == "__main__":
