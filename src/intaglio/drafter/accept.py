@@ -77,7 +77,8 @@ def chances(
     if length - prompt < 2:
         raise InputError(f"texts of {length} tokens, {prompt} of them prompt: expected two or more that were written")
     rows = [
-        _chances(target, drafter, ids, sampled, list(without))[:, prompt - 1 :] for ids in texts.split(TEXTS_AT_ONCE)
+        _chances(target, drafter, ids.to(target.device), sampled, list(without))[:, prompt - 1 :].cpu()
+        for ids in texts.split(TEXTS_AT_ONCE)
     ]
     return torch.cat(rows).numpy()
 
@@ -91,7 +92,7 @@ def _chances(target: Any, drafter: Any, ids: Tensor, sampled: bool, without: lis
     target_logits[..., without] = -torch.inf
     beyond = states.embeds[:, :1].expand(-1, LONGEST, -1)  # what drafts beyond the end are fed with counts for nothing
     padded = replace(states, embeds=torch.cat((states.embeds, beyond), 1))
-    chances = torch.zeros(len(ids), places, LONGEST)
+    chances = torch.zeros(len(ids), places, LONGEST, device=ids.device)
     for step, hidden in enumerate(steps(drafter, padded, positions, LONGEST, places), 1):
         known = places - step  # places whose draft of this step has a token of the text to be compared with
         if known > 0:

@@ -12,7 +12,8 @@ TEXTS_AT_ONCE = 32
 
 @torch.no_grad()
 def written(target: Any, prompts: Tensor, tokens: int, *, sampled: bool = False) -> Tensor:
-    """`prompts` [N, P] and `tokens` more of each: greedy, or sampled at temperature 1; int64 [N, P + tokens].
+    """`prompts` [N, P] and `tokens` more of each: greedy, or sampled at temperature 1; int64 [N, P + tokens], on
+    the target's device.
 
     A text does not end: the tokens that would end it are left out of what may be written.
     """
@@ -24,7 +25,7 @@ def written(target: Any, prompts: Tensor, tokens: int, *, sampled: bool = False)
         torch.manual_seed(0)
         parts = [
             target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-            for ids in prompts.split(TEXTS_AT_ONCE)
+            for ids in prompts.to(target.device).split(TEXTS_AT_ONCE)
         ]
     return torch.cat(parts)
 

@@ -160,10 +160,10 @@ def _run(
     dismiss_processes()
     if not main:
         return None
-    target = open_target(target_dir)[0] if sharded else target.cpu()  # acceptance is measured on the CPU
+    target = open_target(target_dir)[0] if sharded else target
     progress.stage("Exporting")
     _export(PackedModel.open(out / list(plans)[-1] / "packed"), out, replace=resume)
-    report = _measure(_pairs(target, original_dir, before, trained), prompts, texts, progress)
+    report = _measure(_pairs(target, original_dir, before, trained), prompts, texts, device, progress)
     write_report(report, out, replace=resume)
     return report
 
@@ -218,12 +218,15 @@ def _pairs(
 
 
 def _measure(
-    pairs: list[tuple[str, str, Any, Any]], prompts: Tensor, texts: Texts, progress: Progress
+    pairs: list[tuple[str, str, Any, Any]], prompts: Tensor, texts: Texts, device: torch.device, progress: Progress
 ) -> DrafterReport:
     progress.stage("Measuring acceptance")
     measured: list[Pair] = []
     written: dict[int, dict[bool, Tensor]] = {}
     for number, (target_name, drafter_name, target, drafter) in enumerate(pairs, 1):
+        for _, _, other, _ in pairs:
+            other.to(device if other is target else "cpu")  # one target at a time: a second may not fit on a GPU
+        drafter.to(device)
         by_target = written.setdefault(id(target), {})
         pair = measure_pair(target_name, drafter_name, target, drafter, prompts, texts.tokens, by_target)
         measured.append(pair)
