@@ -124,7 +124,7 @@ def make_tokenizer(folder: Path) -> None:
 
 
 class Usage(NamedTuple):
-    """What one process took. cpu_seconds: of all its threads, user and system."""
+    """Time and memory of one process. cpu_seconds: of all its threads, user and system."""
 
     seconds: float
     cpu_seconds: float
@@ -143,7 +143,7 @@ def run(arguments: list[str | Path]) -> Usage:
 
 
 def commands(folder: Path, converter: Path) -> Iterator[tuple[str, list[str | Path]]]:
-    """What is timed, in order; each needs what those before it wrote."""
+    """The commands that are timed, in order; each needs what those before it wrote."""
     model, packed, python = folder / "model", folder / "packed", sys.executable
     cli = [python, "-c", "from intaglio.cli import main; main()"]
     yield "convert", [python, converter, model, "--outfile", folder / "bf16.gguf", "--outtype", "bf16"]
@@ -154,7 +154,7 @@ def commands(folder: Path, converter: Path) -> Iterator[tuple[str, list[str | Pa
 
 
 def compare_files(ours: Path, theirs: Path) -> dict[str, Any]:
-    """Which tensors of the two files have equal types and bytes."""
+    """Tensors of the two files that have equal types and bytes."""
     pairs = {t.name: [t] for t in read_gguf(ours).tensors}
     for tensor in read_gguf(theirs).tensors:
         pairs[tensor.name].append(tensor)

@@ -119,7 +119,7 @@ def teach(cache: Path, options: argparse.Namespace) -> None:
 
 
 def references(cache: Path, options: argparse.Namespace) -> None:
-    """What needs no training: llama.cpp's own rounding, and the least-squares fit."""
+    """Measure what needs no training: llama.cpp's own rounding, and the least-squares fit."""
     for kind in ("stock", "fitted"):
         quantize(cache / "teacher", plan_of(cache, kind, options), cache / kind, replace=True)
 

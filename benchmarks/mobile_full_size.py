@@ -119,7 +119,7 @@ def reader_layout(size: str, config: dict[str, Any]) -> dict[str, tuple[str, tup
 
 
 def compare(folder: Path, size: str) -> dict[str, Any]:
-    """What the folder has that the reader's model lacks, the other way round, and what is unlike."""
+    """Names that only the folder has, names that only the reader's model has, and names that differ."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     with open_safetensors(folder / "model.safetensors") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - safe_open does not iterate

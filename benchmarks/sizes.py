@@ -145,7 +145,7 @@ def _with_unused(plan: Plan, projection: bool) -> FileSize:
 
 
 def _k_norms(plan: Plan) -> Specs:
-    """Of the KV-shared layers, in the shape of their donors'."""
+    """Keys and values of the KV-shared layers, in the shape of their donors'."""
     norms: Specs = {}
     for layer, donor in enumerate(plan.model.kv_donors):
         if layer != donor:

@@ -1,4 +1,4 @@
-"""What every test shares: hypothesis without a clock and without chance, and exported tiny models."""
+"""Shared by every test: hypothesis without a clock and without chance, and exported tiny models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What LiteRT-LM's own engine writes after a prompt, greedily, on the CPU: `litert_lm_text.py BUNDLE PROMPT TOKENS OUT`."""
+"""LiteRT-LM's own engine writes on after a prompt, greedily, on the CPU: `litert_lm_text.py BUNDLE PROMPT TOKENS OUT`."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def _signature(folder: Path, model: str, key: str) -> Any:
 
 
 def tokens_per_second(path: Path, count: int = 40) -> float:
-    """Of LiteRT-LM's engine, after a first answer."""
+    """Figures of LiteRT-LM's engine, after a first answer."""
     with litert_lm.Engine(str(path), backend=litert_lm.Backend.CPU()) as engine:
         for _ in range(2):
             with engine.create_session(apply_prompt_template=False, max_output_tokens=count) as session:

@@ -47,7 +47,7 @@ def load(path: Path) -> Runtime:
 
 
 def kernels(model: vllm.LLM) -> list[str]:
-    """What computes the quantized linears: names of classes."""
+    """Names of the classes that compute the quantized linears."""
 
     def names(module: object) -> list[str]:
         schemes = [layer.scheme for layer in module.modules() if getattr(layer, "scheme", None) is not None]  # type: ignore[attr-defined]

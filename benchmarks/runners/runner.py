@@ -1,4 +1,4 @@
-"""What every runner does around its runtime: read token ids, take the time, write arrays. See README.md."""
+"""Shared by every runner: read token ids, take the time, write arrays. See README.md."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ MAIN = ""  # as the name of an environment: the one that this runs in
 
 @dataclass(frozen=True)
 class Output:
-    """What a runner left: float32 logits [N, T - 1, V], greedy tokens int32 [P, n], and what it said of itself."""
+    """Results of a runner: float32 logits [N, T - 1, V], greedy tokens int32 [P, n], and what it said of itself."""
 
     logits: np.ndarray
     tokens: np.ndarray

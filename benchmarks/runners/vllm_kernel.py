@@ -35,7 +35,7 @@ def measure(dtype: torch.dtype) -> dict[str, float]:
 
 
 def kernel(x: Tensor, codes_CR: Tensor, scale: Tensor) -> Tensor:
-    """As CPUWNA16LinearKernel prepares weights, in blocks of 16 rows, and calls it."""
+    """Prepare weights as CPUWNA16LinearKernel does, in blocks of 16 rows, and call it."""
     words = pack_quantized_values_into_int32(codes_CR, scalar_types.uint4b8, 1)
     words = words.view(COLUMNS, -1, 2).permute(1, 0, 2).reshape(-1, COLUMNS * 2).contiguous()
     return ops.cpu_gemm_wna16(

@@ -1,4 +1,4 @@
-"""What vLLM's own config classes make of modules of a compressed-tensors folder: class, bits and group size, as JSON.
+"""Ask vLLM's own config classes about modules of a compressed-tensors folder: class, bits and group size, as JSON.
 
 python vllm_schemes.py FOLDER MODULE...
 """
@@ -32,7 +32,7 @@ class RoutedExperts(torch.nn.Module):
 
 
 def scheme_of(config: CompressedTensorsConfig, name: str) -> list[Any] | None:
-    """As `get_quant_method` goes about it for a linear, an embedding or a layer's experts of this name."""
+    """Choose as `get_quant_method` does for a linear, an embedding or a layer's experts of this name."""
     if name.endswith(".experts"):
         method: Any = CompressedTensorsMoEMethod.get_moe_method(config, RoutedExperts(), name)
         return [type(method).__name__, method.num_bits, method.group_size]

@@ -1,4 +1,4 @@
-"""What each part of the mobile format costs alone: bundled model, nothing trained, on a CPU.
+"""The cost of each part of the mobile format alone: bundled model, nothing trained, on a CPU.
 
     python benchmarks/tiny/ingredients.py          # 10 minutes on two cores
 

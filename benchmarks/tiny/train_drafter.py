@@ -40,7 +40,7 @@ PROMPTS, PROMPT_TOKENS, WRITTEN_TOKENS = 64, 32, 96
 
 
 def corpus_of(stream: np.ndarray, tokens: int, batch: int) -> Corpus:
-    """As many rows as the run takes, drawn from the whole corpus."""
+    """Rows for the whole run, drawn from the whole corpus."""
     rows = sequences(stream, LENGTH)
     chosen = rows[np.random.default_rng(0).permutation(len(rows))[: tokens // LENGTH + batch]]
     return Corpus(chosen, positions_of(chosen, documents=True), "corpus of the bundled model")
@@ -59,7 +59,7 @@ def prompts() -> Tensor:
 
 
 def parser_of(description: str | None, *, tokens: int, lr: float, out: Path) -> argparse.ArgumentParser:
-    """What both scripts that train the drafter ask for, with their defaults."""
+    """Options of both scripts that train the drafter, with their defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=lambda text: int(float(text)), default=tokens)
     parser.add_argument("--batch", type=int, default=4)

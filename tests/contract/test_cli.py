@@ -226,7 +226,7 @@ def test_training_moves_the_codes(finished: tuple[Path, str]) -> None:
 
 
 def test_quantize_with_text_lets_gptq_choose_codes(tmp_path: Path) -> None:
-    """Of the bundled model, without training: nearer to it than the fit alone, and on the canonical grid as ever."""
+    """GPTQ without training is nearer to the bundled model than the fit alone, and stays on the canonical grid."""
     command, gptq = ["quantize", MODEL_DIR, "--out"], ["--data", HELDOUT_TEXT, "--set=schedule.gptq_tokens=8192"]
     assert intaglio(*command, tmp_path / "fit").code == 0
     assert intaglio(*command, tmp_path / "gptq", *gptq, "--set=schedule.sequence_length=128").code == 0

@@ -193,7 +193,7 @@ def put_rows(folder: Path, name: str, weight: torch.Tensor) -> None:
 
 
 def test_two_grids_within_a_tensor(tmp_path: Path) -> None:
-    """Of blocks of four bits each is recovered by itself, whatever its rule; rows of eight bits beside them stop it."""
+    """Each block of four bits is recovered by itself, whatever its rule; rows of eight bits beside them stop it."""
     name, latent = (
         "model.layers.1.mlp.up_proj.weight",
         torch.randn(128, 256, generator=torch.Generator().manual_seed(2)),

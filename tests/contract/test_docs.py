@@ -93,7 +93,7 @@ def lines(block: Block) -> list[list[str]]:
 def inputs(
     cases: dict[str, Case], mobile_packed: PackedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """What the pages take as given, by the names that they have there."""
+    """The objects that the pages take as given, by their names there."""
     gemma4, folder = cases["gemma4"], tmp_path_factory.mktemp("inputs")
     text = "The whale swam past the ship, and nobody on it said a word. " * 10
     chat = [{"role": "user", "content": "Who swam?"}, {"role": "assistant", "content": "The whale."}]
@@ -159,7 +159,7 @@ def test_commands_run(block: Block, inputs: dict[str, Path], place: Path) -> Non
 
 
 class Sequences(Dataset[dict[str, torch.Tensor]]):
-    """What a Trainer reads: token ids that are their own labels."""
+    """A Trainer's dataset: token ids that are their own labels."""
 
     ids = torch.from_numpy(small_corpus(sequences=16, length=12).tokens).long()
 

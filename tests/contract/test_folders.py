@@ -1,4 +1,4 @@
-"""What a path holds: every verb that takes a model says the same, and what it advises works."""
+"""Every verb that takes a model says the same of a path, and its advice works."""
 
 from __future__ import annotations
 
@@ -319,7 +319,7 @@ def test_the_advice_for_a_stale_config_works(checkpoint: Path, tmp_path: Path) -
 
 
 def test_a_head_that_contradicts_its_config_is_refused_with_both_ways_out(checkpoint: Path, tmp_path: Path) -> None:
-    """What merges of PEFT and Unsloth leave: the config ties the head, the files hold another one."""
+    """Merges of PEFT and Unsloth leave a config that ties the head, and files that hold another one."""
     head = torch.randn(4096, 256, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     edit_tensors(checkpoint, lambda tensors: tensors.update({HEAD: head}))
     says = (
@@ -570,7 +570,7 @@ def test_links_of_the_hubs_cache_are_followed(gemma4: Case, tmp_path: Path) -> N
 
 
 def test_logits_are_those_of_the_weights(checkpoint: Path, gemma4: Case) -> None:
-    """What is taken off or passed over changes nothing that the model computes."""
+    """The model computes the same without what is taken off or passed over."""
     rename(checkpoint, lambda name: f"module.{name}")
     ids = torch.arange(32).reshape(1, 32)
     first, second = (next(logits_of(load_model(path), ids)) for path in (checkpoint, gemma4.checkpoint))

@@ -129,7 +129,7 @@ def headers(draw: st.DrawFn, data: bytes) -> bytes:
 
 
 def survives(data: bytes, path: Path) -> Inspection | None:
-    """What is found in such a file; None for a typed error. Anything else fails the test."""
+    """Return what is found in such a file, or None after a typed error; any other error fails the test."""
     path.write_bytes(data)
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     try:

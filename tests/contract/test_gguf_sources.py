@@ -137,7 +137,7 @@ def test_a_tokenizer_that_contradicts_the_file_is_refused(base: Path, gemma4: Ca
 
 
 def test_a_file_of_floats_says_how_to_go_on(gemma4: Case, tmp_path: Path) -> None:
-    """Of bfloat16, as llama.cpp's converter writes one: the advice is followed to an exact GGUF."""
+    """A bfloat16 GGUF, as llama.cpp's converter writes it: the advice leads to an exact GGUF."""
     path = rewrite(gemma4.gguf, tmp_path / "bf16.gguf", every=GGMLQuantizationType.BF16)
     config = f"--config={gemma4.checkpoint}"
     # our own values lie on their grid whatever type holds them

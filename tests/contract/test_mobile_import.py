@@ -90,7 +90,7 @@ def test_a_folder_like_googles(tmp_path: Path) -> None:
 
 
 def test_what_is_imported_goes_on(folder: Path, mobile_packed: PackedModel, tmp_path: Path) -> None:
-    """To floats, for further training; and through the command line."""
+    """The import becomes floats for further training, also through the command line."""
     assert intaglio("convert", folder, f"--out={tmp_path / 'imported'}").code == 0
     assert intaglio("convert", folder, f"--out={tmp_path / 'imported'}").code == 2
     made = PackedModel.open(tmp_path / "imported")

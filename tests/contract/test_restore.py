@@ -1,4 +1,4 @@
-"""What `export hf` wrote, converted: the packed model comes back bit for bit."""
+"""Conversion of what `export hf` wrote: the packed model comes back bit for bit."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ IDS = torch.from_numpy(CORPUS.tokens[:2]).long()
 
 
 class Sequences(Dataset):
-    """What a Trainer reads: token ids that are their own labels."""
+    """A Trainer's dataset: token ids that are their own labels."""
 
     def __len__(self) -> int:
         return len(CORPUS.tokens)

@@ -74,7 +74,7 @@ OTHERWISE: tuple[dict[str, Any], ...] = (
 
 
 def test_llamacpp_caps_and_slides_as_gemma2_does(tmp_path: Path) -> None:
-    """In float32, where nothing is rounded to 8 bits: 2e-9 nats. A setting a little off gives 1000 times that."""
+    """float32 rounds nothing to 8 bits: 2e-9 nats. A setting a little off gives 1000 times that."""
     config = GEMMA2 | {"final_logit_softcapping": 10.0}
     recipe = Recipe.load("q4_0", ["weights.linear.grid=f32", "weights.token_embedding.grid=f32"])
     checkpoint = make_checkpoint(tmp_path / "checkpoint", config)

@@ -96,7 +96,7 @@ def logits_of(model: TextModel, ids_NT: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def chosen_share(model: TextModel, ids: np.ndarray) -> float:
-    """Of the tokens after the prompt, those that the training forward chooses too after the same tokens.
+    """Share of the tokens after the prompt that the training forward chooses too after the same tokens.
 
     Greedy texts part at the first token that is another, so they are not compared as a whole: whether two sums of
     one model's own numbers, by one thread or by two, choose the same 40 tokens depends on the prompt.

@@ -181,7 +181,7 @@ def test_too_little_memory_is_a_failure_of_the_runtime(files: dict[str, Path]):
 def test_without_extra_buffers_the_same_is_computed(
     files: dict[str, Path], llama: LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """As on a processor with AMX. The kernels differ, and so does the order of their sums."""
+    """Extra buffers are off, as on a processor with AMX. The kernels differ, and so does the order of their sums."""
     (tmp_path / "cpuinfo").write_text("flags\t\t: fpu amx_tile\n")
     monkeypatch.setattr("intaglio.measure.process.CPUINFO", tmp_path / "cpuinfo")
     window = torch.randint(16, 4000, (64,), generator=torch.Generator().manual_seed(2))

@@ -46,7 +46,7 @@ def forward(model: Any) -> np.ndarray:
 
 
 def simulated(packed: PackedModel, checkpoint: Path) -> np.ndarray:
-    """What the training forward computes, with float activations: [N, T - 1, V]."""
+    """Logits of the training forward with float activations: [N, T - 1, V]."""
     model = decoded_model(load_model(checkpoint), packed)
     switch_static(model, activations=False, kv_cache=False)
     return forward(model)
@@ -119,7 +119,7 @@ def test_vllm_computes_w4a16_as_it_does_the_decoded_weights(gemma4: Case, tmp_pa
 
 @pytest.mark.environment
 def test_vllm_computes_a_gemma2_as_it_does_the_decoded_weights(cases: dict[str, Case], tmp_path: Path) -> None:
-    """In bfloat16: vLLM runs no Gemma 2 in float16."""
+    """bfloat16, since vLLM runs no Gemma 2 in float16."""
     case = cases["gemma2"]
     export_vllm(case.packed, tmp_path / "vllm")
     dense, found = (vllm("vllm", path, tmp_path / "out", "bfloat16") for path in (case.hf, tmp_path / "vllm"))
@@ -162,7 +162,7 @@ FOUR_BITS += [f"weights.{rule}.grid=bf16" for rule in ("token_embedding", "head"
 @pytest.mark.environment
 @pytest.mark.parametrize("rules", [FOUR_BITS, []], ids=["four bits", "mobile"])
 def test_vllm_computes_the_mobile_format(rules: list[str], text: Path, tmp_path: Path) -> None:
-    """In float32, with multiplication by decoded weights: but for flipped int8 codes every logit is the same."""
+    """float32 and products with decoded weights give the same logits but for flipped int8 codes."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     settings = ["channel_scales=bf16", "schedule.calibration_tokens=512", "schedule.sequence_length=64", *rules]
     packed, _ = quantize_model(checkpoint, Recipe.load("mobile", settings), tmp_path / "packed", data=text)
@@ -192,7 +192,7 @@ def schemes_in_vllm(folder: Path, names: list[str]) -> dict[str, Any]:
 
 @pytest.mark.environment
 def test_vllm_finds_the_experts_of_the_published_mixture(tmp_path: Path) -> None:
-    """Of which no weights are needed: its config says which method each module gets."""
+    """The config alone says which method each module gets; no weights are needed."""
     (tmp_path / "config.json").write_text(json.dumps(vllm_config(make_plan(bundled_spec("gemma-4-26b-a4b"), "q4_0"))))
     layer = "language_model.model.layers.29"  # as vLLM calls it within the multimodal model
     linear = ["CompressedTensorsWNA16", 4, 32]

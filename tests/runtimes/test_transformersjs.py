@@ -60,7 +60,7 @@ def site(packed: PackedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def continued(model: Any, ids: list[int], tokens: int) -> list[int]:
-    """What transformers generates greedily, past any end-of-text token."""
+    """transformers' greedy tokens, past any end-of-text token."""
     plain = {"do_sample": False, "eos_token_id": None, "temperature": None, "top_p": None, "top_k": None}
     return model.generate(torch.tensor([ids]), max_new_tokens=tokens, **plain)[0, len(ids) :].tolist()
 
@@ -85,7 +85,7 @@ def test_the_same_forty_tokens_and_logits_as_in_transformers(
 
 
 def node(folder: Path, onnx: Path, code: str, *arguments: str) -> str:
-    """What a module prints that runs in `folder`, beside node_modules and the model as `onnx-model`."""
+    """Output of a module that runs in `folder`, beside node_modules and the model as `onnx-model`."""
     folder.mkdir()
     (folder / "onnx-model").symlink_to(onnx)
     (folder / "node_modules").symlink_to(MODULES)

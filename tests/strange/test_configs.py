@@ -146,7 +146,7 @@ def test_configs_of_gemma3(name: str, gemma3: Base, tmp_path: Path) -> None:
 
 
 def test_none_of_the_family_contradicts_itself() -> None:
-    """What Google published passes every check."""
+    """Google's published configs pass every check."""
     from intaglio.plan.bundled import bundled_config, bundled_names
 
     for name in bundled_names():

@@ -1,4 +1,4 @@
-"""What tests of training share: fake quantization again, as plain differentiable code, and a model that steps fast."""
+"""Shared by tests of training: fake quantization as plain differentiable code, and a model that steps fast."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_keys_and_tensors_are_those_of_llamacpps_converter(drafters: dict[str, C
 
 
 def test_ggmls_quantizer_finds_the_same_bytes_in_the_folder(drafter: Case) -> None:
-    """What a stranger gets who converts and quantizes the transformers folder."""
+    """A stranger converts and quantizes the transformers folder."""
     weights = load_file(drafter.hf / "model.safetensors")
     stored = {tensor.name: tensor for tensor in GGUFReader(drafter.gguf).tensors}
     for ours, theirs in (

@@ -1,4 +1,4 @@
-"""What stands in an exported GGUF: keys, names, tokenizer, bytes."""
+"""An exported GGUF's keys, names, tokenizer and bytes."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_progress_counts_every_byte(gemma4: Case, tmp_path: Path) -> None:
 
 
 def test_stock_quantization_of_the_checkpoint_gives_the_same_blocks(case: Case) -> None:
-    """What llama-quantize would make of export_hf's bfloat16 weights, by ggml's own code."""
+    """Quantize export_hf's bfloat16 weights as llama-quantize would, by ggml's own code."""
     weights = load_file(case.hf / "model.safetensors")
     blocks = {tensor.name: tensor for tensor in GGUFReader(case.gguf).tensors}
     compared = 0

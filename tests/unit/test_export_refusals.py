@@ -1,4 +1,4 @@
-"""What is not exported, and why; and outputs that appear whole or not at all."""
+"""Exports that are refused, and outputs that appear whole or not at all."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ each_kind = pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY)
 
 @each_kind
 def test_every_parameter_has_exactly_one_role(config: dict[str, Any], tmp_path: Path) -> None:
-    """Of a checkpoint as transformers saves it, where some have other names than in the state dict."""
+    """Names in a checkpoint as transformers saves it; some differ from the state dict's."""
     stored = headers(make_checkpoint(tmp_path, config) / "model.safetensors")
     spec = describe_whole(config)
     planned = [*spec.tensors, *spec.carried]

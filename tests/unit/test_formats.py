@@ -53,7 +53,7 @@ def test_a_recipe_that_can_be_planned_has_a_reference(recipe: str) -> None:
 
 
 def files_to_add(title: str) -> dict[str, str]:
-    """What a section of CONTRIBUTING.md says of each file in its table."""
+    """Text of each file in the table of a section of CONTRIBUTING.md."""
     section = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition(f"## {title}\n")[2].partition("\n## ")[0]
     return dict(re.findall(r"^\| `([\w/.]+)` \| (.+) \|$", section, re.MULTILINE))
 

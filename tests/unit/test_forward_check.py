@@ -154,7 +154,7 @@ def eager_attention(latents: Latents) -> None:
 
 
 def sum_in_another_order(latents: Latents) -> None:
-    """As fused kernels do, such as Liger's."""
+    """Fused kernels, such as Liger's, do this."""
     linear = latents.model.get_submodule(GATE)
     linear.forward = lambda x: (x.double() @ linear.weight.double().T).to(x.dtype)
 

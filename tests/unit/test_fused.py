@@ -57,7 +57,7 @@ def _pairs(one: Latents, other: Latents) -> list:
 
 
 def test_a_compiled_kernel_decodes_what_is_packed() -> None:
-    """In bfloat16, whose casts a compiler may leave out: the packed codes must be the weight's own."""
+    """The packed codes are the weight's own in bfloat16, whose casts a compiler may leave out."""
     plan = small_plan("weights.ple_embedding.trainable=true", recipe="mobile")
     losses, latents = trained(plan, torch.bfloat16, is_fused=True, steps=1)
     for latent in latents.trained.values():

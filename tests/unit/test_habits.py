@@ -1,4 +1,4 @@
-"""What the project's files say of each other: versions, paths and what CI runs."""
+"""The project's files agree with each other: versions, paths and what CI runs."""
 
 from __future__ import annotations
 

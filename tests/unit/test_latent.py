@@ -71,7 +71,7 @@ def in_case(case: str, values: Tensor, dtype: torch.dtype = torch.float32) -> Bl
 
 
 def given_of(made: BlockLatent) -> Tensor:
-    """What the mode does not learn: bases, or the steps themselves."""
+    """Parts that the mode does not learn: bases, or the steps themselves."""
     if made.mode != "fixed":
         return torch.zeros(0) if made.base is None else made.base
     if made.super_scale is None:

@@ -98,7 +98,7 @@ def test_q2_0_by_hand() -> None:
 
 
 def by_transformers(packed: torch.Tensor, grid: BlockGrid, columns: int) -> torch.Tensor:
-    """How the official reader of the mobile format takes bytes apart."""
+    """Take bytes apart as the official reader of the mobile format does."""
     unpack = {2: gemma_quant._unpack_int2, 4: gemma_quant._unpack_int4}.get(grid.code_bits)
     return packed if unpack is None else unpack(packed, columns)
 

@@ -88,7 +88,7 @@ def program(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def behind_a_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Which must not be asked for this machine."""
+    """A proxy that nobody may ask for an address of this machine."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     yield
 

@@ -1,4 +1,4 @@
-"""How candidates are measured: one at a time beside an original whose dtype and batches fit the device."""
+"""Candidates are measured one at a time beside an original whose dtype and batches fit the device."""
 
 from __future__ import annotations
 

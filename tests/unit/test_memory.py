@@ -38,7 +38,7 @@ def stored(model: Any) -> list[torch.Tensor]:
 
 
 def held_bytes(*tensors: torch.Tensor) -> int:
-    """Of the storages behind these tensors, each counted once."""
+    """Bytes of the storages behind these tensors, each counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

@@ -313,7 +313,7 @@ def test_windows_that_cannot_be_scored(tiny, windows: Tensor):
 
 
 class Letters:
-    """As much of a tokenizer as `greedy` needs: one token a character."""
+    """A tokenizer with what `greedy` needs: one token a character."""
 
     def __call__(self, text: str, return_tensors: str):
         from transformers import BatchEncoding

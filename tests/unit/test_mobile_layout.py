@@ -28,7 +28,7 @@ def golden(name: str) -> dict[str, Any]:
 
 
 def official_plan(size: str) -> Plan:
-    """What Google's file holds: unclipped towers, k and v of the KV-shared layers."""
+    """A file like Google's: unclipped towers, and k and v of the KV-shared layers."""
     config = golden(f"{size}.config")
     for tower in ("vision_config", "audio_config"):
         config[tower]["use_clipped_linears"] = False

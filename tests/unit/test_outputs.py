@@ -1,4 +1,4 @@
-"""What may be written where: inputs and strangers' files are kept, leftovers go, a run folder has one process."""
+"""Outputs keep inputs and strangers' files, leftovers go, and a run folder has one process."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from tests.support.cli import contents, intaglio
 
 @pytest.fixture
 def modules(tmp_path: Path) -> Path:
-    """What npm leaves, as far as it is copied."""
+    """A folder as npm leaves it, as far as it is copied."""
     folder = tmp_path / "node_modules"
     for package, version in ((LIBRARY, LIBRARY_VERSION), (RUNTIME, "1.31.0")):
         (folder / package / "dist").mkdir(parents=True)
@@ -80,7 +80,7 @@ def test_the_option_is_for_the_page_alone(gemma4: Case, tmp_path: Path) -> None:
 
 
 def test_the_page_is_confined_to_its_folder() -> None:
-    """By its own policy, and by the server's, which also covers the workers."""
+    """The page's own policy forbids it, and so does the server's, which also covers the workers."""
     page = files("intaglio.formats.onnx") / "page"
     html, server = (page / "index.html").read_text("utf-8"), (page / "serve.py").read_text("utf-8")
     found = re.search(r'Content-Security-Policy" content="([^"]*)"', html)

@@ -33,7 +33,7 @@ def mend_kv_sharing() -> bool:
 
 
 def kv_sharing_modes(config: Any) -> list[str | None]:
-    """For each layer "reuse" if it attends to another's keys and values, "store" if others may, else None."""
+    """One word a layer: "reuse" if it attends to another's keys and values, "store" if others may, else None."""
     own = config.num_hidden_layers - config.num_kv_shared_layers
     if own < 0:
         raise ValueError(f"{config.num_kv_shared_layers} of {config.num_hidden_layers} layers share keys and values")

@@ -136,7 +136,7 @@ class _Filling:
         return [*nodes, helper.make_node("MatMul", [x, f"{weight}.T"], [output], name=name)]
 
     def _last_tokens(self, x: str) -> tuple[str, list[Any]]:
-        """As many of the last tokens as are asked for; -0 begins at the first, so that 0 is all of them."""
+        """The last tokens, as many as are asked for; -0 begins at the first, so that 0 is all of them."""
         from onnx import helper
 
         for name, value in (("to_keep.one", [1]), ("to_keep.end", [LAST])):
