@@ -57,8 +57,12 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # llama.cpp's kernels for AMX die where gcc 12 compiled them. Without the macro that guards them they are left out,
-# and everything else is compiled for this processor as before.
-WITHOUT_AMX := CFLAGS="$$CFLAGS -U__AMX_INT8__" CXXFLAGS="$$CXXFLAGS -U__AMX_INT8__"
+# and everything else is compiled for this processor as before. Some compilers link libstdc++ statically, once into each
+# library of llama.cpp. Unless each library hides its copy, one calls another's and dies with signal 11.
+LLAMA_FLAGS := CFLAGS="$$CFLAGS -U__AMX_INT8__" CXXFLAGS="$$CXXFLAGS -U__AMX_INT8__"
+ifeq ($(shell uname -s),Linux)
+LLAMA_FLAGS += LDFLAGS="$$LDFLAGS -Wl,--exclude-libs,ALL"
+endif
 
 # torch first and by exact version: then its CPU build is taken where an index offers one
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -72,7 +76,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(WITHOUT_AMX) $(PIP) --editable '.[llama,onnx,tensorboard,dev]'
+	$(LLAMA_FLAGS) $(PIP) --editable '.[llama,onnx,tensorboard,dev]'
 	touch $@ $(VENV)/.demo
 
 # What a release is: both archives, checked, and the wheel's own demo in an environment that has nothing else.

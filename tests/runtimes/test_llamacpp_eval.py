@@ -186,5 +186,5 @@ def test_without_extra_buffers_the_same_is_computed(
     monkeypatch.setattr("intaglio.measure.process.CPUINFO", tmp_path / "cpuinfo")
     window = torch.randint(16, 4000, (64,), generator=torch.Generator().manual_seed(2))
     with LlamaCpp(files["gguf"], context_tokens=64, threads=1) as plain:
-        assert plain.version == llama.version[:-1] + ", extra buffers off: the processor has AMX)"
+        assert plain.version.endswith(", extra buffers off: the processor has AMX)")
         torch.testing.assert_close(plain.logits(window), llama.logits(window), atol=1e-3, rtol=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,8 +15,12 @@ from transformers.integrations.gemma_quant import apply_srq
 
 from intaglio.errors import InputError, MismatchError, WeightError
 from intaglio.measure.int8_cache import decode_windows, int8_cache
+from intaglio.packed.checkpoint import load_model
+from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import PackedModel
-from intaglio.plan.plan import Plan
+from intaglio.plan.family import build_meta_model
+from intaglio.plan.plan import Plan, make_plan
+from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress, StepInfo
 from intaglio.train.calibrate import calibrate
 from intaglio.train.latents import Latents, prepare
@@ -31,6 +36,7 @@ from intaglio.train.static import (
     static,
     switch_static,
 )
+from tests.support.tiny import GEMMA2, make_checkpoint, pack
 from tests.support.training import small_corpus, small_model, small_plan, straight_through
 
 PLAN = small_plan(recipe="mobile")
@@ -301,3 +307,16 @@ def test_a_calibrated_model_that_was_cast_packs_the_scales_of_its_forward(
         assert "cast" in str(error)
     else:
         assert PackedModel.open(tmp_path / "packed").read_static() == read_scales(latents.model, PLAN)
+
+
+def test_a_soft_cap_of_attention_is_computed_or_refused(tmp_path: Path) -> None:
+    """Every model that intaglio builds or loads attends with the cap; one that was given without it is refused."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", GEMMA2)
+    loaded, built = load_model(checkpoint), build_meta_model(GEMMA2)
+    packed = load_packed(pack(checkpoint, tmp_path / "packed", Recipe.load("q4_0")))
+    assert [model.config._attn_implementation for model in (loaded, built, packed)] == ["eager"] * 3
+    loaded.config._attn_implementation = "sdpa"  # as transformers before 5.23 chose by itself
+    before = {name: value.clone() for name, value in loaded.state_dict().items()}
+    with pytest.raises(InputError, match=r"leave out the soft cap.*set_attn_implementation\('eager'\)"):
+        prepare(loaded, make_plan(GEMMA2, "q4_0"))
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())

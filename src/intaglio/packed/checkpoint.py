@@ -19,7 +19,15 @@ from intaglio.packed.shards import INDEX, SINGLE, shards, tensor_files
 from intaglio.packed.store import SafetensorsReader, headers, open_safetensors, row_slices
 from intaglio.plan.carried import describe_whole, unused_names
 from intaglio.plan.families import WHOLES
-from intaglio.plan.family import ModelSpec, TensorSpec, build_meta_model, load_config, read_spec, text_config
+from intaglio.plan.family import (
+    ModelSpec,
+    TensorSpec,
+    build_meta_model,
+    load_config,
+    read_spec,
+    text_config,
+    transformers_config,
+)
 from intaglio.plan.files import one_line, read_json
 from intaglio.plan.plan import HEAD
 
@@ -46,7 +54,7 @@ def load_model(
     Raises ConfigError for anything but a whole checkpoint of floats, and for one that is incomplete or does not fit
     its config.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     path = Path(model_dir)
     expect(path, CHECKPOINT)
@@ -60,7 +68,7 @@ def load_model(
         model = loader.from_pretrained(
             None if by_us else path,
             state_dict=dict(stream_rows(path, spec)) if by_us else None,
-            config=AutoConfig.for_model(**spec.config),
+            config=transformers_config(spec.config),
             dtype=dtype,
             device_map={"": torch.device(device)},
             local_files_only=True,

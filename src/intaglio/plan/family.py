@@ -232,7 +232,10 @@ def transformers_config(config: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     mend_kv_sharing()
+    family = FAMILIES.get(config.get("model_type", ""))
+    # until 5.22 transformers takes torch's fused kernels, which leave out the soft cap
+    attention = {"attn_implementation": "eager"} if family and family.eager else {}
     try:
-        return AutoConfig.for_model(**config)
+        return AutoConfig.for_model(**config, **attention)
     except Exception as error:
         raise ConfigError(f"transformers cannot read this config: {one_line(error)}") from error

@@ -28,7 +28,7 @@ from intaglio.train.sharding import (
     world_size,
 )
 from intaglio.train.start import check_begins
-from intaglio.train.static import attach_static, bare_path, put_scales
+from intaglio.train.static import attach_static, bare_path, check_attention, put_scales
 
 Fit = Callable[[Tensor, BlockGrid], Quantized]
 ROWS_AT_ONCE = 1 << 14  # of a table that is compared with its codes
@@ -190,6 +190,7 @@ def prepare(
     adapters or parameters that no quantized weight can hold.
     """
     check_adapters(model)
+    check_attention(model, plan)
     owners = owners_of(model)
     _check_fits(owners, plan)
     check_inventory(model, plan)

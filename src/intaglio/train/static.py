@@ -260,6 +260,18 @@ def static_attention(
     return attend(module, query, key, value, *args, **kwargs)
 
 
+def check_attention(model: Any, plan: Plan) -> None:
+    """Raise InputError for a model that attends without the soft cap of its config.
+
+    transformers before 5.23 lets Gemma 2 attend by torch's fused kernels, which have no cap, and says nothing.
+    """
+    if plan.model.family.eager and model.config._attn_implementation == "sdpa":
+        raise InputError(
+            "the model attends by 'sdpa', expected 'eager': torch's kernels leave out the soft cap of attention "
+            "scores: call model.set_attn_implementation('eager') first"
+        )
+
+
 def use_static_attention(model: Any) -> None:
     """Let all layers of a transformers model attend through `static_attention`.
 
