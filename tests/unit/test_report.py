@@ -100,7 +100,8 @@ def full_report() -> Report:
             row("trained", 0.0237, TRANSFORMERS, simulated=True),
         ],
         loss_curve=[CurvePoint(step=i, tokens=i * 8192, value=0.02 + 0.04 / (1 + i)) for i in range(1000)],
-        kl_curve=[CurvePoint(step=i, tokens=i * 81920, value=0.02 + 0.04 / (1 + i)) for i in range(10)],
+        held_out_curve=[CurvePoint(step=i, tokens=i * 81920, value=0.02 + 0.04 / (1 + i)) for i in range(10)],
+        codes_curve=[CurvePoint(step=i, tokens=i * 8192, value=0.03 * i / 100) for i in range(1, 101)],
         layers=layers,
         artifacts=[Artifact(name="a.gguf", size_bytes=5_450_000, sha256="9f86" * 16, verification="0 codes differ")],
         samples=[Sample(prompt="The river", continuations={"Original": " runs.", "QAT": "\n\n    runs on."})],
@@ -264,7 +265,7 @@ def test_parts_without_data_are_left_out(tmp_path: Path):
     assert "A model on Q4_0" in texts["html"] and "A model on Q4_0" in texts["md"]
 
 
-@pytest.mark.parametrize("field", ["plan", "comparisons", "loss_curve", "kl_curve", "layers", "artifacts", "samples"])
+@pytest.mark.parametrize("field", ["plan", "comparisons", "loss_curve", "held_out_curve", "codes_curve", "layers", "artifacts", "samples"])
 def test_every_part_stands_alone(field: str, tmp_path: Path):
     report = dataclasses.replace(MINIMAL, **{field: getattr(full_report(), field)})
     for name, only in (
