@@ -72,10 +72,11 @@ def curve(
     lines: Sequence[tuple[str, float]] = (),
     *,
     factor: float = 1,
+    until: float = 0,
 ) -> Curve | None:
     """Values over tokens, with named horizontal lines for comparison; None for fewer than two points.
 
-    factor: of the points' values, for the unit.
+    factor: of the points' values, for the unit. until: tokens that the axis reaches at least.
     """
     finite = [(float(p.tokens), factor * p.value) for p in points if math.isfinite(p.value)]
     if len(finite) < 2:
@@ -83,8 +84,9 @@ def curve(
     values = [value for _, value in finite] + [value for _, value in lines]
     floor = 0.0 if min(values) < 0.5 * max(values) else min(values)
     y_at = _ticks(floor, max(values))
-    x_at = _ticks(0.0, max(tokens for tokens, _ in finite))
-    x_end = max(x_at[-1], max(tokens for tokens, _ in finite))
+    x_end = max(until, *(tokens for tokens, _ in finite))
+    x_at = _ticks(0.0, x_end)
+    x_end = max(x_at[-1], x_end)
 
     def x(tokens: float) -> float:
         return round(100 * tokens / x_end, 2) if x_end else 0.0

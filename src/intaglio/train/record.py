@@ -38,7 +38,7 @@ class Record:
 
     def __enter__(self) -> Record:
         self.trackers.__enter__()
-        self.time = time.time()
+        self.last = time.perf_counter()
         return self
 
     def __exit__(self, *rest: object) -> None:
@@ -52,11 +52,11 @@ class Record:
         """
         row = {"step": info.step, "tokens": info.tokens, "loss": info.loss, **info.figures}
         append_line(self.losses, json.dumps(row) + "\n")
-        before, self.time = self.time, time.time()
-        speed = {"tokens_per_s": self.step_tokens / (self.time - before), "host_bytes": host_peak_bytes()}
+        before, self.last = self.last, time.perf_counter()
+        speed = {"tokens_per_s": self.step_tokens / (self.last - before), "host_bytes": host_peak_bytes()}
         if torch.cuda.is_available():
             speed |= {"gpu_bytes": torch.cuda.max_memory_allocated(), "planned_bytes": self.planned_bytes}
-        append_line(self.speed, json.dumps({"step": info.step, "time": self.time, **speed}) + "\n")
+        append_line(self.speed, json.dumps({"step": info.step, "time": time.time(), **speed}) + "\n")
         self.trackers.log({key: value for key, value in (row | speed).items() if key != "step"}, info.step)
 
 

@@ -93,6 +93,12 @@ def _sign(descriptor: int) -> None:
     os.write(descriptor, (json.dumps(said) + "\n").encode())
 
 
+def held_by_a_process(run_dir: Path) -> bool:
+    """Whether a process works in a run's folder; of another host, whether one has said so and not ended in order."""
+    path = run_dir / LOCK_FILE
+    return path.exists() and _written_by_a_living_process(path)
+
+
 def _written_by_a_living_process(path: Path) -> bool:
     with suppress(InputError, ValueError):
         said = read_json(path)
