@@ -15,10 +15,11 @@ import torch
 from accelerate import tracking
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from intaglio.errors import ConfigError, InputError
 from intaglio.progress import Lines, Progress, StepInfo
-from intaglio.train import code_changes, session, trackers
+from intaglio.train import code_changes, lesson, session, trackers
 from intaglio.train.code_changes import CodeChanges, sampled
 from intaglio.train.latents import Latents, prepare
 from intaglio.train.loop import train
@@ -82,6 +83,23 @@ def test_the_measured_loss_is_the_training_loss_of_that_text(
         run(teacher, tmp_path / loss, 1, eval_every=1, held_out=batch.tokens, loss=loss)
         (row,) = read_losses(tmp_path / loss)
         assert row["held_out_loss"] == pytest.approx(row["loss"], rel=1e-5)
+
+
+def test_held_out_text_has_nothing_compiled(
+    teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its shapes would cost a compilation of every layer."""
+    counter, calls = CompileCounter(), []
+    add = torch.compile(lambda x: x + 1, backend=counter, dynamic=False)
+    plain = lesson.Teacher.__call__
+
+    def teach(self: lesson.Teacher, *text: torch.Tensor) -> tuple[Any, ...]:
+        calls.append(add(torch.zeros(len(calls) + 1)))
+        return plain(self, *text)
+
+    monkeypatch.setattr(lesson.Teacher, "__call__", teach)
+    run(teacher, tmp_path, 2, eval_every=2, held_out=HELD_OUT)
+    assert (len(calls), counter.frame_count) == (4, 2)  # two batches, and two of held-out text
 
 
 def test_held_out_text_is_asked_for(teacher: nn.Module, tmp_path: Path) -> None:

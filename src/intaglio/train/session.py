@@ -129,9 +129,11 @@ class Session:
             switch_static(self.latents.model, activations=True, kv_cache=True)
         windows, size = on_device(self.held_out, self.device), self.schedule.micro_batch or self.schedule.batch_size
         total = torch.zeros((), device=self.device)
-        for tokens in windows.split(size):
-            positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
-            total += self.lesson(tokens, positions, *self.teach(tokens, positions)) * len(tokens)
+        # uncompiled: other lengths, and no gradients, would have every layer compiled anew
+        with torch.compiler.set_stance("force_eager"):
+            for tokens in windows.split(size):
+                positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
+                total += self.lesson(tokens, positions, *self.teach(tokens, positions)) * len(tokens)
         settle(self.latents.model)
         return total.item() / len(windows)
 
