@@ -40,7 +40,7 @@ test-runtimes: $(VENV)/.test browser $(RUNTIMES:%=.runtimes/%/.done)
 	test ! -f benchmarks/runners/$*.sh || bash benchmarks/runners/$*.sh .runtimes/$*
 	touch $@
 
-CODE := src tests benchmarks docs/site
+CODE := src tests benchmarks notebooks docs/site
 
 check: $(VENV)/.test
 	$(BIN)/ruff check $(CODE)

@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `_HOMES` sa
     from intaglio.runs.quantize import quantize_model
     from intaglio.runs.release import make_release, verify_release
     from intaglio.runs.train import run as train_checkpoint
+    from intaglio.runs.watch import watch
     from intaglio.sizing.planning import Wishes, survey
     from intaglio.sizing.planning import family as survey_family
     from intaglio.sources.convert import convert
@@ -134,6 +135,7 @@ __all__ = [
     "train_model",
     "verify",
     "verify_release",
+    "watch",
 ]
 
 _HOMES = {
@@ -166,6 +168,7 @@ _HOMES = {
     "runs.quantize": ["quantize_model"],
     "runs.release": ["make_release", "verify_release"],
     "runs.train": ["train_checkpoint"],
+    "runs.watch": ["watch"],
     "sizing.planning": ["Wishes", "survey", "survey_family"],
     "sources.convert": ["convert"],
     "sources.inspect": ["inspect"],

@@ -6,9 +6,9 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +19,10 @@ SECONDS = 30.0  # between two lines, at most
 
 @dataclass(frozen=True)
 class StepInfo:
-    """Progress after an optimizer step: index, total, mean loss in nats, tokens seen, seconds."""
+    """Progress after an optimizer step: index, total, mean loss in nats, tokens seen, seconds.
+
+    figures: what else was recorded of it, by name; see `train.record`.
+    """
 
     step: int
     total_steps: int
@@ -27,6 +30,7 @@ class StepInfo:
     tokens: int
     seconds: float
     phase: str
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 class Listener(Protocol):
@@ -119,11 +123,15 @@ class Lines:
         """Remember step, loss, tokens a second and the time left; say them at the first step, the last, and in time."""
         begins, self.first = self.first is None, self.first or info
         seconds, steps = info.seconds - self.first.seconds, info.step - self.first.step
-        text = f"step {info.step:,} of {info.total_steps:,}, loss {info.loss:.4f}"
+        text, held_out = (
+            f"step {info.step:,} of {info.total_steps:,}, loss {info.loss:.4f}",
+            "held_out_loss" in info.figures,
+        )
+        text += f", {info.figures['held_out_loss']:.4f} on held-out text" if held_out else ""
         if steps and seconds > 0:
             left = (info.total_steps - info.step) * seconds / steps
             text += f", {(info.tokens - self.first.tokens) / seconds:,.0f} tokens/s, {_duration(left)} left"
-        self._remember(text, now=begins or info.step == info.total_steps)
+        self._remember(text, now=begins or held_out or info.step == info.total_steps)
 
     def part(self, done: int, total: int, figures: str) -> None:
         """Remember how far the stage is; say it in time."""
@@ -172,10 +180,14 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else str(timedelta(seconds=round(seconds)))
 
 
+def host_peak_bytes() -> int:
+    """Memory of this process at its peak."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _memory() -> str:
     """Memory of this process at its peak, and what is allocated on a GPU."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB of memory"
+    text = f"{host_peak_bytes() / 1e9:.1f} GB of memory"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         text += f", {torch.cuda.memory_allocated() / 1e9:.1f} GB on the GPU"

@@ -19,7 +19,7 @@ from intaglio.plan.plan import make_plan
 from intaglio.sizing import planning
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from tests.support.cases import Case
-from tests.support.cli import contents, intaglio, names_of_folders
+from tests.support.cli import LOGS, contents, intaglio, names_of_folders
 
 VERBS = ["demo", "plan", "quantize", "train", "export", "inspect", "convert", "verify", "eval", "report"]
 SETTINGS = ["--set=schedule.tokens=512", "--set=schedule.batch_size=2", "--set=schedule.sequence_length=32"]
@@ -156,7 +156,8 @@ def test_a_run_leaves_everything_it_promises(finished: tuple[Path, str], gemma4:
     run, printed = finished
     names = {path.split("/")[0] for path in contents(run)}
     assert names == REPORTS | {
-        *("run.json", "run.log", "losses.jsonl", "heldout.npy", "packed", "stock", "fitted"),
+        *LOGS,
+        *("heldout.npy", "packed", "stock", "fitted"),
         *("model.gguf", "stock.gguf", "hf"),
     }
     assert "report.html" in printed and "QAT" in printed

@@ -39,6 +39,9 @@ FASTER = {
 }
 
 
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
 @dataclass(frozen=True)
 class Block:
     """A block of a page."""
@@ -81,6 +84,13 @@ def test_no_block_escapes() -> None:
         if block.kind == "bash" and not block.reason:
             other = [line for line in lines(block) if line[0] != "intaglio"]
             assert not other, f"{block.place}: only intaglio's own commands run here: say <!-- not run: REASON -->"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_kept_without_what_they_print(path: Path) -> None:
+    """tests/runtimes runs them."""
+    cells = [cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert cells and not [cell for cell in cells if cell["outputs"] or cell["execution_count"]]
 
 
 def lines(block: Block) -> list[list[str]]:

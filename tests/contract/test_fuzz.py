@@ -35,7 +35,7 @@ from intaglio.runs.texts import saved_windows
 from intaglio.sources.inspect import Inspection, inspect
 from intaglio.tiny import MODEL_DIR
 from intaglio.train.checkpoint import read_state, read_step, write_state
-from intaglio.train.run_folder import _holder, check_run_dir, read_losses
+from intaglio.train.run_folder import _holder, check_run_dir, read_losses, read_speed
 from tests.support import ggml
 from tests.support.cases import Case
 from tests.support.tiny import MULTIMODAL
@@ -197,6 +197,7 @@ ODD_TEXTS = [
 ]
 SMALL = {"plan": "a" * 64, "recipe": "name = 'x'\n[schedule]\nlr = 0.1\n", "precision": "no", "corpus": "b" * 64}
 LOSSES = [{"step": i, "tokens": 64 * i, "loss": 1 / i} for i in range(1, 6)]
+SPEEDS = [{"step": i, "time": 1e9 + i, "tokens_per_s": 1.5, "host_bytes": 1 << 30} for i in range(1, 6)]
 STATE = {"model.a.weight": torch.ones(4, 8), "optimizer.a.weight.step": torch.zeros(()), "b": torch.ones(3).half()}
 SPECS = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in STATE.items()}
 
@@ -252,7 +253,16 @@ def json_bytes(value: Any) -> bytes:
 # Name of the file, its right content, its reader, and how many mutations.
 READERS: dict[str, tuple[Callable[[Path], bytes], Callable[[Path], Any], int]] = {
     "run.json": (lambda f: json_bytes(SMALL), lambda p: check_run_dir(p.parent, SMALL, True), 2000),
-    "losses.jsonl": (lambda f: "\n".join(map(json.dumps, LOSSES)).encode(), lambda p: read_losses(p.parent), 2000),
+    "losses.jsonl": (
+        lambda f: ("\n".join(map(json.dumps, LOSSES)) + "\n").encode(),
+        lambda p: read_losses(p.parent),
+        2000,
+    ),
+    "speed.jsonl": (
+        lambda f: ("\n".join(map(json.dumps, SPEEDS)) + "\n").encode(),
+        lambda p: read_speed(p.parent),
+        1000,
+    ),
     "heldout.npy": (held_out_file, lambda p: saved_windows(p, 64), 1500),
     "step-00000007/meta.json": (lambda f: json_bytes({"step": 7, "torch": "2"}), lambda p: read_step(p.parent), 1500),
     "state.safetensors": (state_file, lambda p: dict(read_state(p, SPECS)), 1500),

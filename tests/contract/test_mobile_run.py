@@ -10,7 +10,7 @@ import pytest
 from intaglio.formats.verify import verify
 from intaglio.packed.model import PackedModel
 from tests.support.cases import Case
-from tests.support.cli import contents, intaglio
+from tests.support.cli import LOGS, contents, intaglio
 
 SCHEDULE = {"tokens": 512, "batch_size": 2, "sequence_length": 32, "gptq_tokens": 128, "calibration_tokens": 128}
 SETTINGS = [f"--set=schedule.{key}={value}" for key, value in SCHEDULE.items()]
@@ -30,7 +30,7 @@ def test_it_leaves_what_it_promises(run: Path) -> None:
     names = {path.split("/")[0] for path in contents(run)}
     reports = {"report.html", "report.md", "report.json"}
     folders = {"packed", "stock", "fitted", "start", "mobile", "stock-mobile"}
-    assert names == reports | folders | {"run.json", "run.log", "losses.jsonl", "heldout.npy"}
+    assert names == reports | folders | {*LOGS, "heldout.npy"}
     packed = PackedModel.open(run / "packed")
     assert verify(packed, run / "mobile").exact
     assert all(value > 0 for value in packed.read_static().values())

@@ -26,10 +26,10 @@ from intaglio.train import loop
 from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
 from tests.support.cases import Case
-from tests.support.cli import contents, intaglio
+from tests.support.cli import LOGS, contents, intaglio
 
 SCHEDULE = {"tokens": 128, "batch_size": 2, "sequence_length": 32}
-FILES = {"packed", "model.gguf", "hf", "run.json", "run.log", "losses.jsonl", "heldout.npy"}
+FILES = LOGS | {"packed", "model.gguf", "hf", "heldout.npy"}
 REPORTS = {"report.html", "report.md", "report.json"}
 
 
@@ -88,7 +88,7 @@ def test_the_files_are_there_before_anything_is_compared(everything: tuple[Any, 
     expected = ["Loading the original", "Reading text", "Training", "Packing", "Writing files"]
     expected += ["Making Stock rounding", "Making MSE fit", "Loading the original"]
     assert order[: len(expected)] == expected and order[len(expected)].startswith("Measuring")
-    assert log.at("Packing") == {"run.json", "run.log", "losses.jsonl", "start"}
+    assert log.at("Packing") == LOGS | {"start"}
     assert log.at("Making Stock") == FILES | {"start"}
     assert log.at("Measuring") == FILES | {"stock", "stock.gguf", "fitted", "start"}
     for name in ("packed", "model.gguf", "hf"):

@@ -17,7 +17,7 @@ from intaglio.formats.verify import verify
 from intaglio.numerics.grid import Quantized
 from intaglio.packed.model import PackedModel
 from intaglio.tiny import DRAFTER_DIR, HELDOUT_TEXT, MODEL_DIR
-from intaglio.train.run_folder import read_losses
+from intaglio.train.run_folder import read_losses, read_speed
 from tests.support import layers, sharded
 
 PROCESSES = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")  # on a free port
@@ -66,6 +66,10 @@ def test_two_processes_train_what_one_does(recipe: str, overrides: tuple[str, ..
     ran = two_processes(tmp_path / "two", recipe, *overrides)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for one, two in zip(*(read_losses(tmp_path / name / "run") for name in ("one", "two")), strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)  # held-out text and codes too
+    assert len(read_speed(tmp_path / "two/run")) == len(losses(tmp_path / "two"))
+    assert len(list((tmp_path / "two/run/tensorboard").glob("events*"))) == 1  # the main process's
     assert_same_codes(tmp_path / "one", tmp_path / "two")
     assert len(list((tmp_path / "two/run/checkpoints/step-00000006").glob("state-*-of-00002.safetensors"))) == 2
 

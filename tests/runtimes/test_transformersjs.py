@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from intaglio.packed.checkpoint import load_model
 from intaglio.packed.model import PackedModel
 from intaglio.runs.release import RUNTIMES
 from intaglio.tiny import MODEL_DIR
+from tests.support.browser import chromium
 from tests.support.tiny import pack
 
 pytestmark = pytest.mark.environment
@@ -164,12 +164,6 @@ transformersjs.MODULES = Path({str(MODULES)!r})
 runtime = transformersjs.loader("webgpu")(Path(sys.argv[1]))
 print(json.dumps(runtime.greedy(np.array(json.loads(sys.argv[2])), 4)))
 """
-
-
-def chromium() -> str:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-headless-shell", "google-chrome"))), None)
-    assert found, "no Chromium: apt-get install chromium"
-    return found
 
 
 @contextmanager

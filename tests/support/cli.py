@@ -51,14 +51,15 @@ def intaglio(*arguments: object) -> Outcome:
 # Training that says "held" after the log's line of a step and stands still, until a signal goes on with it.
 HELD = """
 import json, signal
-from intaglio.train import session
-plain = session.append_line
+from intaglio.train import record
+plain = record.append_line
 def append_line(log, line):
     plain(log, line)
-    if json.loads(line)["step"] == {step}:
+    if log.name == "losses.jsonl" and json.loads(line)["step"] == {step}:
         print("held", flush=True)
+        signal.signal(signal.SIGUSR1, lambda *rest: None)
         signal.pause()
-session.append_line = append_line
+record.append_line = append_line
 """
 
 
@@ -87,6 +88,9 @@ def started(*arguments: object, hold_at: int | None = None) -> Iterator[subproce
             yield process
         finally:
             process.kill()
+
+
+LOGS = {"run.json", "run.log", "losses.jsonl", "speed.jsonl", "codes.safetensors"}  # of a run that has begun
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:

@@ -22,7 +22,7 @@ SCHEDULE = {
     "tokens": 512, "batch_size": 4, "sequence_length": 16, "lr": 1e-5, "scale_lr": 1e-4, "float_lr": 1,
     "embedding_lr": 1, "frozen_tail": 0.4,
 }  # fmt: skip
-OPTIONS = Options(precision="no", compiled=False, checkpoint_every=3)
+OPTIONS = Options(precision="no", compiled=False, checkpoint_every=3, eval_every=3, track=("tensorboard",))
 
 
 def run(out: Path, recipe: str, stop: int, *overrides: str) -> None:
@@ -41,7 +41,8 @@ def run(out: Path, recipe: str, stop: int, *overrides: str) -> None:
 
     resume = (out / "run").exists()
     original, corpus = moe() if experts else small_model(), small_corpus(seed=seed)
-    latents = train(original, plan, corpus, out / "run", options=OPTIONS, resume=resume, on_step=on_step)
+    how = {"options": OPTIONS, "resume": resume, "on_step": on_step, "held_out": small_corpus(6, seed=9).tokens}
+    latents = train(original, plan, corpus, out / "run", **how)  # type: ignore[arg-type]
     (out / "assets").mkdir(exist_ok=True)
     pack_model(latents, out / "packed", assets=out / "assets")
 

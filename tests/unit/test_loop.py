@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from intaglio.errors import ConfigError, InputError, OutputError, TrainingError
@@ -428,20 +427,11 @@ def test_a_damaged_run_record_is_named(content: str, teacher: nn.Module, tmp_pat
 @pytest.mark.parametrize("line", ["{", "[]", '{"step": 1}', '{"step": 1, "tokens": 2, "loss": "x"}'])
 def test_a_damaged_loss_log_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "losses.jsonl").write_text(line + "\n")
-    with pytest.raises(ConfigError, match=r"losses\.jsonl:1: not a line of a loss log"):
+    with pytest.raises(ConfigError, match=r"losses\.jsonl:1: not a line of a run's log"):
         read_losses(tmp_path)
 
 
 # Options
-
-
-def test_losses_are_logged_for_tensorboard(teacher: nn.Module, tmp_path: Path) -> None:
-    run(teacher, tmp_path, 2, options=Options(precision="no", compiled=False, tensorboard=True))
-    (event_file,) = tmp_path.rglob("events.out.tfevents.*")
-    events = EventAccumulator(str(event_file.parent))
-    events.Reload()
-    logged = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert logged == [(i, pytest.approx(loss)) for i, loss in enumerate(losses(tmp_path), 1)]
 
 
 def test_an_unknown_precision_is_refused(teacher: nn.Module, tmp_path: Path) -> None:

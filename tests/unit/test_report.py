@@ -5,8 +5,6 @@ import dataclasses
 import html
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from importlib import resources
@@ -33,6 +31,7 @@ from intaglio.measure.report import (
     write_report,
 )
 from intaglio.plan.plan import make_plan
+from tests.support.browser import run_browser
 
 LLAMA, TRANSFORMERS = "llama.cpp (llama-cpp-python 0.3.36)", "transformers 5.23.0"
 MINIMAL = Report(title="A model on Q4_0", model="a-model", format="Q4_0", recipe_name="q4_0")
@@ -100,7 +99,8 @@ def full_report() -> Report:
             row("trained", 0.0237, TRANSFORMERS, simulated=True),
         ],
         loss_curve=[CurvePoint(step=i, tokens=i * 8192, value=0.02 + 0.04 / (1 + i)) for i in range(1000)],
-        kl_curve=[CurvePoint(step=i, tokens=i * 81920, value=0.02 + 0.04 / (1 + i)) for i in range(10)],
+        held_out_curve=[CurvePoint(step=i, tokens=i * 81920, value=0.02 + 0.04 / (1 + i)) for i in range(10)],
+        codes_curve=[CurvePoint(step=i, tokens=i * 8192, value=0.03 * i / 100) for i in range(1, 101)],
         layers=layers,
         artifacts=[Artifact(name="a.gguf", size_bytes=5_450_000, sha256="9f86" * 16, verification="0 codes differ")],
         samples=[Sample(prompt="The river", continuations={"Original": " runs.", "QAT": "\n\n    runs on."})],
@@ -264,7 +264,9 @@ def test_parts_without_data_are_left_out(tmp_path: Path):
     assert "A model on Q4_0" in texts["html"] and "A model on Q4_0" in texts["md"]
 
 
-@pytest.mark.parametrize("field", ["plan", "comparisons", "loss_curve", "kl_curve", "layers", "artifacts", "samples"])
+@pytest.mark.parametrize(
+    "field", ["plan", "comparisons", "loss_curve", "held_out_curve", "codes_curve", "layers", "artifacts", "samples"]
+)
 def test_every_part_stands_alone(field: str, tmp_path: Path):
     report = dataclasses.replace(MINIMAL, **{field: getattr(full_report(), field)})
     for name, only in (
@@ -376,23 +378,6 @@ def test_number_formats():
 
 
 # Browser
-
-
-def run_browser(url: str, folder: Path, *flags: str) -> str:
-    names = ("chromium", "chromium-headless-shell", "google-chrome")
-    browser = next((path for path in map(shutil.which, names) if path), None)
-    if browser is None:
-        pytest.fail(f"no browser: expected one of {', '.join(names)} on PATH: apt-get install chromium")
-    settings = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        f"--user-data-dir={folder / 'user'}",
-    ]
-    return subprocess.run(
-        [browser, *settings, *flags, url], check=True, capture_output=True, text=True, timeout=180
-    ).stdout
 
 
 @pytest.mark.browser

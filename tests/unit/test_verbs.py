@@ -39,7 +39,17 @@ OF_VERB = {  # the same, of one verb
     ("export", "text_only"): "packed",  # PackedModel.text_only
     ("plan", "replace"): "model",  # of the page
 } | {("export", name): "options" for name in ("draft", "python", "context", "transformers_js")}
-ONLY_PYTHON = {"progress", "on_tensor", "device", "samples", "sample_tokens", "window", "top_clusters", "folder"}
+ONLY_PYTHON = {
+    "progress",
+    "on_tensor",
+    "on_start",
+    "device",
+    "samples",
+    "sample_tokens",
+    "window",
+    "top_clusters",
+    "folder",
+}
 ONLY_PYTHON |= {"evaluation", "options", "wishes", "texts", "shape", "packed"}  # "packed" of finetune is the model
 SETTINGS = {intaglio.Evaluation, intaglio.Options, intaglio.Wishes, intaglio.Texts, intaglio.Shape, intaglio.Source}
 

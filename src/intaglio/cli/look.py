@@ -156,6 +156,17 @@ def evaluate(
 
 
 @app.command()
+def watch(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run: training, ended or finished.", show_default=False)],
+    port: Annotated[int, typer.Option(help="Port of this machine to serve it at; 0: any that is free.")] = 8420,
+) -> None:
+    """Serve a page that shows a run while it trains, to this machine alone. Ctrl-C ends it."""
+    from intaglio.runs.watch import watch as run_watch
+
+    run_watch(run_dir, port=port, on_start=typer.echo)
+
+
+@app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
     original: Annotated[Path, typer.Option(help="The float checkpoint.", show_default=False)],

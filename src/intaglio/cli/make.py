@@ -131,7 +131,10 @@ def train(
     precision: Annotated[str | None, typer.Option(help="bf16 or no; by default bf16 on a GPU.")] = None,
     compiled: Annotated[bool | None, typer.Option("--compile/--no-compile", help="By default on a GPU.")] = None,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log into the run folder.")] = False,
+    eval_every: Annotated[int, typer.Option(help="Steps between measurements on held-out text; 0: none.")] = 0,
+    track: Annotated[
+        list[str], typer.Option(help="Tell every step to wandb, trackio, tensorboard or mlflow; commas between.")
+    ] = (),  # type: ignore[assignment]
 ) -> None:
     """Train a checkpoint to its grids, or a packed model on them; leaves artifacts, packed model and report."""
     from intaglio.packed.model import FILE_NAME
@@ -141,7 +144,8 @@ def train(
         precision=precision,
         compiled=compiled,
         checkpoint_every=checkpoint_every,
-        tensorboard=tensorboard,
+        eval_every=eval_every,
+        track=tuple(name for names in track for name in names.split(",")),
         gradient_checkpointing=gradient_checkpointing,
     )
     evaluation = evaluation_of(text, eval_tokens, prompt, columns, references)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from intaglio.measure.render import count
@@ -22,7 +22,7 @@ NOT_IN_HEAT = ("norm", "layer_scalar")  # kept as floats: nothing to see
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """step and tokens: how far training was. value: loss, or KL on held-out text, in nats."""
+    """step and tokens: how far training was. value: a loss in nats, or another figure of that step."""
 
     step: int
     tokens: int
@@ -60,16 +60,33 @@ class Curve:
     lines: list[tuple[float, str]]
 
 
-def curve(title: str, unit: str, points: Sequence[CurvePoint], lines: Sequence[tuple[str, float]] = ()) -> Curve | None:
-    """Values over tokens, with named horizontal lines for comparison; None for fewer than two points."""
-    finite = [(float(p.tokens), p.value) for p in points if math.isfinite(p.value)]
+def curve_of(rows: Sequence[Mapping[str, float]], key: str) -> list[CurvePoint]:
+    """The points of a figure that some rows of a run's log have; see `train.run_folder.read_losses`."""
+    return [CurvePoint(step=int(r["step"]), tokens=int(r["tokens"]), value=r[key]) for r in rows if key in r]
+
+
+def curve(
+    title: str,
+    unit: str,
+    points: Sequence[CurvePoint],
+    lines: Sequence[tuple[str, float]] = (),
+    *,
+    factor: float = 1,
+    until: float = 0,
+) -> Curve | None:
+    """Values over tokens, with named horizontal lines for comparison; None for fewer than two points.
+
+    factor: of the points' values, for the unit. until: tokens that the axis reaches at least.
+    """
+    finite = [(float(p.tokens), factor * p.value) for p in points if math.isfinite(p.value)]
     if len(finite) < 2:
         return None
     values = [value for _, value in finite] + [value for _, value in lines]
     floor = 0.0 if min(values) < 0.5 * max(values) else min(values)
     y_at = _ticks(floor, max(values))
-    x_at = _ticks(0.0, max(tokens for tokens, _ in finite))
-    x_end = max(x_at[-1], max(tokens for tokens, _ in finite))
+    x_end = max(until, *(tokens for tokens, _ in finite))
+    x_at = _ticks(0.0, x_end)
+    x_end = max(x_at[-1], x_end)
 
     def x(tokens: float) -> float:
         return round(100 * tokens / x_end, 2) if x_end else 0.0

@@ -21,6 +21,7 @@ from intaglio.measure.render import finite, nats, percent, render_markdown, rend
 from intaglio.packed.store import new_path
 from intaglio.plan.plan import Plan
 
+LOSSES = {"kl": "KL to the original, nats a token", "cross_entropy": "cross-entropy, nats a token"}
 BASELINES = ("stock", "fitted", "start")
 Kind = Literal["original", "stock", "fitted", "start", "trained"]
 
@@ -128,7 +129,8 @@ class Report:
     """Everything a report may show. Only title, model, format and the recipe's name are required.
 
     format: what the headline calls the rounding, for example "Q4_0".
-    loss_name: what `loss_curve` holds. kl_curve: held-out KL while training.
+    loss_name: of LOSSES, what `loss_curve` holds, and on held-out text `held_out_curve`. codes_curve: share of codes
+    that are not those which training began with.
     """
 
     title: str
@@ -138,9 +140,10 @@ class Report:
     recipe_toml: str = ""
     plan: list[PlanRow] = field(default_factory=list)
     comparisons: list[ComparisonRow] = field(default_factory=list)
-    loss_name: str = "KL to the original, nats a token"
+    loss_name: str = LOSSES["kl"]
     loss_curve: list[CurvePoint] = field(default_factory=list)
-    kl_curve: list[CurvePoint] = field(default_factory=list)
+    held_out_curve: list[CurvePoint] = field(default_factory=list)
+    codes_curve: list[CurvePoint] = field(default_factory=list)
     layers: list[LayerRow] = field(default_factory=list)
     artifacts: list[Artifact] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -248,7 +251,13 @@ def _template_values(report: Report) -> dict[str, Any]:
     ]
     curves = [
         charts.curve("Training loss", report.loss_name, report.loss_curve),
-        charts.curve("Held-out KL", "to the original, nats a token", report.kl_curve, lines=stock[:1]),
+        charts.curve(
+            "Loss on held-out text",
+            report.loss_name,
+            report.held_out_curve,
+            lines=stock[:1] if report.loss_name == LOSSES["kl"] else (),
+        ),
+        charts.curve("Codes changed", "since training began, percent", report.codes_curve, factor=100),
     ]
     kls = [row.comparison.kl_mean_nats for row in report.comparisons if row.comparison]
     return {

@@ -44,8 +44,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 DRAFTER_SCHEDULE = {"tokens": 81_920, "batch_size": 4, "sequence_length": 256, "lr": 5e-4}
 # Names of what a run leaves; a folder with anything else is not removed.
 IN_A_RUN = (
-    r"(run|report|losses|heldout|model|stock)\.\w+|checkpoints|packed|stock|fitted|hf|mobile|stock-mobile|drafter|\..*"
-    r"|tensorboard|events.*"
+    r"(run|report|losses|speed|codes|heldout|model|stock)\.\w+"
+    r"|checkpoints|packed|stock|fitted|hf|mobile|stock-mobile|drafter|\..*"
 )
 PROMPTS = (
     "It was a bright morning, and the whole family",
@@ -68,7 +68,7 @@ def run_demo(
         out,
         data=TRAIN_TEXT,
         evaluation=Evaluation(text=HELDOUT_TEXT, tokens=12288, window=256, prompts=PROMPTS),
-        options=Options(precision=faster_precision(), compiled=False),
+        options=Options(precision=faster_precision(), compiled=False, eval_every=35),
         progress=progress,
     )
     assert report is not None, "one process has the report"

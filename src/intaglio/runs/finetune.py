@@ -108,7 +108,16 @@ def _finetune(
     corpus, windows_NT = held_out(corpus, evaluation, plan, tokenizer)
     progress.stage("Training")
     latents = train(
-        model, plan, corpus, out, teacher=teacher, start=start, options=options, resume=resume, progress=progress
+        model,
+        plan,
+        corpus,
+        out,
+        teacher=teacher,
+        start=start,
+        options=options,
+        resume=resume,
+        progress=progress,
+        held_out=windows_NT,
     )
     progress.stage("Packing and exporting")
     record = {**start.provenance, "method": "fine-tuned on the grid", "data": str(data), "from": start.sha256()}

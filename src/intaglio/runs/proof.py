@@ -25,12 +25,13 @@ from intaglio.errors import InputError
 from intaglio.formats.table import Format
 from intaglio.formats.verify import Verification
 from intaglio.measure.candidates import artifact_candidate
-from intaglio.measure.charts import CurvePoint
+from intaglio.measure.charts import curve_of
 from intaglio.measure.distances import weight_distances
 from intaglio.measure.evaluate import Candidate, greedy, logits_of, transformers_runtime
 from intaglio.measure.llamacpp import installed, why_unusable
 from intaglio.measure.original import Original, open_original
 from intaglio.measure.report import (
+    LOSSES,
     Artifact,
     ComparisonRow,
     Provenance,
@@ -104,7 +105,10 @@ def prove(
             *rows,
             *_failed(bench, bench.failures),
         ],
-        loss_curve=[CurvePoint(step=int(r["step"]), tokens=int(r["tokens"]), value=r["loss"]) for r in losses],
+        loss_name=LOSSES[bench.plan.recipe.schedule.loss],
+        loss_curve=curve_of(losses, "loss"),
+        held_out_curve=curve_of(losses, "held_out_loss"),
+        codes_curve=curve_of(losses, "codes_changed"),
         layers=weight_distances(
             bench.model_dir, bench.plan, {IN_WEIGHTS[kind]: p for kind, p in bench.packed.items()}, bench.device
         ),

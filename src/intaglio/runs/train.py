@@ -2,7 +2,8 @@
 
 Every stage is a public function of its own; this file only puts them in order. A run folder holds
 
-    run.json losses.jsonl checkpoints/    the training (see train.loop)
+    run.json losses.jsonl speed.jsonl     the training (see train.loop and train.record)
+    checkpoints/ codes.safetensors
     packed/                               codes and scales: the result
     model.gguf  hf/                       a GGUF recipe's files, or
     mobile/                               the mobile format's folder, verified against packed/
@@ -126,6 +127,7 @@ def _run(
         options=options,
         resume=resume,
         progress=progress,
+        held_out=windows_NT,
         on_start=_keep_start(model_dir, plan, out, evaluation, failures) if keeps else lambda latents: None,
     )
     progress.stage("Packing")

@@ -1,7 +1,7 @@
 """The training loop: a student on its grids learns the distribution of its own float original, or of a user's text.
 
-Read it from top to bottom: build the student, step, freeze, finish. It lacks evaluation and early stopping, which a
-general trainer has (see `measure`).
+Read it from top to bottom: build the student, step, freeze, finish. It lacks early stopping, which a general trainer
+has.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.distributed.fsdp import FSDPModule
 
 from intaglio.errors import InputError
@@ -53,17 +55,19 @@ def train(
     progress: Progress | None = None,
     on_step: Callable[[StepInfo], None] = lambda info: None,
     on_start: Callable[[Latents], None] = lambda latents: None,
+    held_out: NDArray[np.int32] | None = None,
 ) -> Latents:
     """Train a copy of `original` to the plan's grids and return its latents; `.model` is the student itself.
 
     original: text model in its checkpoint's dtype or float32; it keeps its values. Of several processes each has a
     shard of it (see `sharding.load_own_rows`), or all of it, which is then sharded in place. corpus: packed sequences.
-    run_dir: receives losses, checkpoints and TensorBoard files; an existing run is continued only with `resume`.
+    run_dir: receives logs and checkpoints; an existing run is continued only with `resume`.
     teacher: another model whose distribution is learned, by the original's tokens; the original by default.
     start: a packed model to go on from, bit for bit; `original` then only lends its modules, and is changed.
     progress: shows the calibration of static scales and the steps. on_step: for a caller's own code, such as a test
     that stops a run; called after each step, and what it raises ends the run.
     on_start: called with the latents as training begins with them, but not when it goes on from a checkpoint.
+    held_out: windows int32 [N, T] of text that is not trained on, for `options.eval_every`.
     Raises TrainingError when the loss becomes NaN or Inf; the last checkpoint stays. Raises InputError for a KL
     without a teacher: a packed model has no original.
     """
@@ -91,7 +95,7 @@ def train(
         if plan.recipe.schedule.gathered:
             keep_gathered(student, teacher)
         lesson, teach = _lesson(student, teacher, device, options)
-        session = Session(latents, lesson, teach, corpus, run_dir, device, options)
+        session = Session(latents, lesson, teach, corpus, run_dir, device, options, held_out)
         if is_main():
             claim(run_dir, identity)  # last: a model that is refused leaves no run behind
         if saved is None:

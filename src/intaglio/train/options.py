@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from intaglio.errors import InputError
+from intaglio.train.trackers import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,21 +18,26 @@ class Options:
         Latents are float32 either way.
     compiled: compile the loss with torch.compile, and on a GPU decoder layers too; None does so on a GPU.
     checkpoint_every: optimizer steps between checkpoints; 0 for none.
-    tensorboard: log the loss through accelerate's tracker into the run folder.
+    eval_every: optimizer steps between measurements of the loss on held-out text, which begin before the first; 0 for
+        none.
+    track: trackers that are told of every step: "wandb", "trackio", "tensorboard" (in the run folder), "mlflow".
     gradient_checkpointing: recompute decoder layers in the backward.
     """
 
     precision: str | None = None
     compiled: bool | None = None
     checkpoint_every: int = 0
-    tensorboard: bool = False
+    eval_every: int = 0
+    track: tuple[str, ...] = ()
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in (None, "bf16", "no"):
             raise InputError(f"precision {self.precision!r}: expected bf16 or no")
-        if self.checkpoint_every < 0:
-            raise InputError(f"checkpoint_every = {self.checkpoint_every}: expected 0 or more")
+        for name in ("checkpoint_every", "eval_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} = {getattr(self, name)}: expected 0 or more")
+        check_trackers(self.track)
 
     @property
     def dtype(self) -> torch.dtype:

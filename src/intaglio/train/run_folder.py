@@ -22,6 +22,7 @@ from intaglio.plan.files import read_json, read_text, reading, whole_number
 from intaglio.progress import LOG_FILE
 
 LOSSES_FILE = "losses.jsonl"
+SPEED_FILE = "speed.jsonl"
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
 START = "start"  # folder of the packed model that training begins with, where it is not the recipe's fit
@@ -92,6 +93,12 @@ def _sign(descriptor: int) -> None:
     os.write(descriptor, (json.dumps(said) + "\n").encode())
 
 
+def held_by_a_process(run_dir: Path) -> bool:
+    """Whether a process works in a run's folder; of another host, whether one has said so and not ended in order."""
+    path = run_dir / LOCK_FILE
+    return path.exists() and _written_by_a_living_process(path)
+
+
 def _written_by_a_living_process(path: Path) -> bool:
     with suppress(InputError, ValueError):
         said = read_json(path)
@@ -144,17 +151,18 @@ def _short(value: object) -> str:
 def _differing(before: str, now: str) -> str:
     """The first three keys in which two recipes differ, with both values."""
     try:
-        old, new = (_flat(tomllib.loads(text)) for text in (before, now))
+        old, new = (flat(tomllib.loads(text)) for text in (before, now))
     except (ValueError, RecursionError):
         return _now("recipe", "another one", "one that cannot be read")
     keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     return ", ".join(_now(key, new.get(key), old.get(key)) for key in keys[:3]) or _now("recipe", "ordered anew", "it")
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A table of tables, for example of a recipe, as one with keys such as "schedule.lr"."""
     found: dict[str, Any] = {}
     for key, value in table.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
@@ -187,15 +195,32 @@ def append_line(log: Path, line: str) -> None:
 
 
 def read_losses(run_dir: Path) -> list[dict[str, float]]:
-    """Rows {step, tokens, loss} of a run; none if it has not begun. ConfigError for a damaged log."""
-    path = Path(run_dir) / LOSSES_FILE
-    rows: list[dict[str, float]] = []
-    for number, line in enumerate(read_text(path, limit=LONGEST_LOG).splitlines() if path.is_file() else [], 1):
-        with reading(path.with_name(f"{path.name}:{number}"), "not a line of a loss log", "remove it or the run"):
-            row = json.loads(line)
-            loss = row["loss"]
-            if type(loss) not in (int, float) or not math.isfinite(loss):
-                raise ValueError(f"loss = {loss!r}: expected a number")
-            step, tokens = whole_number(row, "step", least=number, most=number), whole_number(row, "tokens")
-            rows.append({"step": step, "tokens": tokens, "loss": float(loss)})
-    return rows
+    """Rows {step, tokens, loss, lr} of a run, of some steps with more figures; none if it has not begun.
+
+    held_out_loss: the same loss on held-out text, where it was measured. codes_changed: share of codes that are not
+    those which training began with; codes_moved: share that this step changed. loss and held_out_loss are of the
+    model before the step, codes are of the model after it. ConfigError for a damaged log.
+    """
+    return list(_rows(Path(run_dir) / LOSSES_FILE, "tokens", "loss"))
+
+
+def read_speed(run_dir: Path) -> list[dict[str, float]]:
+    """Rows {step, time, tokens_per_s, host_bytes} of a run, on a GPU with {gpu_bytes, planned_bytes}; see `record`.
+
+    time: in seconds since 1970. A step that was done twice has two rows. ConfigError for a damaged log.
+    """
+    return list(_rows(Path(run_dir) / SPEED_FILE, "time", "tokens_per_s", "host_bytes"))
+
+
+def _rows(path: Path, *required: str) -> Iterator[dict[str, float]]:
+    """Rows of finite numbers, each with its step and what is required; a last line without its end is being written."""
+    text = read_text(path, limit=LONGEST_LOG) if path.is_file() else ""
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        with reading(path.with_name(f"{path.name}:{number}"), "not a line of a run's log", "remove it or the run"):
+            row: dict[str, float] = json.loads(line)
+            once = path.name == LOSSES_FILE
+            whole_number(row, "step", least=number if once else 1, most=number)
+            for key in {*row, *required}:
+                if type(row[key]) not in (int, float) or not math.isfinite(row[key]):
+                    raise ValueError(f"{key} = {row[key]!r}: expected a number")
+            yield row
