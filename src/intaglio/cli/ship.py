@@ -13,6 +13,7 @@ from intaglio.cli.options import (
     Replace,
     TextOnly,
     app,
+    located,
     print_json,
     print_towers_off,
 )
@@ -59,7 +60,7 @@ def export(
         if target != OWN_OPTIONS[name] and not (to is not None and name == "transformers_js"):
             option = {"context_tokens": "context"}.get(name, name).replace("_", "-")
             raise typer.BadParameter(f"--{option} is for the target {OWN_OPTIONS[name]}")
-    model = PackedModel.open(packed)
+    model = PackedModel.open(located(packed))
     model = model.text_only() if text_only else model
     if to is not None:
         _release(model, out, to, replace, given)
@@ -104,10 +105,12 @@ def verify(
     from intaglio.errors import MismatchError
     from intaglio.formats.verify import verify as run_verify
     from intaglio.packed.model import PackedModel
+    from intaglio.plan.hub import ARTIFACT
     from intaglio.runs.release import is_release, verify_release
 
-    model = PackedModel.open(packed)
+    model = PackedModel.open(located(packed))
     wrong: list[str] = []
+    artifact = artifact if is_release(artifact) else located(artifact, *ARTIFACT)
     if is_release(artifact):
         results, wrong = verify_release(model, artifact)
         rows: Any = {"artifacts": [_row(r) for r in results], "files": wrong, "exact": _exact(results) and not wrong}

@@ -28,6 +28,7 @@ from intaglio.packed.outputs import check_output
 from intaglio.packed.store import new_path, scratch_folder
 from intaglio.packed.write import join_packed
 from intaglio.plan.family import check_runs_alone
+from intaglio.plan.hub import find_model
 from intaglio.progress import Progress
 from intaglio.runs.export import make_files
 from intaglio.runs.proof import Evaluation
@@ -72,8 +73,11 @@ def finetune(
     """
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
     check_output(out, [packed_dir, path_of(data), teacher_dir, path_of(evaluation.text)])
+    teacher_dir = None if teacher_dir is None else find_model(teacher_dir, progress)
     with hold(out), progress.logged(out):
-        return _finetune(packed_dir, out, data, teacher_dir, overrides, evaluation, options, resume, progress)
+        return _finetune(
+            find_model(packed_dir, progress), out, data, teacher_dir, overrides, evaluation, options, resume, progress
+        )
 
 
 def _finetune(

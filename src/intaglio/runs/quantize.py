@@ -14,6 +14,7 @@ from intaglio.packed.checkpoint import checkpoint_spec, model_name
 from intaglio.packed.model import PackedModel
 from intaglio.packed.outputs import check_output
 from intaglio.packed.store import scratch_folder
+from intaglio.plan.hub import find_model
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
@@ -50,12 +51,13 @@ def quantize_model(
     check_output(out, [model_dir, path_of(data), images, audio, None if trained is None else trained.path])
     if data is not None and trained is not None:
         raise InputError("--trained has its static scales: expected it or --data, not both")
+    progress, out, device = progress or Progress(), Path(out), device_for(device)
+    model_dir = find_model(model_dir, progress)
     plan = make_plan(checkpoint_spec(model_dir, text_only=text_only), recipe)
     if plan.recipe.schedule.gptq_tokens and data is None and trained is None:
         raise InputError("schedule.gptq_tokens: GPTQ needs text, and there is none: give --data")
     if "layers" in plan.recipe.schedule.stages and data is None and trained is None:
         raise InputError("schedule.stages: the stage 'layers' learns from text, and there is none: give --data")
-    progress, out, device = progress or Progress(), Path(out), device_for(device)
     samples = [image_samples(model_dir, images)] if images is not None else []
     samples += [audio_samples(model_dir, audio)] if audio is not None else []
     towers = Towers(plan, samples, progress) if samples else None

@@ -34,6 +34,7 @@ from intaglio.packed.identity import CHECKPOINT, expect
 from intaglio.packed.model import PackedModel
 from intaglio.packed.outputs import check_output
 from intaglio.plan.family import ModelSpec, check_runs_alone, read_spec
+from intaglio.plan.hub import find_model, origin
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
@@ -87,7 +88,7 @@ def run(
     device = device_for(start_processes() if device is None else device)
     progress = progress if is_main() else Progress()
     with hold(out), progress.logged(out) if is_main() else nullcontext():
-        return _run(Path(model_dir), recipe, out, data, evaluation, options, resume, progress, device)
+        return _run(find_model(model_dir, progress), recipe, out, data, evaluation, options, resume, progress, device)
 
 
 def _run(
@@ -105,7 +106,7 @@ def _run(
     progress.stage("Loading the original")
     plan = _plan(model_dir, recipe)
     spec, by_layers = plan.model, "layers" in plan.recipe.schedule.stages
-    check_run_dir(out, run_identity(plan, None, options), resume)
+    check_run_dir(out, run_identity(plan, None, options, origin(model_dir)), resume)
     format_of(plan).check(plan, model_dir)
     if missing := missing_runtime(format_of(plan)):
         progress.note(missing)
@@ -124,6 +125,7 @@ def _run(
         out,
         teacher=teacher,
         start=start,
+        source=origin(model_dir),
         options=options,
         resume=resume,
         progress=progress,

@@ -28,6 +28,7 @@ from intaglio.packed.checkpoint import model_name
 from intaglio.packed.identity import look
 from intaglio.packed.model import PackedModel
 from intaglio.packed.write import write_packed
+from intaglio.plan.hub import TEXTS, find_model
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.sources.inspect import Verdict, examine
@@ -115,7 +116,7 @@ def convert(
     if recipe is None and not overrides and config is None and source.kind == "floats" and has_kept(source.path):
         kept = restore(source, Path(out), text_only=text_only, replace=replace, on_tensor=on_tensor)
         return _whole(kept, source.kind)
-    assets = assets_of(source, config)
+    assets = assets_of(source, None if config is None else find_model(config, files=TEXTS))
     model = model_of(source, assets, text_only)
     found, left_out = match(source, model, text_only=text_only, requantize=requantize)
     slices = {tensor.name: tensor.slice_columns for tensor in model.tensors}

@@ -21,6 +21,7 @@ from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.packed.checkpoint import model_name, stream_chunks
 from intaglio.packed.model import PackedModel
 from intaglio.packed.write import PackedWriter, write_packed
+from intaglio.plan.hub import find_model
 from intaglio.plan.plan import Plan
 from intaglio.progress import Progress
 from intaglio.train.towers import Towers
@@ -73,7 +74,7 @@ def quantize(
     progress: shows each tensor that is done. Raises ConfigError for a damaged checkpoint and WeightError for NaN, Inf
     or weights beyond a grid's reach; nothing is left behind.
     """
-    source, target, device = Path(model_dir), Path(out), device_for(device)
+    source, target, device = find_model(model_dir, progress), Path(out), device_for(device)
     record = {"name": model_name(source), "method": f"fit {plan.recipe.fit}", **(provenance or {})}
     if trained is not None:
         _check_trained(trained, plan)

@@ -29,6 +29,7 @@ from intaglio.plan.carried import describe_whole, text_name, unused_names, whole
 from intaglio.plan.families import WHOLES
 from intaglio.plan.family import TOWER_ROLES, TensorSpec, is_mobile, load_config, text_config
 from intaglio.plan.found import recipe_for
+from intaglio.plan.hub import find_model
 from intaglio.plan.plan import HEAD, Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.plan.static import Activations, KvCache
@@ -67,7 +68,7 @@ def import_mobile(folder: str | Path, out: str | Path, *, replace: bool = False)
     Raises ConfigError for a folder of another kind or family, for tensors that are missing, unknown
     or not as its config says, and for scales that no runtime could use; nothing is left behind.
     """
-    path = Path(folder)
+    path = find_model(folder)
     if not is_mobile(path):
         raise ConfigError(f"{path}: no folder in the mobile format: expected quant_method 'gemma' in its config.json")
     found = _open(path)
