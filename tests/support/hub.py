@@ -114,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         if found["verb"] in ("preupload", "commit") and said is None:
             return self.refuse(403, "", "You need the role of a contributor")
         if found["verb"] == "commit":
-            return self.commit(repo, revision, body)
+            return self.commit(repo, f"http://{self.headers['Host']}/{found['repo']}", revision, body)
         return self.send(self.told(found, repo, commit, body))
 
     def told(self, found: re.Match[str], repo: Repo, commit: str, body: bytes) -> Any:
@@ -132,7 +132,12 @@ class Handler(BaseHTTPRequestHandler):
                 {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                 for name, content in files.items()
             ]
-        return {"id": found["repo"], "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+        return {
+            "id": found["repo"],
+            "sha": commit,
+            "private": repo.private,
+            "siblings": [{"rfilename": name} for name in files],
+        }
 
     def file(self, content: bytes | None, commit: str) -> None:
         if content is None:
@@ -166,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or 'user'}/{asked['name']}"
         if f"models/{name}" in self.hub.repos:
             return self.refuse(409, "", "You already created this model repo", {"url": f"/{name}"})
-        self.hub.add(name, {".gitattributes": b""}, private=bool(asked.get("private")))
+        self.hub.add(name, {".gitattributes": b""}, private=asked.get("visibility") == "private")
         self.send({"url": f"http://{self.headers['Host']}/{name}", "name": name})
 
     def batch(self, asked: dict[str, Any]) -> None:
@@ -187,7 +192,7 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.blobs[hashlib.sha256(content).hexdigest()] = content
         self.send({})
 
-    def commit(self, repo: Repo, revision: str, body: bytes) -> None:
+    def commit(self, repo: Repo, address: str, revision: str, body: bytes) -> None:
         files = {}
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
@@ -195,7 +200,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.blobs[value["oid"]]
-        self.send({"commitUrl": "", "commitOid": repo.commit(files, revision)})
+        commit = repo.commit(files, revision)
+        self.send({"commitUrl": f"{address}/commit/{commit}", "commitOid": commit})
 
     def send(self, value: Any, status: int = 200, **headers: str) -> None:
         content = json.dumps(value).encode()

@@ -12,7 +12,7 @@ import pytest
 
 from intaglio import PackedModel, inspect, load_tokenizer, make_plan, quantize_model
 from intaglio.errors import ConfigError, InputError, OutputError
-from intaglio.packed.checkpoint import model_name
+from intaglio.packed.origin import model_name
 from intaglio.plan.hub import ARTIFACT, find_model, origin
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress

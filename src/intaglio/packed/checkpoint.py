@@ -29,22 +29,11 @@ from intaglio.plan.family import (
     transformers_config,
 )
 from intaglio.plan.files import one_line, read_json
-from intaglio.plan.hub import find_model, origin
+from intaglio.plan.hub import find_model
 from intaglio.plan.plan import HEAD
 
 # A transformers causal language model: its `model`, `config` and `generate` have no static types.
 TextModel = Any
-
-# Names of folders that tell a kind of content, and no model.
-NAMELESS = ("model", "hf", "packed", "checkpoint", "merged", "final")
-
-
-def model_name(model_dir: str | Path) -> str:
-    """Name of the model of a folder: the Hub's, or the folder's, or its parent's where that says nothing."""
-    if found := origin(model_dir):
-        return found.partition("/")[2].partition("@")[0]
-    path = Path(model_dir).resolve()
-    return path.parent.name if path.name in NAMELESS and path.parent.name else path.name
 
 
 def load_model(

@@ -183,6 +183,8 @@ def _reason(error: BaseException, kind: str) -> str:
         return f"the Hub forbids it (403): use a token with the rights for it: {LOG_IN}"
     if status is not None:
         return f"the Hub answered {status}: {one_line(error)}: try again later"
+    if isinstance(error, ValueError):
+        return f"is refused: {one_line(error)}"
     if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
         return f"cannot be kept in the cache: {one_line(error)}: make room, or set HF_HOME to another folder"
     return (

@@ -28,10 +28,11 @@ from intaglio.formats.table import format_of
 from intaglio.measure.drafter_report import DrafterReport, Pair, measure_pair, write_report
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.assets import load_tokenizer
-from intaglio.packed.checkpoint import TextModel, load_model, model_name
+from intaglio.packed.checkpoint import TextModel, load_model
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel
+from intaglio.packed.origin import model_name
 from intaglio.packed.outputs import check_output
 from intaglio.packed.store import new_path
 from intaglio.plan.hub import find_model

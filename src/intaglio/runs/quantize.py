@@ -10,8 +10,9 @@ import torch
 from intaglio.errors import InputError
 from intaglio.numerics.device import Device, device_for
 from intaglio.packed.assets import load_tokenizer
-from intaglio.packed.checkpoint import checkpoint_spec, model_name
+from intaglio.packed.checkpoint import checkpoint_spec
 from intaglio.packed.model import PackedModel
+from intaglio.packed.origin import provenance_of
 from intaglio.packed.outputs import check_output
 from intaglio.packed.store import scratch_folder
 from intaglio.plan.hub import find_model
@@ -109,7 +110,7 @@ def _fit_on_text(
         gptq=gptq,
         layers=layers,
         device=device,
-        provenance={"name": model_name(model_dir)},
+        provenance=provenance_of(model_dir),
         replace=replace,
         progress=progress,
     )

@@ -29,9 +29,10 @@ from intaglio.formats.table import format_of
 from intaglio.measure.report import Report
 from intaglio.numerics.device import Device, device_for
 from intaglio.packed.assets import load_tokenizer
-from intaglio.packed.checkpoint import TextModel, model_name, stored_dtype
+from intaglio.packed.checkpoint import TextModel, stored_dtype
 from intaglio.packed.identity import CHECKPOINT, expect
 from intaglio.packed.model import PackedModel
+from intaglio.packed.origin import provenance_of
 from intaglio.packed.outputs import check_output
 from intaglio.plan.family import ModelSpec, check_runs_alone, read_spec
 from intaglio.plan.hub import find_model, origin
@@ -133,7 +134,7 @@ def _run(
         on_start=_keep_start(model_dir, plan, out, evaluation, failures) if keeps else lambda latents: None,
     )
     progress.stage("Packing")
-    record = {"name": model_name(model_dir), "method": "quantization-aware training"}
+    record = {**provenance_of(model_dir), "method": "quantization-aware training"}
     record["data"] = "the model's own samples" if data is None else str(data)
     pack_model(latents, out / "packed", assets=model_dir, provenance=record, replace=resume)
     main, alone = is_main(), world_size() == 1
@@ -191,7 +192,7 @@ def _layers(
             layers=True,
             options=options,
             device=device,
-            provenance={"name": model_name(model_dir), "corpus": corpus.digest},
+            provenance={**provenance_of(model_dir), "corpus": corpus.digest},
             progress=progress,
         )
     start = PackedModel.open(path)
@@ -208,7 +209,7 @@ def _keep_start(
     def keep(latents: Latents) -> None:
         if not (plan.recipe.schedule.gptq_tokens and "start" in REFERENCES[evaluation.references]):
             return
-        record = {"name": model_name(model_dir), "method": f"fit {plan.recipe.fit}, GPTQ"}
+        record = {**provenance_of(model_dir), "method": f"fit {plan.recipe.fit}, GPTQ"}
         try:
             pack_model(latents, out / PACKED["start"], assets=model_dir, provenance=record, replace=True)
         except FAILURES as error:

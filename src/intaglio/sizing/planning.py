@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.errors import ConfigError, RecipeError
-from intaglio.packed.checkpoint import check_weights, checkpoint_spec, model_name, notes
+from intaglio.packed.checkpoint import check_weights, checkpoint_spec, notes
 from intaglio.packed.identity import CHECKPOINT, COMPRESSED, CONFIG, MOBILE, look
+from intaglio.packed.origin import model_name
 from intaglio.plan.bundled import DRAFTER, MODELS, bundled_config, bundled_name, find_config
 from intaglio.plan.carried import describe_whole
 from intaglio.plan.family import ModelSpec

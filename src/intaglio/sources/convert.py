@@ -24,9 +24,9 @@ from intaglio.formats.mobile.read_packed import import_mobile
 from intaglio.numerics.exact import solve
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.numerics.identify import NAMES
-from intaglio.packed.checkpoint import model_name
 from intaglio.packed.identity import look
 from intaglio.packed.model import PackedModel
+from intaglio.packed.origin import provenance_of
 from intaglio.packed.write import write_packed
 from intaglio.plan.hub import TEXTS, find_model
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
@@ -258,7 +258,7 @@ def _counts(verdicts: dict[str, Verdict], steps: list[_Step]) -> dict[str, int]:
 
 def _provenance(source: Source, result: Conversion) -> dict[str, Any]:
     folder = source.path if source.path.is_dir() else source.path.with_suffix("")
-    record: dict[str, Any] = {"name": model_name(folder), "method": METHODS[source.kind], "source_grids": result.grids}
+    record = {**provenance_of(folder), "method": METHODS[source.kind], "source_grids": result.grids}
     if result.fitted:
         record["fitted"] = result.fitted
     if result.lossy:

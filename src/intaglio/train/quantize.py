@@ -18,8 +18,9 @@ from intaglio.numerics.fit import check_finite as check_finite
 from intaglio.numerics.fit import fit_absmax, fit_mse
 from intaglio.numerics.fit_stock import fit_stock
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
-from intaglio.packed.checkpoint import model_name, stream_chunks
+from intaglio.packed.checkpoint import stream_chunks
 from intaglio.packed.model import PackedModel
+from intaglio.packed.origin import provenance_of
 from intaglio.packed.write import PackedWriter, write_packed
 from intaglio.plan.hub import find_model
 from intaglio.plan.plan import Plan
@@ -75,7 +76,7 @@ def quantize(
     or weights beyond a grid's reach; nothing is left behind.
     """
     source, target, device = find_model(model_dir, progress), Path(out), device_for(device)
-    record = {"name": model_name(source), "method": f"fit {plan.recipe.fit}", **(provenance or {})}
+    record = {**provenance_of(source), "method": f"fit {plan.recipe.fit}", **(provenance or {})}
     if trained is not None:
         _check_trained(trained, plan)
         record |= trained.provenance

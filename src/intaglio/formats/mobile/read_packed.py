@@ -19,9 +19,9 @@ from intaglio.formats.listed import ListedTensor
 from intaglio.formats.mobile.layout import LINEAR_OR_EMBEDDING, resolve_bits, stored_tensors
 from intaglio.numerics.grid import BF16, F32, INT2, INT4, INT8, BlockGrid, Grid, Quantized
 from intaglio.numerics.steps import check_steps
-from intaglio.packed.checkpoint import model_name
 from intaglio.packed.codes import unpack_codes
 from intaglio.packed.model import PackedModel
+from intaglio.packed.origin import provenance_of
 from intaglio.packed.shards import shards
 from intaglio.packed.store import FLOATS, SAFETENSORS_DTYPES, SafetensorsReader, headers, row_slices
 from intaglio.packed.write import write_packed
@@ -78,7 +78,7 @@ def import_mobile(folder: str | Path, out: str | Path, *, replace: bool = False)
     except RecipeError as error:
         raise ConfigError(f"{path}: {error}") from error
     _check_layout(found, expected)
-    provenance = {"name": model_name(path), "method": "imported from the mobile format"}
+    provenance = {**provenance_of(path), "method": "imported from the mobile format"}
     with write_packed(Path(out), plan, assets=path, provenance=provenance, replace=replace) as writer:
         try:
             for name, rows, value in _values(found, plan, expected):
