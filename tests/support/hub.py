@@ -28,7 +28,7 @@ TOKEN = "hf_secretOfTheStandIn"
 LARGE = (".safetensors", ".gguf", ".bin", ".parquet")
 ROUTE = re.compile(
     r"/(?P<api>api/)?(?P<kind>models/|datasets/)?(?P<repo>[\w.-]+/[\w.-]+?)"
-    r"(?:/(?P<verb>revision|tree|resolve|preupload|commit|refs)(?:/(?P<revision>[^/?]+)(?:/(?P<path>[^?]+))?)?)?(?:\?.*)?"
+    r"(?:/(?P<verb>revision|tree|resolve|preupload|commit|auth-check)(?:/(?P<revision>[^/?]+)(?:/(?P<path>[^?]+))?)?)?(?:\?.*)?"
 )
 
 
@@ -71,6 +71,20 @@ class Hub:
         return sum(line.startswith(method) and part in line for line in self.requests)
 
 
+def tree(files: dict[str, bytes], folder: str, recursive: bool) -> Iterator[dict[str, Any]]:
+    """Entries of a folder; folders are entries where it is not recursive."""
+    prefix, folders = f"{folder}/" if folder else "", set()
+    for name, content in files.items():
+        if not name.startswith(prefix):
+            continue
+        inner, separator, _ = name.removeprefix(prefix).partition("/")
+        if recursive or not separator:
+            yield {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        elif inner not in folders:
+            folders.add(inner)
+            yield {"type": "directory", "path": prefix + inner, "oid": "0" * 40}
+
+
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -111,6 +125,8 @@ class Handler(BaseHTTPRequestHandler):
             if repo.gated and said is None:
                 return self.refuse(403, "GatedRepo", "Access is restricted")
             return self.file(repo.commits[commit].get(found["path"] or ""), commit)
+        if found["verb"] == "auth-check":
+            return self.refuse(403, "GatedRepo", "Access is restricted") if repo.gated and not said else self.send({})
         if found["verb"] in ("preupload", "commit") and said is None:
             return self.refuse(403, "", "You need the role of a contributor")
         if found["verb"] == "commit":
@@ -128,10 +144,7 @@ class Handler(BaseHTTPRequestHandler):
                 ]
             }
         if found["verb"] == "tree":
-            return [
-                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for name, content in files.items()
-            ]
+            return list(tree(files, found["path"] or "", "recursive=true" in self.path))
         return {
             "id": found["repo"],
             "sha": commit,
@@ -215,8 +228,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def refuse(self, status: int, code: str, message: str, value: dict[str, Any] | None = None) -> None:
-        self.close_connection = True
-        headers = {"X_Error_Message": message} | ({"X_Error_Code": code} if code else {})
+        headers = {"X_Error_Message": message, "Connection": "close"} | ({"X_Error_Code": code} if code else {})
         self.send(value or {"error": message}, status, **headers)
 
 
@@ -237,7 +249,10 @@ def serve_hub(cache: Path) -> Iterator[Hub]:
         "DOWNLOAD_CHUNK_SIZE": 1 << 12,
     }
     try:
-        with patch.multiple("huggingface_hub.constants", **settings):
+        with (
+            patch.multiple("huggingface_hub.constants", **settings),
+            patch.multiple("datasets.config", HF_ENDPOINT=address, HF_HUB_OFFLINE=False),
+        ):
             yield hub
     finally:
         server.shutdown()

@@ -55,6 +55,8 @@ def source_of(text: str | Path | None, columns: list[str]) -> Data | None:
     """Text with the names of its columns, as the options say it."""
     from intaglio.train.data.sources import Source
 
+    if text is not None:
+        say_folder(text)
     if not columns or text is None:
         return text
     pairs = [column.partition("=") for column in columns]

@@ -1,4 +1,4 @@
-"""Models and datasets of the Hugging Face Hub: `find_model` makes a folder of huggingface_hub's cache out of a name.
+"""Models of the Hugging Face Hub: `find_model` makes a folder of huggingface_hub's cache out of a name.
 
 Every argument that names a model passes through it. Only weights, configs, tokenizers and cards are downloaded: no
 code, and no pickles. huggingface_hub keeps whole files, and takes what is in its cache without a network.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,7 @@ def find_model(name: str | Path, progress: Progress | None = None, files: Sequen
         prefix = f"{inner}/" if inner else ""
         patterns = [prefix + pattern for pattern in files]
         nested = [f"{prefix}*/{pattern}" for pattern in files if pattern.startswith("*")]  # other copies of a model
-    root = download(
-        match["repo"], match["revision"], patterns, progress or Progress(), nested=nested, choose=_one_model
-    )
+    root = _download(match["repo"], match["revision"], patterns, nested, progress or Progress())
     whole = [found for found in (root / inner).glob("*") if found.name.endswith(SINGLE_FILES)]
     return whole[0] if whole and not any((root / inner).glob("*.safetensors")) else root / inner
 
@@ -68,38 +66,28 @@ def origin(path: str | Path) -> str | None:
     return f"{found['user']}/{found['name']}@{found['commit']}" if found else None
 
 
-def download(
-    repo: str,
-    revision: str | None,
-    patterns: list[str],
-    progress: Progress,
-    *,
-    kind: str = "model",
-    nested: Sequence[str] = (),
-    choose: Callable[[str, list[str]], list[str]],
-) -> Path:
-    """The snapshot of a repository in the cache; files that are missing there are downloaded.
+def _download(repo: str, revision: str | None, patterns: list[str], nested: list[str], progress: Progress) -> Path:
+    """The snapshot of a model's repository in the cache; files that are missing there are downloaded.
 
-    kind: "model" or "dataset". patterns: of files that are wanted, nested: of those that are not. choose: picks from
-    their names, given the repository's for its errors. Raises as `find_model` does.
+    patterns: of files that are wanted, nested: of those that are not.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RevisionResolutionError
 
     name = f"{repo}@{revision}" if revision else repo
-    with explained(name, kind):
+    with explained(name):
         try:
-            before = HfApi().resolve_revision(repo, repo_type=kind, revision=revision, local_files_only=True).resolved
+            before = HfApi().resolve_revision(repo, revision=revision, local_files_only=True).resolved
         except RevisionResolutionError:
             before = None
-        commit = HfApi().resolve_revision(repo, repo_type=kind, revision=revision)
+        commit = HfApi().resolve_revision(repo, revision=revision)
         if before not in (None, commit.resolved):
             progress.note(f"{name}: has moved to {commit.resolved}, which is taken; before it was {repo}@{before}")
-        how: dict[str, Any] = {"repo_type": kind, "revision": commit, "tqdm_class": _bar(Progress(), 0)}
-        there = snapshot_download(repo, **how, allow_patterns=patterns, ignore_patterns=list(nested), dry_run=True)
-        chosen = choose(name, sorted(file.filename for file in there))
+        how: dict[str, Any] = {"revision": commit, "tqdm_class": _bar(Progress(), 0)}
+        there = snapshot_download(repo, **how, allow_patterns=patterns, ignore_patterns=nested, dry_run=True)
+        chosen = _one_model(name, sorted(file.filename for file in there))
         if not chosen:
-            names = HfApi().list_repo_files(repo, repo_type=kind, revision=commit)
+            names = HfApi().list_repo_files(repo, revision=commit)
             raise ConfigError(
                 f"{name}: has no file that is wanted here ({', '.join(patterns[-3:])}): it holds "
                 f"{', '.join(names[:12])}: pickles and code are never downloaded; {repo}:FOLDER names a folder in it"
@@ -154,23 +142,42 @@ def _bar(progress: Progress, total: int) -> type:
 
 
 @contextmanager
-def explained(name: str, kind: str = "model") -> Iterator[None]:
-    """Raise InputError for whatever huggingface_hub meets: the error says what to do, and shows no token."""
+def explained(name: str) -> Iterator[None]:
+    """Raise InputError for whatever huggingface_hub meets."""
     try:
         yield
     except IntaglioError:
         raise
     except Exception as error:  # every layer below, down to the socket, has exceptions of its own
-        raise InputError(_without_token(f"{name}: {_reason(error, kind)}")) from None
+        raise InputError(f"{name}: {reason(error, 'model')}") from None
 
 
-def _reason(error: BaseException, kind: str) -> str:
+def reason(error: BaseException, kind: str) -> str:
+    """What is wrong and what to do about an error of huggingface_hub, or of what called it; without the token.
+
+    kind: of the repository, "model" or "dataset".
+    """
+    from huggingface_hub import errors, get_token
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, errors.HfHubHTTPError):
+        cause = cause.__cause__
+    told = _refusal(cause, kind) if isinstance(cause, errors.HfHubHTTPError) else one_line(error)
+    if cause is None and isinstance(error, ValueError):
+        told = f"is refused: {told}"
+    elif cause is None:
+        told = (
+            f"no such file or folder, and no {kind} of this name can be read from the Hub, or kept in its cache: "
+            f"{told}: check path, network and disk, and repeat the command: files that are whole are kept"
+        )
+    token = get_token()
+    return told.replace(token, "TOKEN") if token else told
+
+
+def _refusal(error: Any, kind: str) -> str:
     from huggingface_hub import errors
 
-    wrappers = (errors.DryRunError, errors.RevisionResolutionError, errors.LocalEntryNotFoundError)
-    if isinstance(error, wrappers) and error.__cause__ is not None:
-        return _reason(error.__cause__, kind)
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    status = error.response.status_code
     if isinstance(error, errors.GatedRepoError):
         return f"is gated: accept its terms on its page of the Hub, then {LOG_IN}"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -181,20 +188,4 @@ def _reason(error: BaseException, kind: str) -> str:
         return f"the Hub refuses the token (401): {LOG_IN}, to a valid one, or unset it for what is public"
     if status == 403:
         return f"the Hub forbids it (403): use a token with the rights for it: {LOG_IN}"
-    if status is not None:
-        return f"the Hub answered {status}: {one_line(error)}: try again later"
-    if isinstance(error, ValueError):
-        return f"is refused: {one_line(error)}"
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
-        return f"cannot be kept in the cache: {one_line(error)}: make room, or set HF_HOME to another folder"
-    return (
-        f"no such file or folder, and the Hub cannot be reached for a {kind} of this name: {one_line(error)}: check "
-        "the path or the network, and repeat the command: files that are whole are kept"
-    )
-
-
-def _without_token(text: str) -> str:
-    from huggingface_hub import get_token
-
-    token = get_token()
-    return text.replace(token, "TOKEN") if token else text
+    return f"the Hub answered {status}: {one_line(error)}: try again later"

@@ -33,7 +33,7 @@ from intaglio.progress import Progress
 from intaglio.runs.export import make_files
 from intaglio.runs.proof import Evaluation
 from intaglio.runs.texts import held_out, training_text
-from intaglio.train.data.sources import Data, path_of
+from intaglio.train.data.sources import Data, path_of, record_of
 from intaglio.train.loop import run_identity, train
 from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
@@ -124,7 +124,7 @@ def _finetune(
         held_out=windows_NT,
     )
     progress.stage("Packing and exporting")
-    record = {**start.provenance, "method": "fine-tuned on the grid", "data": str(data), "from": start.sha256()}
+    record = {**start.provenance, "method": "fine-tuned on the grid", **record_of(data), "from": start.sha256()}
     with scratch_folder(out / "text") as folder:
         pack_model(latents, folder / "packed", assets=start.path, provenance=record)
         join_packed(PackedModel.open(folder / "packed"), start, out / "packed", replace=resume)

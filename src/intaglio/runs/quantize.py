@@ -20,7 +20,7 @@ from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.train.corpus import load_corpus
-from intaglio.train.data.sources import Data, path_of
+from intaglio.train.data.sources import Data, path_of, record_of
 from intaglio.train.layerwise import quantize_on_text
 from intaglio.train.media import audio_samples, image_samples
 from intaglio.train.quantize import quantize
@@ -110,7 +110,7 @@ def _fit_on_text(
         gptq=gptq,
         layers=layers,
         device=device,
-        provenance=provenance_of(model_dir),
+        provenance=provenance_of(model_dir) | record_of(data),
         replace=replace,
         progress=progress,
     )

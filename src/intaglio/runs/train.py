@@ -51,7 +51,7 @@ from intaglio.runs.export import make_files
 from intaglio.runs.proof import Evaluation, missing_runtime, prove
 from intaglio.runs.texts import held_out, save_windows, training_text
 from intaglio.train.corpus import Corpus
-from intaglio.train.data.sources import Data, path_of
+from intaglio.train.data.sources import Data, path_of, record_of
 from intaglio.train.latents import Latents
 from intaglio.train.layerwise import quantize_on_text
 from intaglio.train.loop import check_stages, run_identity, train
@@ -134,8 +134,7 @@ def _run(
         on_start=_keep_start(model_dir, plan, out, evaluation, failures) if keeps else lambda latents: None,
     )
     progress.stage("Packing")
-    record = {**provenance_of(model_dir), "method": "quantization-aware training"}
-    record["data"] = "the model's own samples" if data is None else str(data)
+    record = {**provenance_of(model_dir), "method": "quantization-aware training", **record_of(data)}
     pack_model(latents, out / "packed", assets=model_dir, provenance=record, replace=resume)
     main, alone = is_main(), world_size() == 1
     dismiss_processes()
