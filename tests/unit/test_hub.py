@@ -13,7 +13,7 @@ import pytest
 from intaglio import PackedModel, inspect, load_tokenizer, make_plan, quantize_model
 from intaglio.errors import ConfigError, InputError, OutputError
 from intaglio.packed.origin import model_name
-from intaglio.plan.hub import ARTIFACT, find_model, origin
+from intaglio.plan.hub import ARTIFACT, CONFIG_ONLY, find_model, origin
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.train.loop import run_identity
@@ -214,6 +214,14 @@ def test_a_disk_that_is_too_full(hub: Hub, checkpoint: Path) -> None:
     ):
         find_model(NAME)
     assert not hub.count("GET", "/resolve/")
+
+
+def test_a_repository_of_pickles_is_refused_before_anything_is_downloaded(hub: Hub) -> None:
+    hub.add("user/pickled", {"config.json": b"{}", "pytorch_model.bin": b""})
+    with pytest.raises(ConfigError, match=r"it holds config.json, pytorch_model.bin: pickles and code are never"):
+        find_model("user/pickled")
+    assert not hub.count("GET", "/resolve/")
+    assert (find_model("user/pickled", files=CONFIG_ONLY) / "config.json").is_file()
 
 
 def test_an_adapter_says_how_to_merge_it(hub: Hub) -> None:

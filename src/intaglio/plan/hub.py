@@ -57,7 +57,8 @@ def find_model(name: str | Path, progress: Progress | None = None, files: Sequen
         nested = [f"{prefix}*/{pattern}" for pattern in files if pattern.startswith("*")]  # other copies of a model
     root = _download(match["repo"], match["revision"], patterns, nested, progress or Progress())
     whole = [found for found in (root / inner).glob("*") if found.name.endswith(SINGLE_FILES)]
-    return whole[0] if whole and not any((root / inner).glob("*.safetensors")) else root / inner
+    taken = files == ARTIFACT and whole and not any((root / inner).glob("*.safetensors"))
+    return whole[0] if taken else root / inner
 
 
 def origin(path: str | Path) -> str | None:
@@ -86,7 +87,8 @@ def _download(repo: str, revision: str | None, patterns: list[str], nested: list
         how: dict[str, Any] = {"revision": commit, "tqdm_class": _bar(Progress(), 0)}
         there = snapshot_download(repo, **how, allow_patterns=patterns, ignore_patterns=nested, dry_run=True)
         chosen = _one_model(name, sorted(file.filename for file in there))
-        if not chosen:
+        weighty = any(pattern.endswith(WEIGHTS) for pattern in patterns)
+        if not any(file.endswith((*WEIGHTS, "adapter_config.json") if weighty else "") for file in chosen):
             names = HfApi().list_repo_files(repo, revision=commit)
             raise ConfigError(
                 f"{name}: has no file that is wanted here ({', '.join(patterns[-3:])}): it holds "

@@ -163,10 +163,10 @@ def _head(packed: PackedModel) -> str:
     from huggingface_hub import ModelCardData
 
     said = packed.provenance
-    base = str(said.get("base_model", "")).partition("@")[0] or None
+    base, of_hub, _ = str(said.get("base_model", "")).partition("@")
     data = ModelCardData(
-        base_model=base,
-        base_model_relation=base and "quantized",
+        base_model=base or None,
+        base_model_relation="quantized" if of_hub else None,  # the base that a card names may be that of a fine-tune
         license=said.get("license"),
         datasets=said.get("datasets"),
         tags=[packed.plan.model.family.gguf_architecture, "quantized", "intaglio"],
