@@ -10,12 +10,12 @@ from unittest.mock import patch
 
 import pytest
 
-from intaglio import PackedModel, inspect, load_tokenizer, make_plan, quantize_model
+from intaglio import load_tokenizer, make_plan
 from intaglio.errors import ConfigError, InputError, OutputError
-from intaglio.packed.origin import model_name
+from intaglio.packed.origin import model_name, provenance_of
 from intaglio.plan.hub import ARTIFACT, CONFIG_ONLY, find_model, origin
-from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
+from intaglio.sources.open import open_source
 from intaglio.train.loop import run_identity
 from intaglio.train.run_folder import check_run_dir, claim
 from tests.support.cli import intaglio
@@ -27,7 +27,10 @@ NAME = "user/tiny-gemma"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("hub") / "checkpoint")
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "packed").mkdir()
+    (folder / "packed" / "packed.safetensors").touch()
+    return make_checkpoint(folder / "checkpoint")
 
 
 @pytest.fixture
@@ -71,29 +74,54 @@ def test_a_name_is_a_folder_of_the_cache_without_code_and_pickles(hub: Hub, chec
     assert not hub.count("GET", "/resolve/"), "what is in the cache was downloaded again"
 
 
-def test_functions_take_names(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+def test_functions_take_names(hub: Hub, checkpoint: Path) -> None:
     hub.add(NAME, checkpoint)
     assert make_plan(NAME, "q4_0").digest == make_plan(checkpoint, "q4_0").digest
     assert load_tokenizer(NAME).vocab_size == load_tokenizer(checkpoint).vocab_size
     assert not hub.count("GET", ".safetensors"), "weights were downloaded for a plan"
-    packed, _ = quantize_model(NAME, Recipe.load("q4_0-stock"), tmp_path / "packed")
-    assert packed.provenance["name"] == "tiny-gemma"
-    assert inspect(NAME).verdicts
-    hub.add("user/packed", packed.path)
-    assert PackedModel.open("user/packed").sha256() == packed.sha256()
+    assert provenance_of(open_source(NAME).path)["name"] == "tiny-gemma"
 
 
-def test_verbs_take_names_and_a_folder_wins(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+NONE = "user/none"
+MODEL_ARGUMENTS = [
+    ("plan", NONE),
+    ("plan", "e2b", "--drafter", NONE),
+    ("quantize", NONE, "-o", "out"),
+    ("quantize", "MODEL", "-o", "out", "--trained", NONE),
+    ("train", NONE, "-o", "out"),
+    ("train", "PACKED", "-o", "out", "--teacher", NONE),
+    ("train-drafter", NONE, "-o", "out"),
+    ("train-drafter", "MODEL", "-o", "out", "--drafter", NONE),
+    ("train-drafter", "MODEL", "-o", "out", "--drafter", "MODEL", "--original", NONE),
+    ("inspect", NONE),
+    ("convert", NONE, "-o", "out"),
+    ("convert", "MODEL", "-o", "out", "--config", NONE),
+    ("data", "MODEL", "--model", NONE),
+    ("eval", NONE, "--original", "MODEL", "--text", "text.txt"),
+    ("eval", "MODEL", "--original", NONE, "--text", "text.txt"),
+    ("report", "PACKED", "--original", NONE),
+    ("export", NONE, "gguf", "-o", "out"),
+    ("verify", NONE, "MODEL"),
+    ("verify", "PACKED", NONE),
+    ("release", NONE, "out", "--push", "user/name"),
+]
+
+
+@pytest.mark.parametrize("command", MODEL_ARGUMENTS, ids=" ".join)
+def test_every_model_argument_may_be_a_name(command: tuple[str, ...], hub: Hub, checkpoint: Path) -> None:
+    places = {"MODEL": checkpoint, "PACKED": checkpoint.parent / "packed"}
+    with patch("intaglio.packed.model.PackedModel.open", lambda path: find_model(path)):
+        done = intaglio(*(places.get(word, word) for word in command))
+    assert (done.code, NONE in done.error, "no such model on the Hub" in done.error) == (2, True, True), done.err
+
+
+def test_a_folder_wins_and_it_is_said(hub: Hub, checkpoint: Path) -> None:
     hub.add(NAME, checkpoint)
-    done = intaglio("quantize", NAME, "--recipe", "q4_0-stock", "--out", "packed")
-    assert done.code == 0, done.err
-    assert intaglio("plan", NAME).code == intaglio("export", "packed", "gguf", "-o", "model.gguf").code == 0
-    hub.add("user/with-gguf", {"model.gguf": (tmp_path / "model.gguf").read_bytes()})
-    assert intaglio("verify", "packed", "user/with-gguf").code == 0
+    assert intaglio("inspect", NAME).code == 0
     shutil.copytree(checkpoint, NAME)
     hub.requests.clear()
-    done = intaglio("inspect", NAME)
-    assert f"{NAME}: taken as the folder of this name" in done.err
+    for command in (("plan", NAME), ("data", "text.txt", "--model", NAME)):
+        assert f"{NAME}: taken as the folder of this name" in intaglio(*command).err
     assert not hub.requests
 
 

@@ -57,7 +57,8 @@ def head(card: str) -> dict[str, object]:
 
 def test_what_was_verified_is_what_is_uploaded(hub: Hub, made: tuple[PackedModel, Path], tmp_path: Path) -> None:
     packed, release = made
-    done = intaglio("release", packed.path, release, "--push", NAME, "--private")
+    hub.add("user/packed", packed.path)
+    done = intaglio("release", "user/packed", release, "--push", NAME, "--private")
     assert done.code == 0, done.err
     repo = hub.repos[f"models/{NAME}"]
     assert repo.private
