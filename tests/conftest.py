@@ -21,6 +21,8 @@ from tests.support.tiny import GEMMA4, make_checkpoint, pack
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test speaks to the stand-in of tests/support/hub.py, or to no Hub at all
+
 # A console keeps the width that COLUMNS had when its module was imported. A process of pytest-xdist has 80 there, and
 # tests set it later. So the consoles are made here, before any test module is imported, and ask each time.
 os.environ.pop("COLUMNS", None)

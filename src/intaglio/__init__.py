@@ -52,6 +52,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `_HOMES` sa
     from intaglio.runs.export import export
     from intaglio.runs.finetune import finetune
     from intaglio.runs.proof import Evaluation
+    from intaglio.runs.push import push_release
     from intaglio.runs.quantize import quantize_model
     from intaglio.runs.release import make_release, verify_release
     from intaglio.runs.train import run as train_checkpoint
@@ -122,6 +123,7 @@ __all__ = [
     "plan_to_go_on",
     "prepare",
     "preview",
+    "push_release",
     "quantize",
     "quantize_model",
     "report",
@@ -165,6 +167,7 @@ _HOMES = {
     "runs.export": ["export"],
     "runs.finetune": ["finetune"],
     "runs.proof": ["Evaluation"],
+    "runs.push": ["push_release"],
     "runs.quantize": ["quantize_model"],
     "runs.release": ["make_release", "verify_release"],
     "runs.train": ["train_checkpoint"],

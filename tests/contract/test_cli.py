@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from intaglio import errors
 from intaglio.formats.verify import verify
-from intaglio.packed.checkpoint import model_name
 from intaglio.packed.model import PackedModel
+from intaglio.packed.origin import model_name
 from intaglio.plan.plan import make_plan
 from intaglio.sizing import planning
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT

@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import datasets
-import huggingface_hub.constants
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -336,6 +336,7 @@ def test_a_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch, source: str, ask
         return datasets.Dataset.from_dict({"text": ["abc", "def"], "id": [1, 2]}).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", lambda *_, **__: None)
     assert load(source, 10).tokens.tolist() == [[BOS, *ids("abc"), EOS, BOS, *ids("def"), EOS]]
     assert calls == [(*asked[:2], {"split": asked[2], "streaming": True})]
 
@@ -343,7 +344,7 @@ def test_a_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch, source: str, ask
 def test_a_dataset_that_does_not_load_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        CorpusError, match=r"^no-org/no-name: no such file, and no dataset that loads: .*network"
+        CorpusError, match=r"^no-org/no-name: no such file or folder, and no dataset of this name can be read.*network"
     ) as caught:
         load("no-org/no-name")
     assert "\n" not in str(caught.value)
@@ -352,14 +353,18 @@ def test_a_dataset_that_does_not_load_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_dataset_that_breaks_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def records():  # type: ignore[no-untyped-def]
-        yield {"text": "abc"}
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", lambda *_, **__: None)
+
+    def broken(record: object) -> object:
         raise OSError("reset by peer\nmore")
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: records())
-    with pytest.raises(CorpusError, match=r"reset by peer: check the name"):
+    def streamed(texts: list[object]) -> datasets.IterableDataset:
+        return datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: streamed(["abc"]).map(broken))
+    with pytest.raises(CorpusError, match=r"reset by peer more: check path"):
         load("name")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"text": 1}]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: streamed([1]))
     with pytest.raises(CorpusError, match=r"^name: record 0: text is of type int"):
         load("name")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from intaglio.cli.options import Columns, Json, Overrides, Text, app, print_json, source_of
+from intaglio.cli.options import HUB, Columns, Json, Overrides, Text, app, located, print_json, source_of
 
 if TYPE_CHECKING:
     from intaglio.drafter.model import Shape
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @app.command("train-drafter")
 def train_drafter(
     target: Annotated[
-        Path, typer.Argument(help="Packed model that it drafts for, or a float checkpoint.", show_default=False)
+        Path, typer.Argument(help=f"Packed model that it drafts for, or a float checkpoint, {HUB}.", show_default=False)
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.", show_default=False)],
     drafter: Annotated[
@@ -53,6 +53,9 @@ def train_drafter(
 
     if original is not None and drafter is None:
         raise typer.BadParameter("--original is compared with the drafter that was made for it: name that by --drafter")
+    target = located(target)
+    drafter = None if drafter is None else located(drafter)
+    original = None if original is None else located(original)
     shape = _shape_of_a_new_one(target, drafter, width=width, mlp=mlp, heads=heads, clusters=clusters or None)
     with Bars() as bars:
         report = run(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from intaglio.cli.options import (
+    HUB,
     Columns,
     EvalTokens,
     Json,
@@ -19,8 +20,10 @@ from intaglio.cli.options import (
     TextOnly,
     app,
     evaluation_of,
+    located,
     print_json,
     print_notes,
+    say_folder,
     source_of,
 )
 from intaglio.errors import RuntimeFailureError
@@ -31,7 +34,8 @@ def plan(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Model folder, its config.json, or a name: e2b, e4b, 12b, 26b-a4b, 31b.", show_default=False
+            help="Model folder, its config.json, a name of the Hub, or e2b, e4b, 12b, 26b-a4b, 31b.",
+            show_default=False,
         ),
     ] = None,
     recipe: RecipeName = "q4_0",
@@ -53,6 +57,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a model takes on disk, in memory and in training; no weights are read."""
+    from intaglio.cli.terminal import Bars
     from intaglio.cli.terminal_plan import print_family, print_survey, print_tensors
     from intaglio.packed.outputs import check_output
     from intaglio.plan.recipe import Recipe
@@ -75,7 +80,10 @@ def plan(
         metadata_bytes=metadata,
         budget_bytes=None if budget is None else parse_bytes(budget, "--budget"),
     )
-    made = planning.survey(model, Recipe.load(recipe, overrides), wishes, drafter=drafter, text_only=text_only)
+    how = Recipe.load(recipe, overrides)
+    say_folder(model)
+    with Bars() as bars:
+        made = planning.survey(model, how, wishes, drafter=drafter, text_only=text_only, progress=bars.progress)
     print_notes(made.notes)
     if html is not None:
         from intaglio.cli.plan_page import write_page
@@ -88,14 +96,16 @@ def plan(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Checkpoint folder, .safetensors or .gguf.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help=f"Checkpoint folder, .safetensors or .gguf, {HUB}.", show_default=False)],
     every: Annotated[bool, typer.Option("--all", help="A line for every tensor, not one for those of a kind.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show which grid each tensor lies on, and what stock tools would make of it. Nothing is executed."""
     from intaglio.cli.terminal import Bars, print_inspection
+    from intaglio.plan.hub import ARTIFACT
     from intaglio.sources.inspect import inspect as run_inspect
 
+    path = located(path, *ARTIFACT)
     with Bars() as bars:
         found = run_inspect(path, on_tensor=lambda done, total, name: bars.part(done >> 20, total >> 20, "MB"))
     if as_json:
@@ -115,11 +125,12 @@ def show_data(
 ) -> None:
     """Show what a model would be trained on: what is read and what is not, and documents as the model sees them."""
     from intaglio.packed.assets import load_tokenizer
+    from intaglio.plan.hub import TEXTS
     from intaglio.train.data.preview import preview
 
     source = source_of(data, columns)
     assert source is not None
-    found = preview(source, load_tokenizer(model), max_tokens=tokens, assistant_only=assistant_only)
+    found = preview(source, load_tokenizer(located(model, *TEXTS)), max_tokens=tokens, assistant_only=assistant_only)
     if as_json:
         return print_json(found.to_dict())
     for line in found.reading.lines():
@@ -132,8 +143,10 @@ def show_data(
 
 @app.command("eval")
 def evaluate(
-    artifact: Annotated[Path, typer.Argument(help="Packed model, .gguf or transformers folder.", show_default=False)],
-    original: Annotated[Path, typer.Option(help="The float checkpoint to compare with.", show_default=False)],
+    artifact: Annotated[
+        Path, typer.Argument(help=f"Packed model, .gguf or transformers folder, {HUB}.", show_default=False)
+    ],
+    original: Annotated[Path, typer.Option(help=f"The float checkpoint to compare with, {HUB}.", show_default=False)],
     text: Annotated[Path, typer.Option("--text", help="Held-out text.", show_default=False)],
     columns: Columns = (),  # type: ignore[assignment]
     eval_tokens: EvalTokens = 65536,
@@ -144,8 +157,10 @@ def evaluate(
 ) -> None:
     """Measure an artifact's KL to the original: a .gguf in llama.cpp, the others in transformers."""
     from intaglio.cli.terminal import Bars, print_comparison
+    from intaglio.plan.hub import ARTIFACT
     from intaglio.runs.compare import compare
 
+    artifact, original = located(artifact, *ARTIFACT), located(original)
     with Bars() as bars:
         evaluation = evaluation_of(text, eval_tokens, [], columns)
         result = compare(artifact, original, evaluation, bars.progress, int8_cache=int8_cache)
@@ -169,7 +184,7 @@ def watch(
 @app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
-    original: Annotated[Path, typer.Option(help="The float checkpoint.", show_default=False)],
+    original: Annotated[Path, typer.Option(help=f"The float checkpoint, {HUB}.", show_default=False)],
     text: Text = None,
     columns: Columns = (),  # type: ignore[assignment]
     eval_tokens: EvalTokens = 65536,
@@ -180,6 +195,7 @@ def report(
     from intaglio.cli.terminal import Bars, print_report
     from intaglio.runs.compare import report as run_report
 
+    original = located(original)
     with Bars() as bars:
         evaluation = evaluation_of(text, eval_tokens, prompt, columns, references)
         made = run_report(original, run_dir, evaluation=evaluation, progress=bars.progress)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from intaglio.cli.options import (
+    HUB,
     Columns,
     EvalTokens,
     Json,
@@ -20,6 +21,7 @@ from intaglio.cli.options import (
     TextOnly,
     app,
     evaluation_of,
+    located,
     print_json,
     print_notes,
     print_towers_off,
@@ -82,7 +84,8 @@ def quantize(
     from intaglio.runs.quantize import quantize_model
 
     check_output(out, [recipe])
-    text = None if trained is None else PackedModel.open(trained)
+    model = located(model)
+    text = None if trained is None else PackedModel.open(located(trained))
     chosen = Recipe.load(recipe, overrides) if text is None else text.plan.recipe
     print_notes(notes(model, checkpoint_spec(model, text_only=text_only)))
     with Bars() as bars:
@@ -107,7 +110,8 @@ def quantize(
 @app.command()
 def train(
     model: Annotated[
-        Path, typer.Argument(help="Folder of a transformers checkpoint, or of a packed model.", show_default=False)
+        Path,
+        typer.Argument(help=f"Folder of a transformers checkpoint or of a packed model, {HUB}.", show_default=False),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.", show_default=False)],
     data: Annotated[
@@ -149,7 +153,7 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
     )
     evaluation = evaluation_of(text, eval_tokens, prompt, columns, references)
-    source = source_of(data, columns)
+    source, model = source_of(data, columns), located(model)
     common: dict[str, Any] = {"data": source, "evaluation": evaluation, "options": options, "resume": resume}
     if (model / FILE_NAME).is_file():
         if recipe is not None:
@@ -160,6 +164,7 @@ def train(
             raise typer.BadParameter(
                 f"--references: {model} is packed, and is measured before and after training: leave it out"
             )
+        teacher = None if teacher is None else located(teacher)
         _train_packed(model, out, teacher_dir=teacher, overrides=overrides, **common)
     else:
         if teacher is not None:
@@ -205,7 +210,8 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A QAT checkpoint: floats on a grid, mobile folder, W4A16 folder, or Q4_0 .gguf.", show_default=False
+            help="A QAT checkpoint: floats on a grid, mobile folder, W4A16 folder, Q4_0 .gguf, or a name of the Hub.",
+            show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the packed model.", show_default=False)],
@@ -224,10 +230,12 @@ def convert(
     """Take the trained codes out of a checkpoint, ours or anyone's, into a packed model; then `export` it."""
     from intaglio.cli.terminal import Bars, print_conversion
     from intaglio.packed.outputs import check_output
+    from intaglio.plan.hub import ARTIFACT, TEXTS
     from intaglio.plan.recipe import Recipe
     from intaglio.sources.convert import convert as run_convert
 
     check_output(out, [source, config, recipe])
+    source, config = located(source, *ARTIFACT), None if config is None else located(config, *TEXTS)
     with Bars() as bars:
         result = run_convert(
             source,

@@ -20,8 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ModelDir = Annotated[Path, typer.Argument(help="Folder of a transformers checkpoint.", show_default=False)]
-PackedDir = Annotated[Path, typer.Argument(help="Folder that train or quantize wrote.", show_default=False)]
+HUB = "or a name of the Hub: user/model, user/model@revision"
+ModelDir = Annotated[Path, typer.Argument(help=f"Folder of a transformers checkpoint, {HUB}.", show_default=False)]
+PackedDir = Annotated[Path, typer.Argument(help=f"Folder that train or quantize wrote, {HUB}.", show_default=False)]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A preset, or the path of a TOML file.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="Change a recipe key: schedule.lr=1e-4.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -54,12 +55,38 @@ def source_of(text: str | Path | None, columns: list[str]) -> Data | None:
     """Text with the names of its columns, as the options say it."""
     from intaglio.train.data.sources import Source
 
+    if text is not None:
+        say_folder(text)
     if not columns or text is None:
         return text
     pairs = [column.partition("=") for column in columns]
     if wrong := next((column for column, pair in zip(columns, pairs, strict=True) if not (pair[0] and pair[2])), None):
         raise typer.BadParameter(f"--column {wrong}: expected ROLE=NAME, for example text=body")
     return Source(text, {role: name for role, _, name in pairs})
+
+
+def located(name: Path, *files: str) -> Path:
+    """The path of a model argument; what a name of the Hub stands for is downloaded, with a bar.
+
+    files: patterns of the files that are wanted, as `find_model` takes them; by default those of a checkpoint.
+    """
+    from intaglio.cli.terminal import Bars
+    from intaglio.plan.hub import MODEL, NAME, find_model
+
+    say_folder(name)
+    if name.exists() or not NAME.fullmatch(str(name)):
+        return name
+    with Bars() as bars:
+        return find_model(name, bars.progress, files or MODEL)
+
+
+def say_folder(name: str | Path) -> None:
+    """Say that a folder is taken, where its name could be one of the Hub too. Nobody means a packed model otherwise."""
+    from intaglio.packed.identity import PACKED_FILE
+    from intaglio.plan.hub import NAME
+
+    if NAME.fullmatch(str(name)) and Path(name).is_dir() and not (Path(name) / PACKED_FILE).is_file():
+        print_notes([f"{name}: taken as the folder of this name, not as a repository of the Hub"])
 
 
 def print_json(value: Any) -> None:

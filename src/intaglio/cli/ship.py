@@ -13,7 +13,9 @@ from intaglio.cli.options import (
     Replace,
     TextOnly,
     app,
+    located,
     print_json,
+    print_notes,
     print_towers_off,
 )
 
@@ -59,7 +61,7 @@ def export(
         if target != OWN_OPTIONS[name] and not (to is not None and name == "transformers_js"):
             option = {"context_tokens": "context"}.get(name, name).replace("_", "-")
             raise typer.BadParameter(f"--{option} is for the target {OWN_OPTIONS[name]}")
-    model = PackedModel.open(packed)
+    model = PackedModel.open(located(packed))
     model = model.text_only() if text_only else model
     if to is not None:
         _release(model, out, to, replace, given)
@@ -104,10 +106,12 @@ def verify(
     from intaglio.errors import MismatchError
     from intaglio.formats.verify import verify as run_verify
     from intaglio.packed.model import PackedModel
+    from intaglio.plan.hub import ARTIFACT
     from intaglio.runs.release import is_release, verify_release
 
-    model = PackedModel.open(packed)
+    model = PackedModel.open(located(packed))
     wrong: list[str] = []
+    artifact = artifact if is_release(artifact) else located(artifact, *ARTIFACT)
     if is_release(artifact):
         results, wrong = verify_release(model, artifact)
         rows: Any = {"artifacts": [_row(r) for r in results], "files": wrong, "exact": _exact(results) and not wrong}
@@ -123,6 +127,36 @@ def verify(
     wrong = [result.summary() for result in results if not result.exact] + wrong
     if wrong:
         raise MismatchError(f"{'; '.join(wrong)}: export it again from the packed model")
+
+
+@app.command("release")
+def push_release(
+    packed: PackedDir,
+    folder: Annotated[Path, typer.Argument(help="Release that `export --to` wrote.", show_default=False)],
+    push: Annotated[str, typer.Option(help="Repository of the Hub to upload it to: user/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    each: Annotated[bool, typer.Option("--each", help="A repository for each format: user/name-FORMAT.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files, sizes and card; upload nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Verify a release once more and upload it to the Hugging Face Hub. Exit code 3 if anything differs."""
+    from intaglio.cli.terminal import Bars
+    from intaglio.packed.model import PackedModel
+    from intaglio.runs.push import push_release as run_push
+
+    model = PackedModel.open(located(packed))
+    with Bars() as bars:
+        pushed = run_push(model, folder, push, private=private, each=each, dry_run=dry_run, progress=bars.progress)
+    if as_json:
+        return print_json([repo.to_dict() for repo in pushed])
+    for repo in pushed:
+        typer.echo(f"{repo.repo}: {len(repo.files)} files, {sum(repo.files.values()):,} bytes {repo.url}".rstrip())
+        if dry_run:
+            for path, size in repo.files.items():
+                typer.echo(f"{size:15,}  {path}")
+            typer.echo(f"\n{repo.card}")
+        if repo.unknown:
+            print_notes([f"{repo.repo}: the card does not say {' and '.join(repo.unknown)}: add it there by hand"])
 
 
 def _row(result: Verification) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from intaglio.packed.shards import shards
 from intaglio.packed.store import open_safetensors
 from intaglio.plan.family import TOWER_ROLES, is_mobile, load_config
 from intaglio.plan.files import reading
+from intaglio.plan.hub import ARTIFACT, find_model
 from intaglio.plan.plan import PlannedTensor
 
 GROUPS = (CONFIG, TOKENIZER, "texts", TEMPLATE, GENERATION)
@@ -113,12 +114,12 @@ Compare = Callable[[PackedModel, Path, Tally], None]
 
 
 def verify(packed: PackedModel, artifact: str | Path, *, device: torch.device | str = "cpu") -> Verification:
-    """Compare one exported file or folder with the packed model it was made from.
+    """Compare one exported file or folder, or a name of the Hub, with the packed model it was made from.
 
     device: where decoded weights are compared with those of a transformers folder.
     A difference is counted, not raised. Raises ConfigError for an artifact that cannot be read.
     """
-    artifact = Path(artifact)
+    artifact = find_model(artifact, files=ARTIFACT)
     tally = Tally(device)
     with reading(artifact, "cannot be read", "export it again"):
         # an artifact may be damaged anywhere: each error of a reader becomes one sentence

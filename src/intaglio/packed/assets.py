@@ -15,6 +15,7 @@ from typing import Any
 from intaglio.errors import ConfigError
 from intaglio.plan.family import text_config
 from intaglio.plan.files import one_line, read_json, read_text, reading
+from intaglio.plan.hub import TEXTS, find_model
 
 TOKENIZER, SETTINGS, SPECIAL_TOKENS = "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"
 TEMPLATE, PROCESSOR_TEMPLATE = "chat_template.jinja", "chat_template.json"
@@ -35,7 +36,7 @@ def load_tokenizer(model_dir: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    path = Path(model_dir)
+    path = find_model(model_dir, files=TEXTS)
     check_assets(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -115,7 +116,7 @@ def _check_ids(
 def _own_file(source: Path, name: str) -> Path:
     """A file of the model's folder, links followed; ConfigError for a link that leads out of it."""
     folder, file = source.resolve(), (source / name).resolve()
-    cache = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+    cache = next((up.parent / "blobs" for up in folder.parents if up.name == "snapshots"), folder)
     if not file.is_relative_to(folder) and not file.is_relative_to(cache):
         raise ConfigError(
             f"{source / name}: is a link to {file}, outside of the model's folder: put a copy in its place if it "

@@ -29,25 +29,17 @@ from intaglio.plan.family import (
     transformers_config,
 )
 from intaglio.plan.files import one_line, read_json
+from intaglio.plan.hub import find_model
 from intaglio.plan.plan import HEAD
 
 # A transformers causal language model: its `model`, `config` and `generate` have no static types.
 TextModel = Any
 
-# Names of folders that tell a kind of content, and no model.
-NAMELESS = ("model", "hf", "packed", "checkpoint", "merged", "final")
-
-
-def model_name(model_dir: str | Path) -> str:
-    """Name of the model of a folder: the folder's name, or its parent's where that says nothing."""
-    path = Path(model_dir).resolve()
-    return path.parent.name if path.name in NAMELESS and path.parent.name else path.name
-
 
 def load_model(
     model_dir: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> TextModel:
-    """The text model of a checkpoint folder, in eval mode, loaded by transformers.
+    """The text model of a checkpoint folder, or of a name of the Hub, in eval mode, loaded by transformers.
 
     Weights are read in `dtype` rather than cast later: a cast of the whole model would round
     rotary tables too. Each goes from the file to `device`, so that a model on a GPU is never whole on the host.
@@ -56,7 +48,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    path = Path(model_dir)
+    path = find_model(model_dir)
     expect(path, CHECKPOINT)
     spec = read_spec(path)
     entries = _entries(path, spec.tensors, spec)  # transformers would only say that something does not fit

@@ -45,6 +45,7 @@ from intaglio.packed.store import (
 from intaglio.plan.carried import describe_whole
 from intaglio.plan.family import TOWER_ROLES
 from intaglio.plan.files import MALFORMED, one_line, without_folders
+from intaglio.plan.hub import find_model
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
 
@@ -145,7 +146,7 @@ class PackedModel:
 
         Only the header is read; `check` reads all tensors. A model without hashes is taken, and a warning logged.
         """
-        path = Path(path)
+        path = find_model(path)
         file_path = path / FILE_NAME
         found = look(path)
         if found.kind in (MISSING, OTHER, CONFIG):

@@ -21,6 +21,7 @@ from intaglio.errors import RecipeError
 from intaglio.numerics.grid import BF16, F32, WHOLE_ROW, BlockGrid, Grid, IndexGrid
 from intaglio.plan.carried import whole_name
 from intaglio.plan.family import TOWER_ROLES, ModelSpec, TensorSpec, describe, read_spec
+from intaglio.plan.hub import CONFIG_ONLY, find_model
 from intaglio.plan.recipe import Recipe, WeightRule
 from intaglio.plan.static import StaticScale, activation_scales, kv_scales
 
@@ -186,7 +187,7 @@ def _sha256(value: Any) -> str:
 
 
 def make_plan(model: str | Path | dict[str, Any] | ModelSpec, recipe: Recipe | str) -> Plan:
-    """Resolve `recipe` against a model folder, its config, or a ModelSpec.
+    """Resolve `recipe` against a model folder or name of the Hub, its config, or a ModelSpec.
 
     Raises RecipeError for a family that the recipe is not for, for a tensor that no rule covers or
     whose columns its grid cannot hold, for a rule that fits no tensor and is not optional, and for a
@@ -195,7 +196,7 @@ def make_plan(model: str | Path | dict[str, Any] | ModelSpec, recipe: Recipe | s
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
     if not isinstance(model, ModelSpec):
-        model = describe(model) if isinstance(model, dict) else read_spec(model)
+        model = describe(model) if isinstance(model, dict) else read_spec(find_model(model, files=CONFIG_ONLY))
     _check_family(recipe, model)
     tensors = tuple(PlannedTensor(spec, _rule_for(recipe, model, spec)) for spec in model.tensors)
     carried = tuple(PlannedTensor(spec, _rule_for(recipe, model, spec)) for spec in model.carried)

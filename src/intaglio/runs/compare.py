@@ -18,6 +18,7 @@ from intaglio.packed.assets import load_tokenizer
 from intaglio.packed.identity import CHECKPOINT, COMPRESSED, GGUF, MOBILE, PACKED, QUANTIZED, expect
 from intaglio.packed.model import PackedModel
 from intaglio.plan.family import check_runs_alone, read_spec
+from intaglio.plan.hub import ARTIFACT, find_model
 from intaglio.progress import Progress
 from intaglio.runs.bench import Bench
 from intaglio.runs.proof import Evaluation, prove
@@ -39,7 +40,8 @@ def compare(
     folder, run there. int8_cache: for a packed model with KV scales, read the text token by token
     through a cache that holds int8. device: for what transformers runs; None picks a GPU if there is one.
     """
-    progress, artifact, device = progress or Progress(), Path(artifact), device_for(device)
+    progress, device = progress or Progress(), device_for(device)
+    artifact, original = find_model(artifact, progress, ARTIFACT), find_model(original, progress)
     progress.stage("Loading")
     kind = expect(artifact, PACKED, GGUF, CHECKPOINT, MOBILE, COMPRESSED, QUANTIZED).kind
     packed = PackedModel.open(artifact) if kind == PACKED else None
@@ -76,6 +78,7 @@ def report(
     References that the evaluation asks for are measured if the run has them.
     """
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(run_dir)
+    original = find_model(original, progress)
     progress.stage("Reading the files back")
     bench = Bench.open(original, out, load_tokenizer(original), ["trained"], device=device_for(device))
     bench = bench.with_those_there(evaluation.references)

@@ -28,12 +28,14 @@ from intaglio.formats.table import format_of
 from intaglio.measure.drafter_report import DrafterReport, Pair, measure_pair, write_report
 from intaglio.measure.simulate import decoded_model
 from intaglio.packed.assets import load_tokenizer
-from intaglio.packed.checkpoint import TextModel, load_model, model_name
+from intaglio.packed.checkpoint import TextModel, load_model
 from intaglio.packed.decoded import load_packed
 from intaglio.packed.model import FILE_NAME as PACKED_FILE
 from intaglio.packed.model import PackedModel
+from intaglio.packed.origin import model_name
 from intaglio.packed.outputs import check_output
 from intaglio.packed.store import new_path
+from intaglio.plan.hub import find_model
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
@@ -106,6 +108,9 @@ def run(
     check_output(out, [target_dir, drafter_dir, original_dir, path_of(data), path_of(texts.text)])
     device = start_processes()
     progress = progress if is_main() else Progress()
+    target_dir = find_model(target_dir, progress)
+    drafter_dir = None if drafter_dir is None else find_model(drafter_dir, progress)
+    original_dir = None if original_dir is None else find_model(original_dir, progress)
     with hold(out), progress.logged(out) if is_main() else nullcontext():
         return _run(
             target_dir, recipe, out, data, drafter_dir, shape, original_dir, texts, options, resume, progress, device

@@ -28,11 +28,12 @@ from intaglio.packed.outputs import check_output
 from intaglio.packed.store import new_path, scratch_folder
 from intaglio.packed.write import join_packed
 from intaglio.plan.family import check_runs_alone
+from intaglio.plan.hub import find_model
 from intaglio.progress import Progress
 from intaglio.runs.export import make_files
 from intaglio.runs.proof import Evaluation
 from intaglio.runs.texts import held_out, training_text
-from intaglio.train.data.sources import Data, path_of
+from intaglio.train.data.sources import Data, path_of, record_of
 from intaglio.train.loop import run_identity, train
 from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
@@ -72,8 +73,11 @@ def finetune(
     """
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(out)
     check_output(out, [packed_dir, path_of(data), teacher_dir, path_of(evaluation.text)])
+    teacher_dir = None if teacher_dir is None else find_model(teacher_dir, progress)
     with hold(out), progress.logged(out):
-        return _finetune(packed_dir, out, data, teacher_dir, overrides, evaluation, options, resume, progress)
+        return _finetune(
+            find_model(packed_dir, progress), out, data, teacher_dir, overrides, evaluation, options, resume, progress
+        )
 
 
 def _finetune(
@@ -120,7 +124,7 @@ def _finetune(
         held_out=windows_NT,
     )
     progress.stage("Packing and exporting")
-    record = {**start.provenance, "method": "fine-tuned on the grid", "data": str(data), "from": start.sha256()}
+    record = {**start.provenance, "method": "fine-tuned on the grid", **record_of(data), "from": start.sha256()}
     with scratch_folder(out / "text") as folder:
         pack_model(latents, folder / "packed", assets=start.path, provenance=record)
         join_packed(PackedModel.open(folder / "packed"), start, out / "packed", replace=resume)

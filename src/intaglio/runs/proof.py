@@ -41,8 +41,9 @@ from intaglio.measure.report import (
     write_report,
 )
 from intaglio.measure.simulate import Simulation
-from intaglio.packed.checkpoint import TextModel, model_name
+from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.model import PackedModel, file_sha256
+from intaglio.packed.origin import model_name
 from intaglio.plan.files import without_folders
 from intaglio.progress import Progress
 from intaglio.runs.bench import FAILURES, REFERENCES, Bench, failure_of

@@ -10,15 +10,17 @@ import torch
 from intaglio.errors import InputError
 from intaglio.numerics.device import Device, device_for
 from intaglio.packed.assets import load_tokenizer
-from intaglio.packed.checkpoint import checkpoint_spec, model_name
+from intaglio.packed.checkpoint import checkpoint_spec
 from intaglio.packed.model import PackedModel
+from intaglio.packed.origin import provenance_of
 from intaglio.packed.outputs import check_output
 from intaglio.packed.store import scratch_folder
+from intaglio.plan.hub import find_model
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
 from intaglio.train.corpus import load_corpus
-from intaglio.train.data.sources import Data, path_of
+from intaglio.train.data.sources import Data, path_of, record_of
 from intaglio.train.layerwise import quantize_on_text
 from intaglio.train.media import audio_samples, image_samples
 from intaglio.train.quantize import quantize
@@ -50,12 +52,13 @@ def quantize_model(
     check_output(out, [model_dir, path_of(data), images, audio, None if trained is None else trained.path])
     if data is not None and trained is not None:
         raise InputError("--trained has its static scales: expected it or --data, not both")
+    progress, out, device = progress or Progress(), Path(out), device_for(device)
+    model_dir = find_model(model_dir, progress)
     plan = make_plan(checkpoint_spec(model_dir, text_only=text_only), recipe)
     if plan.recipe.schedule.gptq_tokens and data is None and trained is None:
         raise InputError("schedule.gptq_tokens: GPTQ needs text, and there is none: give --data")
     if "layers" in plan.recipe.schedule.stages and data is None and trained is None:
         raise InputError("schedule.stages: the stage 'layers' learns from text, and there is none: give --data")
-    progress, out, device = progress or Progress(), Path(out), device_for(device)
     samples = [image_samples(model_dir, images)] if images is not None else []
     samples += [audio_samples(model_dir, audio)] if audio is not None else []
     towers = Towers(plan, samples, progress) if samples else None
@@ -107,7 +110,7 @@ def _fit_on_text(
         gptq=gptq,
         layers=layers,
         device=device,
-        provenance={"name": model_name(model_dir)},
+        provenance=provenance_of(model_dir) | record_of(data),
         replace=replace,
         progress=progress,
     )

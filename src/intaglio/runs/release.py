@@ -115,11 +115,13 @@ def _export(packed: PackedModel, out: Path, name: str, options: dict[str, Any]) 
     options = options | ({"gguf": gguf} if name in LINKED and gguf.is_file() else {})
     result = write_exact(EXPORTERS[name], packed, folder / runtime.file, artifact=folder, **options)
     lines = [
+        _head(packed),
         f"# {_plain(model_title(packed))} for {runtime.title}",
         f"Recipe {packed.plan.recipe.name}. In this folder:",
         f"```bash\n{_command(packed, name, runtime.file or '.')}\n```",
         f"Read back: {result.summary().partition(': ')[2]}.",
         runtime.note(packed.plan),
+        *_made(packed),
     ]
     (folder / CARD).write_text("\n\n".join(filter(None, lines)) + "\n", "utf-8")
     return result
@@ -138,7 +140,6 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 def _card(packed: PackedModel, out: Path, release: Release) -> str:
     plan, title = packed.plan, _plain(f"{model_title(packed)}, {packed.plan.recipe.name}")
-    method = _plain(str(packed.provenance.get("method", "quantized without training")))
     rows = [
         f"| {RUNTIMES[name].title} | [`{name}/`]({name}) | {_size(out / name)} | "
         f"`{_command(packed, name, '/'.join(filter(None, (name, RUNTIMES[name].file))))}` |"
@@ -147,17 +148,46 @@ def _card(packed: PackedModel, out: Path, release: Release) -> str:
     notes = [f"- {name}: {note}" for name in release.verified if (note := RUNTIMES[name].note(plan))]
     notes += [f"- {name} is left out: {_plain(without_folders(reason))}" for name, reason in release.left_out.items()]
     parts = [
-        f"---\ntags: [{plan.model.family.gguf_architecture}, quantized, intaglio]\n---",
+        _head(packed),
         f"# {title}",
-        _grids(plan),
-        f"Made by intaglio: {method}. Every folder holds the same "
-        f"codes and scales, those of the packed model with SHA-256 `{packed.sha256()}`. `{MANIFEST}` has the sums "
-        "of all files.",
+        f"Every folder holds the same codes and scales. `{MANIFEST}` has the sums of all files.",
         "| runtime | folder | size | command |\n|---|---|---:|---|\n" + "\n".join(rows),
         "\n".join(notes),
-        _measured(packed) or "Quality was not measured: `intaglio eval` does.",
+        *_made(packed),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _head(packed: PackedModel) -> str:
+    """The metadata that the Hub reads on top of a card, as far as the provenance knows them."""
+    from huggingface_hub import ModelCardData
+
+    said = packed.provenance
+    base, of_hub, _ = str(said.get("base_model", "")).partition("@")
+    data = ModelCardData(
+        base_model=base or None,
+        base_model_relation="quantized" if of_hub else None,  # the base that a card names may be that of a fine-tune
+        license=said.get("license"),
+        datasets=said.get("datasets"),
+        tags=[packed.plan.model.family.gguf_architecture, "quantized", "intaglio"],
+        pipeline_tag="text-generation",
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _made(packed: PackedModel) -> list[str]:
+    """Paragraphs of a card: the grids, where codes and scales come from, and what the run measured."""
+    said = {key: _plain(str(value)) for key, value in packed.provenance.items()}
+    parts = [said.get("method", "quantized without training")]
+    parts += [f"{word} {said[key]}" for word, key in (("from", "base_model"), ("on", "data")) if key in said]
+    report = _report(packed)
+    command = " ".join(str(report.get("provenance", {}).get("command", "")).replace("`", "'").split())
+    return [
+        _grids(packed.plan),
+        f"Made by intaglio: {', '.join(parts)}. The packed model has SHA-256 `{packed.sha256()}`.",
+        f"```bash\n{command}\n```" if command else "",
+        _measured(packed) if report else "Quality was not measured: `intaglio eval` does.",
+    ]
 
 
 def _plain(text: str) -> str:
@@ -179,16 +209,19 @@ def _size(folder: Path) -> str:
     return f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()):,} bytes"
 
 
-def _measured(packed: PackedModel) -> str:
-    """The table of the run's report, if the packed model lies in a run that was measured with this recipe."""
+def _report(packed: PackedModel) -> dict[str, Any]:
+    """The report of the run that the packed model lies in, if it was measured with this recipe; else empty."""
     run = packed.path.resolve().parent
     if not (run / "report.json").is_file() or not (run / "report.md").is_file():
-        return ""
-    recipe = read_json(run / "report.json").get("recipe_toml")
-    if recipe != packed.plan.recipe.to_toml():
-        return ""
+        return {}
+    report = read_json(run / "report.json")
+    return report if report.get("recipe_toml") == packed.plan.recipe.to_toml() else {}
+
+
+def _measured(packed: PackedModel) -> str:
+    """The table of the run's report."""
     section = "## Against the original"
-    text = read_text(run / "report.md")
+    text = read_text(packed.path.resolve().parent / "report.md")
     return section + text.partition(section)[2].partition("\n## ")[0].rstrip() if section in text else ""
 
 
@@ -197,20 +230,24 @@ def is_release(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
+def read_manifest(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a release, by its path there, as the manifest says it. ConfigError for a damaged one."""
+    manifest, listed = folder / MANIFEST, {}
+    for line in manifest.read_text("utf-8", errors="replace").splitlines():
+        digest, separator, name = line.partition("  ")
+        if not separator or len(digest) != 64:
+            raise ConfigError(f"{manifest}: {line!r}: expected a SHA-256 and the path of a file")
+        listed[name] = digest
+    return listed
+
+
 def verify_release(packed: PackedModel, folder: str | Path) -> tuple[list[Verification], list[str]]:
     """Read every artifact of a release back; and say which files the manifest knows otherwise, or not at all.
 
     Raises ConfigError for a manifest or an artifact that cannot be read.
     """
     folder = Path(folder)
-    manifest = folder / MANIFEST
-    listed: dict[str, str] = {}
-    for line in manifest.read_text("utf-8", errors="replace").splitlines():
-        digest, separator, name = line.partition("  ")
-        if not separator or len(digest) != 64:
-            raise ConfigError(f"{manifest}: {line!r}: expected a SHA-256 and the path of a file")
-        listed[name] = digest
-    found = _hashes(folder)
+    listed, found = read_manifest(folder), _hashes(folder)
     wrong = [f"{name} has other bytes" for name in sorted(listed.keys() & found) if listed[name] != found[name]]
     wrong += [f"{name} is missing" for name in sorted(listed.keys() - found)]
     wrong += [f"{name} is not in {MANIFEST}" for name in sorted(found.keys() - listed)]

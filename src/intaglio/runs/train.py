@@ -29,11 +29,13 @@ from intaglio.formats.table import format_of
 from intaglio.measure.report import Report
 from intaglio.numerics.device import Device, device_for
 from intaglio.packed.assets import load_tokenizer
-from intaglio.packed.checkpoint import TextModel, model_name, stored_dtype
+from intaglio.packed.checkpoint import TextModel, stored_dtype
 from intaglio.packed.identity import CHECKPOINT, expect
 from intaglio.packed.model import PackedModel
+from intaglio.packed.origin import provenance_of
 from intaglio.packed.outputs import check_output
 from intaglio.plan.family import ModelSpec, check_runs_alone, read_spec
+from intaglio.plan.hub import find_model, origin
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.progress import Progress
@@ -49,7 +51,7 @@ from intaglio.runs.export import make_files
 from intaglio.runs.proof import Evaluation, missing_runtime, prove
 from intaglio.runs.texts import held_out, save_windows, training_text
 from intaglio.train.corpus import Corpus
-from intaglio.train.data.sources import Data, path_of
+from intaglio.train.data.sources import Data, path_of, record_of
 from intaglio.train.latents import Latents
 from intaglio.train.layerwise import quantize_on_text
 from intaglio.train.loop import check_stages, run_identity, train
@@ -87,7 +89,7 @@ def run(
     device = device_for(start_processes() if device is None else device)
     progress = progress if is_main() else Progress()
     with hold(out), progress.logged(out) if is_main() else nullcontext():
-        return _run(Path(model_dir), recipe, out, data, evaluation, options, resume, progress, device)
+        return _run(find_model(model_dir, progress), recipe, out, data, evaluation, options, resume, progress, device)
 
 
 def _run(
@@ -105,7 +107,7 @@ def _run(
     progress.stage("Loading the original")
     plan = _plan(model_dir, recipe)
     spec, by_layers = plan.model, "layers" in plan.recipe.schedule.stages
-    check_run_dir(out, run_identity(plan, None, options), resume)
+    check_run_dir(out, run_identity(plan, None, options, origin(model_dir)), resume)
     format_of(plan).check(plan, model_dir)
     if missing := missing_runtime(format_of(plan)):
         progress.note(missing)
@@ -124,6 +126,7 @@ def _run(
         out,
         teacher=teacher,
         start=start,
+        source=origin(model_dir),
         options=options,
         resume=resume,
         progress=progress,
@@ -131,8 +134,7 @@ def _run(
         on_start=_keep_start(model_dir, plan, out, evaluation, failures) if keeps else lambda latents: None,
     )
     progress.stage("Packing")
-    record = {"name": model_name(model_dir), "method": "quantization-aware training"}
-    record["data"] = "the model's own samples" if data is None else str(data)
+    record = {**provenance_of(model_dir), "method": "quantization-aware training", **record_of(data)}
     pack_model(latents, out / "packed", assets=model_dir, provenance=record, replace=resume)
     main, alone = is_main(), world_size() == 1
     dismiss_processes()
@@ -189,7 +191,7 @@ def _layers(
             layers=True,
             options=options,
             device=device,
-            provenance={"name": model_name(model_dir), "corpus": corpus.digest},
+            provenance={**provenance_of(model_dir), "corpus": corpus.digest},
             progress=progress,
         )
     start = PackedModel.open(path)
@@ -206,7 +208,7 @@ def _keep_start(
     def keep(latents: Latents) -> None:
         if not (plan.recipe.schedule.gptq_tokens and "start" in REFERENCES[evaluation.references]):
             return
-        record = {"name": model_name(model_dir), "method": f"fit {plan.recipe.fit}, GPTQ"}
+        record = {**provenance_of(model_dir), "method": f"fit {plan.recipe.fit}, GPTQ"}
         try:
             pack_model(latents, out / PACKED["start"], assets=model_dir, provenance=record, replace=True)
         except FAILURES as error:

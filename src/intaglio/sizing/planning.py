@@ -10,12 +10,15 @@ from typing import Any
 from intaglio.errors import ConfigError, RecipeError
 from intaglio.packed.checkpoint import check_weights, checkpoint_spec, notes
 from intaglio.packed.identity import CHECKPOINT, COMPRESSED, CONFIG, MOBILE, look
+from intaglio.packed.origin import model_name
 from intaglio.plan.bundled import DRAFTER, MODELS, bundled_config, bundled_name, find_config
 from intaglio.plan.carried import describe_whole
 from intaglio.plan.family import ModelSpec
+from intaglio.plan.hub import CONFIG_ONLY, find_model
 from intaglio.plan.memory import TrainingMemory, stage_peaks, training_memory
 from intaglio.plan.plan import Plan, make_plan
 from intaglio.plan.recipe import Recipe, preset_names
+from intaglio.progress import Progress
 from intaglio.sizing.components import kv_cache_bytes, parameters
 from intaglio.sizing.footprint import KV_BITS, Footprint, footprint, longest_context
 from intaglio.sizing.published import LEFT_OUT, PUBLISHED_GB
@@ -127,6 +130,14 @@ def find_spec(model: str | Path, *, text_only: bool = False) -> ModelSpec:
     return spec.text_only() if text_only else spec
 
 
+def _located(model: str | Path, progress: Progress | None) -> str | Path:
+    """A path, or a bundled name as it is. Of another name of the Hub, the config alone is downloaded."""
+    if Path(model).exists() or not bundled_name(str(model)):
+        found = find_model(model, progress, CONFIG_ONLY)
+        return found if Path(model).exists() or not found.exists() else found / "config.json"
+    return model
+
+
 @functools.cache
 def bundled_spec(name: str) -> ModelSpec:
     """A bundled model with its towers."""
@@ -140,8 +151,10 @@ def survey(
     *,
     drafter: str | Path | None = None,
     text_only: bool = False,
+    progress: Progress | None = None,
 ) -> Survey:
     """Plan a model by a recipe and work out what it takes. Raises ConfigError and RecipeError as a plan does."""
+    model, drafter = _located(model, progress), None if drafter is None else _located(drafter, progress)
     spec = find_spec(model, text_only=text_only)
     plan = make_plan(spec, recipe)
     made_for = None if drafter is None else _drafter(drafter, spec, recipe, wishes)
@@ -164,7 +177,7 @@ def display_name(model: str | Path) -> str:
     """A bundled model's full name, else the folder's."""
     path = Path(model)
     named = None if path.exists() else bundled_name(str(model))
-    return named or (path.resolve().parent.name if path.name == "config.json" else path.resolve().name)
+    return named or model_name(path.parent if path.name == "config.json" else path)
 
 
 def _drafter(drafter: str | Path, target: ModelSpec, recipe: Recipe, wishes: Wishes) -> tuple[str, Footprint]:

@@ -24,10 +24,11 @@ from intaglio.formats.mobile.read_packed import import_mobile
 from intaglio.numerics.exact import solve
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
 from intaglio.numerics.identify import NAMES
-from intaglio.packed.checkpoint import model_name
 from intaglio.packed.identity import look
 from intaglio.packed.model import PackedModel
+from intaglio.packed.origin import provenance_of
 from intaglio.packed.write import write_packed
+from intaglio.plan.hub import TEXTS, find_model
 from intaglio.plan.plan import Plan, PlannedTensor, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.sources.inspect import Verdict, examine
@@ -115,7 +116,7 @@ def convert(
     if recipe is None and not overrides and config is None and source.kind == "floats" and has_kept(source.path):
         kept = restore(source, Path(out), text_only=text_only, replace=replace, on_tensor=on_tensor)
         return _whole(kept, source.kind)
-    assets = assets_of(source, config)
+    assets = assets_of(source, None if config is None else find_model(config, files=TEXTS))
     model = model_of(source, assets, text_only)
     found, left_out = match(source, model, text_only=text_only, requantize=requantize)
     slices = {tensor.name: tensor.slice_columns for tensor in model.tensors}
@@ -257,7 +258,7 @@ def _counts(verdicts: dict[str, Verdict], steps: list[_Step]) -> dict[str, int]:
 
 def _provenance(source: Source, result: Conversion) -> dict[str, Any]:
     folder = source.path if source.path.is_dir() else source.path.with_suffix("")
-    record: dict[str, Any] = {"name": model_name(folder), "method": METHODS[source.kind], "source_grids": result.grids}
+    record = {**provenance_of(folder), "method": METHODS[source.kind], "source_grids": result.grids}
     if result.fitted:
         record["fitted"] = result.fitted
     if result.lossy:

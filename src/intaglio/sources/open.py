@@ -10,14 +10,15 @@ from intaglio.packed.identity import CHECKPOINT, COMPRESSED, GGUF, MOBILE, PACKE
 from intaglio.packed.shards import tensor_files
 from intaglio.packed.store import SafetensorsReader, headers
 from intaglio.plan.family import load_config
+from intaglio.plan.hub import ARTIFACT, find_model
 from intaglio.sources.coded import mobile_tensors, w4a16_tensors
 from intaglio.sources.stored import Source, Stored, open_gguf
 
 
 def open_source(path: str | Path) -> Source:
-    """A folder, a .safetensors file or a .gguf file. ConfigError for any other kind, and for damaged ones."""
+    """A folder, a .safetensors or .gguf file, or a name of the Hub. ConfigError for other kinds and damaged ones."""
+    path = find_model(path, files=ARTIFACT)
     kind = expect(path, CHECKPOINT, WEIGHTS, TENSORS, MOBILE, COMPRESSED, GGUF, PACKED).kind
-    path = Path(path)
     if kind == GGUF:
         return open_gguf(path if path.is_file() else _only_gguf(path))
     if kind == TENSORS:

@@ -50,6 +50,7 @@ def train(
     *,
     teacher: TextModel | None = None,
     start: PackedModel | None = None,
+    source: str | None = None,
     options: Options | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -64,6 +65,7 @@ def train(
     run_dir: receives logs and checkpoints; an existing run is continued only with `resume`.
     teacher: another model whose distribution is learned, by the original's tokens; the original by default.
     start: a packed model to go on from, bit for bit; `original` then only lends its modules, and is changed.
+    source: name of the original on the Hub with its commit, of which no other one may resume the run.
     progress: shows the calibration of static scales and the steps. on_step: for a caller's own code, such as a test
     that stops a run; called after each step, and what it raises ends the run.
     on_start: called with the latents as training begins with them, but not when it goes on from a checkpoint.
@@ -74,7 +76,7 @@ def train(
     options, progress, run_dir = options or Options(), progress or Progress(), Path(run_dir)
     device = start_processes()
     check_stages(plan.recipe.schedule, start is not None)
-    identity = run_identity(plan, start, options) | {"corpus": corpus.digest}
+    identity = run_identity(plan, start, options, source) | {"corpus": corpus.digest}
     check_run_dir(run_dir, identity, resume)
     # on every process alike, and before sharding: one that failed alone would leave the others waiting
     check_together(plan.recipe.schedule.batch_size, identity)
@@ -166,8 +168,11 @@ def _first_values(
     calibrate_student(latents, corpus, device, progress)  # of the codes that GPTQ chose
 
 
-def run_identity(plan: Plan, start: PackedModel | None, options: Options | None) -> dict[str, str]:
+def run_identity(
+    plan: Plan, start: PackedModel | None, options: Options | None, source: str | None = None
+) -> dict[str, str]:
     """Facts that must be the same for a run to be resumed, beside the corpus."""
     precision = "bf16" if (options or Options()).dtype == torch.bfloat16 else "no"
     identity = {"plan": plan.digest, "recipe": plan.recipe.to_toml(), "precision": precision}
+    identity |= {} if source is None else {"model": source}
     return identity | ({} if start is None else {"start": start.sha256()})

@@ -18,9 +18,11 @@ from intaglio.numerics.fit import check_finite as check_finite
 from intaglio.numerics.fit import fit_absmax, fit_mse
 from intaglio.numerics.fit_stock import fit_stock
 from intaglio.numerics.grid import BlockGrid, FloatGrid, Quantized
-from intaglio.packed.checkpoint import model_name, stream_chunks
+from intaglio.packed.checkpoint import stream_chunks
 from intaglio.packed.model import PackedModel
+from intaglio.packed.origin import provenance_of
 from intaglio.packed.write import PackedWriter, write_packed
+from intaglio.plan.hub import find_model
 from intaglio.plan.plan import Plan
 from intaglio.progress import Progress
 from intaglio.train.towers import Towers
@@ -73,8 +75,8 @@ def quantize(
     progress: shows each tensor that is done. Raises ConfigError for a damaged checkpoint and WeightError for NaN, Inf
     or weights beyond a grid's reach; nothing is left behind.
     """
-    source, target, device = Path(model_dir), Path(out), device_for(device)
-    record = {"name": model_name(source), "method": f"fit {plan.recipe.fit}", **(provenance or {})}
+    source, target, device = find_model(model_dir, progress), Path(out), device_for(device)
+    record = {**provenance_of(source), "method": f"fit {plan.recipe.fit}", **(provenance or {})}
     if trained is not None:
         _check_trained(trained, plan)
         record |= trained.provenance

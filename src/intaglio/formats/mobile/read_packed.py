@@ -19,9 +19,9 @@ from intaglio.formats.listed import ListedTensor
 from intaglio.formats.mobile.layout import LINEAR_OR_EMBEDDING, resolve_bits, stored_tensors
 from intaglio.numerics.grid import BF16, F32, INT2, INT4, INT8, BlockGrid, Grid, Quantized
 from intaglio.numerics.steps import check_steps
-from intaglio.packed.checkpoint import model_name
 from intaglio.packed.codes import unpack_codes
 from intaglio.packed.model import PackedModel
+from intaglio.packed.origin import provenance_of
 from intaglio.packed.shards import shards
 from intaglio.packed.store import FLOATS, SAFETENSORS_DTYPES, SafetensorsReader, headers, row_slices
 from intaglio.packed.write import write_packed
@@ -29,6 +29,7 @@ from intaglio.plan.carried import describe_whole, text_name, unused_names, whole
 from intaglio.plan.families import WHOLES
 from intaglio.plan.family import TOWER_ROLES, TensorSpec, is_mobile, load_config, text_config
 from intaglio.plan.found import recipe_for
+from intaglio.plan.hub import find_model
 from intaglio.plan.plan import HEAD, Plan, make_plan
 from intaglio.plan.recipe import Recipe
 from intaglio.plan.static import Activations, KvCache
@@ -67,7 +68,7 @@ def import_mobile(folder: str | Path, out: str | Path, *, replace: bool = False)
     Raises ConfigError for a folder of another kind or family, for tensors that are missing, unknown
     or not as its config says, and for scales that no runtime could use; nothing is left behind.
     """
-    path = Path(folder)
+    path = find_model(folder)
     if not is_mobile(path):
         raise ConfigError(f"{path}: no folder in the mobile format: expected quant_method 'gemma' in its config.json")
     found = _open(path)
@@ -77,7 +78,7 @@ def import_mobile(folder: str | Path, out: str | Path, *, replace: bool = False)
     except RecipeError as error:
         raise ConfigError(f"{path}: {error}") from error
     _check_layout(found, expected)
-    provenance = {"name": model_name(path), "method": "imported from the mobile format"}
+    provenance = {**provenance_of(path), "method": "imported from the mobile format"}
     with write_packed(Path(out), plan, assets=path, provenance=provenance, replace=replace) as writer:
         try:
             for name, rows, value in _values(found, plan, expected):

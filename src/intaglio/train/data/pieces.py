@@ -81,7 +81,8 @@ def _documents(source: Source, reader: Reader, reading: Reading, purpose: str) -
         raise CorpusError(f"{source}: no such file or folder")
     else:
         reading.files.append(str(source))
-        yield from _of_records(tables.named_records(str(source)), reader, reading)
+        rows = tables.named_records(str(source), lambda names: reader.columns(names, str(source)))
+        yield from _of_records(rows, reader, reading)
 
 
 def _saved_folders(path: Path, split: str | None, purpose: str, reading: Reading) -> list[Path] | None:

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from intaglio.errors import CorpusError, InputError
 from intaglio.train.data.reading import Reading, some
@@ -61,6 +62,14 @@ def path_of(data: Data | None) -> Path | None:
         return None
     path = Path(as_source(data).name)
     return path if path.exists() else Path(str(path).rpartition("@")[0] or path)
+
+
+def record_of(data: Data | None) -> dict[str, Any]:
+    """What a provenance says of the text: its name, and the dataset of the Hub where it is one."""
+    path, name = path_of(data), str(data)
+    if path is None:
+        return {"data": "the model's own samples"}
+    return {"data": name} | ({} if path.exists() else {"datasets": [re.split("[:@]", name)[0]]})
 
 
 def as_source(data: Data) -> Source:

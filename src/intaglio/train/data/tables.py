@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.errors import CorpusError
+from intaglio.plan.hub import reason
 from intaglio.train.data import files
-from intaglio.train.data.files import Records, first_line, grows, unreadable
+from intaglio.train.data.files import Records, grows, unreadable
 from intaglio.train.data.sources import check_regular
 
 DATASET_NAME = re.compile(r"([^:@]+)(?::([^:@]+))?(?:@([^@]+))?")
@@ -79,22 +80,32 @@ def _shards(path: Path) -> list[Path]:
     return shards
 
 
-def named_records(source: str) -> Records:
-    """Rows of a dataset by its name, name:config, name@split or name:config@split."""
+def named_records(source: str, choose: Callable[[list[str]], list[str]]) -> Records:
+    """Rows of a dataset of the Hub by its name, name:config, name@split or name:config@split.
+
+    It is streamed: no more is fetched than is read. choose: as for files, where the dataset says its columns.
+    Raises CorpusError for one that is not stored as parquet or JSON; scripts are never run.
+    """
     import datasets
+    from huggingface_hub import HfApi
 
     match = DATASET_NAME.fullmatch(source)
     if match is None:
         raise CorpusError(f"{source!r}: no such file, and no dataset: expected name, name:config or name:config@split")
     name, config, split = match.groups()
     try:
-        for number, record in enumerate(datasets.load_dataset(name, config, split=split or "train", streaming=True)):
+        HfApi().auth_check(name, repo_type="dataset")  # whose errors say more than those of datasets, and at once
+        rows = datasets.load_dataset(name, config, split=split or "train", streaming=True)
+        if (kind := rows.info.builder_name) not in (None, "parquet", "json"):
+            raise CorpusError(f"{source}: is stored as {kind}: expected parquet or JSON lines: give files of it")
+        if rows.column_names:
+            rows = rows.select_columns(choose(rows.column_names))
+        for number, record in enumerate(rows):
             yield f"{source}: record {number}", without_nulls(record)
     except CorpusError:
         raise
     except Exception as error:  # every layer below, down to the socket, has exceptions of its own
-        advice = "check the name, config, split and network, or give a local file"
-        raise CorpusError(f"{source}: no such file, and no dataset that loads: {first_line(error)}: {advice}") from None
+        raise CorpusError(f"{source}: {reason(error, 'dataset')}; check the config and the split too") from None
 
 
 def without_nulls(value: Any, depth: int = 0) -> Any:
