@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `_HOMES` sa
     from intaglio.runs.compare import compare as evaluate
     from intaglio.runs.compare import report
     from intaglio.runs.demo import run_demo, run_demo_drafter
+    from intaglio.runs.doctor import doctor
     from intaglio.runs.drafter import Texts
     from intaglio.runs.drafter import run as train_drafter
     from intaglio.runs.export import export
@@ -98,6 +99,7 @@ __all__ = [
     "Wishes",
     "calibrate",
     "convert",
+    "doctor",
     "evaluate",
     "export",
     "export_gguf",
@@ -163,6 +165,7 @@ _HOMES = {
     "progress": ["Progress"],
     "runs.compare": ["evaluate", "report"],
     "runs.demo": ["run_demo", "run_demo_drafter"],
+    "runs.doctor": ["doctor"],
     "runs.drafter": ["Texts", "train_drafter"],
     "runs.export": ["export"],
     "runs.finetune": ["finetune"],

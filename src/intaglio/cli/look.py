@@ -202,3 +202,18 @@ def report(
     print_report(made, run_dir)
     if any(row.failure for row in made.comparisons):
         raise typer.Exit(RuntimeFailureError.exit_code)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is here: processor, GPUs, packages, runtimes, and what each verb can do. Exit code 1 for a fault."""
+    from dataclasses import asdict
+
+    from intaglio.cli.terminal_doctor import print_doctor
+    from intaglio.runs.doctor import FAULT
+    from intaglio.runs.doctor import doctor as run_doctor
+
+    facts = run_doctor()
+    print_json([asdict(fact) for fact in facts]) if as_json else print_doctor(facts)
+    if any(fact.state == FAULT for fact in facts):
+        raise typer.Exit(RuntimeFailureError.exit_code)
