@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `_HOMES` sa
     from intaglio.plan.plan import Plan, make_plan
     from intaglio.plan.recipe import Recipe
     from intaglio.progress import Progress
+    from intaglio.runs.chat import chat
     from intaglio.runs.compare import compare as evaluate
     from intaglio.runs.compare import report
     from intaglio.runs.demo import run_demo, run_demo_drafter
@@ -98,6 +99,7 @@ __all__ = [
     "WeightError",
     "Wishes",
     "calibrate",
+    "chat",
     "convert",
     "doctor",
     "evaluate",
@@ -163,6 +165,7 @@ _HOMES = {
     "plan.plan": ["Plan", "make_plan"],
     "plan.recipe": ["Recipe"],
     "progress": ["Progress"],
+    "runs.chat": ["chat"],
     "runs.compare": ["evaluate", "report"],
     "runs.demo": ["run_demo", "run_demo_drafter"],
     "runs.doctor": ["doctor"],

@@ -80,7 +80,7 @@ def test_a_trial_that_dies_or_hangs_is_one_fault(
     if name in doctor_module.TRIED[:2]:
         assert {fact.state for fact in facts.values() if fact.section == doctor_module.VERBS} == {FAULT}
     else:
-        assert "not .gguf in llama.cpp [llama]" in facts["eval, report"].advice
+        assert "not .gguf in llama.cpp [llama]" in facts["eval, report, chat"].advice
         assert facts["llama.cpp"].state == FAULT and facts["export"].state == FINE
 
 

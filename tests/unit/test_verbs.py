@@ -33,6 +33,7 @@ GIVEN = {  # options that Python gives otherwise, or by another name
     "everything": "metadata_bytes",  # survey_family
 }
 OF_VERB = {  # the same, of one verb
+    ("chat", "context"): "context_tokens",
     ("data", "model"): "tokenizer",
     ("data", "tokens"): "max_tokens",
     ("demo", "drafter"): "out",  # run_demo_drafter
@@ -43,6 +44,7 @@ ONLY_PYTHON = {
     "progress",
     "on_tensor",
     "on_start",
+    "on_text",
     "device",
     "samples",
     "sample_tokens",

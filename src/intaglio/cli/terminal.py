@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -42,8 +41,6 @@ class Bars:
     def __enter__(self) -> Bars:
         if self.bars is not None:
             self.bars.bars.start()
-        else:
-            os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, which fill a log
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:

@@ -44,9 +44,9 @@ USES = (
     ("train, train-drafter", "schedule.moments='int8'", "lean"),
     ("export", "gguf, hf, gemma-mobile, vllm, mlx, ollama, lmstudio", ""),
     ("export", "onnx, web", "onnx"),
-    ("eval, report", "folders in transformers", ""),
-    ("eval, report", "folders that `export vllm` wrote", "vllm"),
-    ("eval, report", ".gguf in llama.cpp", "llama"),
+    ("eval, report, chat", "folders in transformers", ""),
+    ("eval, report, chat", "folders that `export vllm` wrote", "vllm"),
+    ("eval, report, chat", ".gguf in llama.cpp", "llama"),
 )
 # Runtimes that intaglio does not start: a package or a program, and where to get it.
 OTHERS = (
