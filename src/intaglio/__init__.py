@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `_HOMES` sa
     from intaglio.formats.verify import verify
     from intaglio.formats.words.write_mlx import export_mlx
     from intaglio.formats.words.write_vllm import export_vllm
+    from intaglio.measure.tasks import Asking, evaluate_tasks
     from intaglio.packed.assets import load_tokenizer
     from intaglio.packed.checkpoint import load_model
     from intaglio.packed.decoded import load_packed
@@ -76,6 +77,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `_HOMES` sa
     from intaglio.train.start import plan_to_go_on
 
 __all__ = [
+    "Asking",
     "ConfigError",
     "CorpusError",
     "Evaluation",
@@ -103,6 +105,7 @@ __all__ = [
     "convert",
     "doctor",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "export_gguf",
     "export_hf",
@@ -158,6 +161,7 @@ _HOMES = {
     "formats.verify": ["verify"],
     "formats.words.write_mlx": ["export_mlx"],
     "formats.words.write_vllm": ["export_vllm"],
+    "measure.tasks": ["Asking", "evaluate_tasks"],
     "packed.assets": ["load_tokenizer"],
     "packed.checkpoint": ["load_model"],
     "packed.decoded": ["load_packed"],

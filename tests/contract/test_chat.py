@@ -150,7 +150,7 @@ def test_an_answer_stops_when_it_is_told_to(gemma4: Case) -> None:
 def test_raw_text_needs_no_template(gemma4: Case, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(gemma4.hf, tmp_path / "hf"))
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(ConfigError, match="has no chat template: use --raw"):
+    with pytest.raises(ConfigError, match="has no chat template: give it text"):
         next(chat(folder, ["Hi"], device=CPU))
     answers = list(chat(folder, ["Hi", "Hi"], tokens=4, raw=True, device=CPU))
     assert answers[0].text == answers[1].text

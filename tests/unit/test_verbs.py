@@ -34,6 +34,7 @@ GIVEN = {  # options that Python gives otherwise, or by another name
 }
 OF_VERB = {  # the same, of one verb
     ("chat", "context"): "context_tokens",
+    ("eval", "context"): "context_tokens",
     ("data", "model"): "tokenizer",
     ("data", "tokens"): "max_tokens",
     ("demo", "drafter"): "out",  # run_demo_drafter
@@ -52,8 +53,24 @@ ONLY_PYTHON = {
     "top_clusters",
     "folder",
 }
-ONLY_PYTHON |= {"evaluation", "options", "wishes", "texts", "shape", "packed"}  # "packed" of finetune is the model
-SETTINGS = {intaglio.Evaluation, intaglio.Options, intaglio.Wishes, intaglio.Texts, intaglio.Shape, intaglio.Source}
+ONLY_PYTHON |= {
+    "asking",
+    "evaluation",
+    "options",
+    "wishes",
+    "texts",
+    "shape",
+    "packed",
+}  # "packed" of finetune is the model
+SETTINGS = {
+    intaglio.Asking,
+    intaglio.Evaluation,
+    intaglio.Options,
+    intaglio.Wishes,
+    intaglio.Texts,
+    intaglio.Shape,
+    intaglio.Source,
+}
 
 
 def kinds(hint: typing.Any) -> Iterator[typing.Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -147,27 +148,50 @@ def evaluate(
         Path, typer.Argument(help=f"Packed model, .gguf or transformers folder, {HUB}.", show_default=False)
     ],
     original: Annotated[Path, typer.Option(help=f"The float checkpoint to compare with, {HUB}.", show_default=False)],
-    text: Annotated[Path, typer.Option("--text", help="Held-out text.", show_default=False)],
+    text: Text = None,
     columns: Columns = (),  # type: ignore[assignment]
     eval_tokens: EvalTokens = 65536,
     int8_cache: Annotated[
         bool, typer.Option("--int8-cache", help="Read a packed mobile model token by token, from a cache of int8.")
     ] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas between: names or .yaml files.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of --tasks: questions of each.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Of --tasks: examples before a question.")] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Of --tasks: ask in a chat.")] = False,
+    context: Annotated[int, typer.Option(min=2, help="Of --tasks: tokens of a question and its answer.")] = 4096,
     as_json: Json = False,
 ) -> None:
-    """Measure an artifact's KL to the original: a .gguf in llama.cpp, the others in transformers."""
-    from intaglio.cli.terminal import Bars, print_comparison
+    """Measure an artifact's KL to the original, and scores in tasks: a .gguf in llama.cpp, others in transformers."""
+    from dataclasses import asdict
+
+    from intaglio.cli.terminal import Bars, print_comparison, print_scores
+    from intaglio.measure.tasks import Asking, evaluate_tasks
     from intaglio.plan.hub import ARTIFACT
     from intaglio.runs.compare import compare
 
+    if text is None and tasks is None:
+        raise typer.BadParameter("expected --text, --tasks or both")
+    if tasks is not None:
+        os.environ["TQDM_DISABLE"] = "1"  # of lm_eval's bars, beside ours
     artifact, original = located(artifact, *ARTIFACT), located(original)
+    result, scores = None, None
     with Bars() as bars:
-        evaluation = evaluation_of(text, eval_tokens, [], columns)
-        result = compare(artifact, original, evaluation, bars.progress, int8_cache=int8_cache)
+        if text is not None:
+            evaluation = evaluation_of(text, eval_tokens, [], columns)
+            result = compare(artifact, original, evaluation, bars.progress, int8_cache=int8_cache)
+        if tasks is not None:
+            asking = Asking(limit=limit, shots=shots, chat_template=chat_template, context_tokens=context)
+            names = [name.strip() for name in tasks.split(",") if name.strip()]
+            scores = evaluate_tasks(artifact, original, names, asking, progress=bars.progress)
     if as_json:
-        print_json(result.to_dict())
-    else:
+        rows = {} if scores is None else {"tasks": [asdict(score) for score in scores]}
+        return print_json((result.to_dict() if result else {}) | rows)
+    if result is not None:
         print_comparison(artifact.name, result)
+    if scores is not None:
+        print_scores(artifact.name, scores)
 
 
 @app.command()

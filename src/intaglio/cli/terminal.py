@@ -16,6 +16,7 @@ from intaglio.cli.streams import Printer
 from intaglio.measure.metrics import Comparison
 from intaglio.measure.render import percent, size, with_ci
 from intaglio.measure.report import Report
+from intaglio.measure.tasks import TaskScore
 from intaglio.numerics.identify import NAMES
 from intaglio.progress import Lines, Progress, StepInfo
 from intaglio.sources.convert import Conversion
@@ -123,6 +124,26 @@ def print_comparison(name: str, comparison: Comparison) -> None:
     table = new_table(f"{name} in {comparison.runtime}, {comparison.tokens:,} tokens", _headers())
     table.add_row(*_figures(comparison))
     console.print(table)
+
+
+def print_scores(name: str, scores: list[TaskScore]) -> None:
+    """Print scores in tasks as a table, with standard errors."""
+    table = new_table(f"{name} in {scores[0].runtime}", ("model", "score", "original", "difference", "recovered"))
+    table.columns[0].header = "task (questions), metric"
+    for row in scores:
+        table.add_row(
+            f"{row.task} ({row.samples:,}), {row.metric}",
+            _with_stderr(row.score, row.stderr),
+            _with_stderr(row.original_score, row.original_stderr),
+            _with_stderr(row.score - row.original_score, row.difference_stderr),
+            "" if row.recovered is None else percent(row.recovered, 1),
+        )
+    console.print(table)
+    console.print("± is the standard error; that of the difference is over pairs of answers", style="dim")
+
+
+def _with_stderr(value: float, stderr: float | None) -> str:
+    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
 
 
 WIDE = 100  # columns of a terminal that has room for the whole distribution

@@ -9,10 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from intaglio.errors import ConfigError
+from intaglio.measure.metrics import label_nll
+from intaglio.packed.template import Renderer
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,29 @@ class Engine(Protocol):
     def chat_format(self) -> ChatFormat: ...
     def encode(self, text: str) -> list[int]: ...
     def text(self, tokens: Sequence[int]) -> str: ...
-    def logits(self, tokens_T: Sequence[int]) -> Tensor: ...
+    def logits(self, tokens_T: Sequence[int], last: int | None = None) -> Tensor: ...
     def following(self, tokens: Sequence[int]) -> Tensor: ...
+
+
+class Prompter(Renderer):
+    """Chats as a model reads them, by its own template. A context manager, as `Renderer` is.
+
+    where: the model, for messages. Raises ConfigError for a model without a template.
+    """
+
+    def __init__(self, engine: Engine, where: str | Path):
+        self.template, self.where = engine.chat_format.template, where
+        if not self.template:
+            raise ConfigError(f"{where}: has no chat template: give it text instead of chats")
+        special: Any = SimpleNamespace(special_tokens_map=engine.chat_format.special)
+        super().__init__(special)
+
+    def prompt(self, messages: list[dict[str, Any]], *, ask: bool = True) -> str:
+        """The text of a chat. ask: with the header of the answer. ConfigError where the template refuses it."""
+        reply = self.reply(self.template, messages, ask=ask)
+        if "error" in reply:
+            raise ConfigError(f"{self.where}: its chat template refuses this conversation: {reply['error']}")
+        return str(reply["text"])
 
 
 def with_first(engine: Engine, tokens: list[int]) -> list[int]:
@@ -69,6 +96,21 @@ def written(
         yield engine.text(tokens)
 
 
+def scored(engine: Engine, read: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
+    """Log-probability in nats of tokens, and whether each is the likeliest one, for each continuation of a text.
+
+    read: the text with all but the last token of a continuation behind it, which is the same for all of them.
+    """
+    most = max(map(len, continuations))
+    log_p_TV = engine.logits(read, most).log_softmax(-1)
+    found = []
+    for tokens in continuations:
+        rows_TV, labels_T = log_p_TV[most - len(tokens) :], torch.tensor(tokens)
+        likeliest = bool((rows_TV.argmax(-1) == labels_T).all())
+        found.append((-float(label_nll(rows_TV, labels_T).sum()), likeliest))
+    return found
+
+
 class Transformers:
     """A transformers model with its tokenizer. chat_format: that of its folder."""
 
@@ -87,10 +129,11 @@ class Transformers:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     @torch.no_grad()
-    def logits(self, tokens_T: Sequence[int]) -> Tensor:
-        """float32 [T, V] of one window without any history."""
-        logits: Tensor = self.model(input_ids=self._input(tokens_T), use_cache=False).logits
-        return logits[0].float()
+    def logits(self, tokens_T: Sequence[int], last: int | None = None) -> Tensor:
+        """float32 [T, V], on the CPU, of one window without any history; of its `last` tokens alone if that is set."""
+        output = self.model(input_ids=self._input(tokens_T), use_cache=False, logits_to_keep=last or 0)
+        logits_TV: Tensor = output.logits[0].float().cpu()
+        return logits_TV
 
     @torch.no_grad()
     def following(self, tokens: Sequence[int]) -> Tensor:

@@ -116,8 +116,8 @@ class Runtime:
             pieces.append(buffer.raw[:size])
         return {"text": b"".join(pieces).decode("utf-8", "replace")}
 
-    def decode(self, tokens: list[int], position: int, only_last: bool) -> dict[str, Any]:
-        """Compute a row of logits for each token, or for the last alone. Position 0 begins a text without history."""
+    def decode(self, tokens: list[int], position: int, rows: int) -> dict[str, Any]:
+        """Read tokens, with rows of logits for the last ones. Position 0 begins a text without history."""
         lib, count = self._lib, len(tokens)
         if position == 0:
             lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
@@ -127,7 +127,7 @@ class Runtime:
             for i, token in enumerate(tokens):
                 batch.token[i], batch.pos[i] = token, position + i
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = not only_last or i == count - 1
+                batch.logits[i] = i >= count - rows
             status = lib.llama_decode(self._context, batch)
         finally:
             lib.llama_batch_free(batch)

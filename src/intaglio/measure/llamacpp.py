@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,8 @@ class LlamaCpp:
             self.close()
             raise
 
-    def logits(self, tokens_T: Tensor | Sequence[int]) -> Tensor:
-        """float32 [T, V], on the CPU, of one window without any history.
+    def logits(self, tokens_T: Tensor | Sequence[int], last: int | None = None) -> Tensor:
+        """float32 [T, V], on the CPU, of one window without any history; of its `last` tokens alone if that is given.
 
         Raises InputError for a window that is empty or longer than the context, and for token ids
         outside the vocabulary; RuntimeFailureError also for NaN or Inf.
@@ -94,25 +94,18 @@ class LlamaCpp:
         tokens = self._check(tokens_T)
         self._windows += 1
         where = "at the first window" if self._windows == 1 else f"at window {self._windows}"
-        logits_TV, self._read = torch.empty(len(tokens), self.vocabulary), []
-        for start, piece in self._decode(tokens, 0, where):
-            for first in range(0, len(piece), self._shared_rows):
-                last = min(first + self._shared_rows, len(piece))
-                logits_TV[start + first : start + last] = self._rows(first, last, where)
-        return logits_TV
+        return self._logits(tokens, 0, last or len(tokens), where)
 
     def following(self, tokens: Sequence[int]) -> Tensor:
         """float32 [V]: logits of what follows these tokens. If they continue the last ones, only the rest is read.
 
         Raises as `logits`.
         """
-        tokens, where = self._check(tokens), f"at token {len(tokens)}"
-        start = len(self._read) if self._read == tokens[: len(self._read)] and len(self._read) < len(tokens) else 0
-        self._read = []  # until this is done
-        for _ in self._decode(tokens, start, where, only_last=True):
-            row_V = self._rows(0, 1, where)[0]
-        self._read = tokens
-        return row_V.clone()
+        checked, read = self._check(tokens), self._read
+        start = len(read) if read == checked[: len(read)] and len(read) < len(checked) else 0
+        row_V = self._logits(checked, start, 1, f"at token {len(checked)}")[0]
+        self._read = checked
+        return row_V
 
     @cached_property
     def chat_format(self) -> ChatFormat:
@@ -140,24 +133,24 @@ class LlamaCpp:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _decode(
-        self, tokens: list[int], start: int, where: str, *, only_last: bool = False
-    ) -> Iterator[tuple[int, list[int]]]:
-        """Let llama.cpp read tokens from `start` on; yields each batch and its place while its logits are there."""
+    def _logits(self, tokens: list[int], start: int, last: int, where: str) -> Tensor:
+        """Logits [last, V] of the last tokens. Those before `start` are read already."""
+        self._read = []  # whatever happens now
+        logits_TV, skipped = torch.empty(last, self.vocabulary), len(tokens) - last
         for at in range(start, len(tokens), BATCH_TOKENS):
             piece = tokens[at : at + BATCH_TOKENS]
+            end = at + len(piece) - skipped  # in logits_TV
+            count = min(len(piece), max(0, end))
             seconds = work_seconds(self._bytes, len(piece))
-            request = {"tokens": piece, "position": at, "only_last": only_last}
-            self._ask("decode", {}, seconds=seconds, where=where, **request)
-            yield at, piece
-
-    def _rows(self, start: int, stop: int, where: str) -> Tensor:
-        """Rows of the last batch's logits, until the next call."""
-        self._ask("rows", {}, where=where, start=start, stop=stop)
-        rows = self._shared_RV[: stop - start]
-        if not math.isfinite(float(rows.sum())):
-            raise RuntimeFailureError(f"{self._path}: llama.cpp computed NaN or Inf {where}")
-        return rows
+            self._ask("decode", {}, seconds=seconds, where=where, tokens=piece, position=at, rows=count)
+            for first in range(0, count, self._shared_rows):
+                stop = min(first + self._shared_rows, count)
+                self._ask("rows", {}, where=where, start=first, stop=stop)
+                rows = self._shared_RV[: stop - first]
+                if not math.isfinite(float(rows.sum())):
+                    raise RuntimeFailureError(f"{self._path}: llama.cpp computed NaN or Inf {where}")
+                logits_TV[end - count + first : end - count + stop] = rows
+        return logits_TV
 
     def _check(self, tokens_T: Tensor | Sequence[int]) -> list[int]:
         """The window's tokens, which llama.cpp can take."""

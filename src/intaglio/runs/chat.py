@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from intaglio.errors import ConfigError, InputError
+from intaglio.errors import InputError
 from intaglio.measure.candidates import open_engine
-from intaglio.measure.engine import Engine, with_first, written
+from intaglio.measure.engine import Engine, Prompter, with_first, written
 from intaglio.numerics.device import Device, device_for
 from intaglio.packed.checkpoint import model_name
-from intaglio.packed.template import Renderer
 
 CONTEXT_TOKENS = 4096
 
@@ -62,34 +60,31 @@ def chat(
         speakers = []
         for path in paths:
             engine = open_engine(path, stack, context_tokens=context_tokens, device=place)
-            speakers.append(_Speaker(path, engine, stack))
-            if not raw and not engine.chat_format.template:
-                raise ConfigError(f"{path}: has no chat template: use --raw, which continues a text without one")
+            prompter = None if raw else stack.enter_context(Prompter(engine, path))
+            speakers.append(_Speaker(path, engine, prompter))
         for prompt in prompts:
             for speaker in speakers:
-                yield speaker.answer(prompt, tokens, temperature, raw, on_text)
+                yield speaker.answer(prompt, tokens, temperature, on_text)
 
 
 @dataclass
 class _Speaker:
-    """A model and its conversation so far."""
+    """A model and its conversation so far; prompter: None to continue each prompt by itself."""
 
     path: Path
     engine: Engine
-    stack: ExitStack
+    prompter: Prompter | None
     messages: list[dict[str, Any]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.name = self.path.name if self.path.is_file() else model_name(self.path)
-        special: Any = SimpleNamespace(special_tokens_map=self.engine.chat_format.special)
-        self.renderer = self.stack.enter_context(Renderer(special))
+    @property
+    def name(self) -> str:
+        return self.path.name if self.path.is_file() else model_name(self.path)
 
-    def answer(
-        self, prompt: str, most: int, temperature: float, raw: bool, on_text: Callable[[str, str], bool]
-    ) -> Answer:
+    def answer(self, prompt: str, most: int, temperature: float, on_text: Callable[[str, str], bool]) -> Answer:
         """The answer to a prompt, which joins the conversation with it."""
         messages = [*self.messages, {"role": "user", "content": prompt}]
-        tokens = with_first(self.engine, self.engine.encode(prompt if raw else self._rendered(messages)))
+        said = prompt if self.prompter is None else self.prompter.prompt(messages)
+        tokens = with_first(self.engine, self.engine.encode(said))
         if len(tokens) >= self.engine.context_tokens:
             raise InputError(
                 f"{self.path}: the conversation has {len(tokens)} tokens: expected fewer than the "
@@ -103,13 +98,7 @@ class _Speaker:
                 break
             shown = max(shown, ready)
         on_text(self.name, text[shown:])
-        self.messages = [] if raw else [*messages, {"role": "assistant", "content": text}]
+        self.messages = [*messages, {"role": "assistant", "content": text}]
         count = len(times) - 1
         rate = (count - 1) / (times[-1] - times[1]) if count > 1 else None
         return Answer(self.name, self.engine.version, text, count, times[min(1, count)] - times[0], rate)
-
-    def _rendered(self, messages: list[dict[str, Any]]) -> str:
-        reply = self.renderer.reply(self.engine.chat_format.template, messages, ask=True)
-        if "error" in reply:
-            raise ConfigError(f"{self.path}: its chat template refuses this conversation: {reply['error']}")
-        return str(reply["text"])

@@ -47,6 +47,7 @@ USES = (
     ("eval, report, chat", "folders in transformers", ""),
     ("eval, report, chat", "folders that `export vllm` wrote", "vllm"),
     ("eval, report, chat", ".gguf in llama.cpp", "llama"),
+    ("eval, report, chat", "--tasks", "tasks"),
 )
 # Runtimes that intaglio does not start: a package or a program, and where to get it.
 OTHERS = (
