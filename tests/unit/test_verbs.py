@@ -35,6 +35,7 @@ GIVEN = {  # options that Python gives otherwise, or by another name
 OF_VERB = {  # the same, of one verb
     ("chat", "context"): "context_tokens",
     ("eval", "context"): "context_tokens",
+    ("report", "context"): "context_tokens",
     ("data", "model"): "tokenizer",
     ("data", "tokens"): "max_tokens",
     ("demo", "drafter"): "out",  # run_demo_drafter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +10,17 @@ import typer
 from intaglio.cli.options import (
     HUB,
     Columns,
+    Context,
     EvalTokens,
+    InChat,
     Json,
+    Limit,
     Overrides,
     RecipeName,
     References,
     Replace,
+    Shots,
+    Tasks,
     Text,
     TextOnly,
     app,
@@ -26,6 +30,7 @@ from intaglio.cli.options import (
     print_notes,
     say_folder,
     source_of,
+    task_names,
 )
 from intaglio.errors import RuntimeFailureError
 
@@ -154,13 +159,11 @@ def evaluate(
     int8_cache: Annotated[
         bool, typer.Option("--int8-cache", help="Read a packed mobile model token by token, from a cache of int8.")
     ] = False,
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas between: names or .yaml files.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Of --tasks: questions of each.")] = None,
-    shots: Annotated[int | None, typer.Option(min=0, help="Of --tasks: examples before a question.")] = None,
-    chat_template: Annotated[bool, typer.Option("--chat-template", help="Of --tasks: ask in a chat.")] = False,
-    context: Annotated[int, typer.Option(min=2, help="Of --tasks: tokens of a question and its answer.")] = 4096,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    shots: Shots = None,
+    chat_template: InChat = False,
+    context: Context = 4096,
     as_json: Json = False,
 ) -> None:
     """Measure an artifact's KL to the original, and scores in tasks: a .gguf in llama.cpp, others in transformers."""
@@ -173,8 +176,6 @@ def evaluate(
 
     if text is None and tasks is None:
         raise typer.BadParameter("expected --text, --tasks or both")
-    if tasks is not None:
-        os.environ["TQDM_DISABLE"] = "1"  # of lm_eval's bars, beside ours
     artifact, original = located(artifact, *ARTIFACT), located(original)
     result, scores = None, None
     with Bars() as bars:
@@ -183,8 +184,7 @@ def evaluate(
             result = compare(artifact, original, evaluation, bars.progress, int8_cache=int8_cache)
         if tasks is not None:
             asking = Asking(limit=limit, shots=shots, chat_template=chat_template, context_tokens=context)
-            names = [name.strip() for name in tasks.split(",") if name.strip()]
-            scores = evaluate_tasks(artifact, original, names, asking, progress=bars.progress)
+            scores = evaluate_tasks(artifact, original, task_names(tasks), asking, progress=bars.progress)
     if as_json:
         rows = {} if scores is None else {"tasks": [asdict(score) for score in scores]}
         return print_json((result.to_dict() if result else {}) | rows)
@@ -214,15 +214,27 @@ def report(
     eval_tokens: EvalTokens = 65536,
     prompt: Annotated[list[str], typer.Option(help="Show continuations of this.")] = (),  # type: ignore[assignment]
     references: References = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    shots: Shots = None,
+    chat_template: InChat = False,
+    context: Context = 4096,
 ) -> None:
     """Measure a finished run again and rewrite report.html, report.md and report.json."""
     from intaglio.cli.terminal import Bars, print_report
+    from intaglio.measure.tasks import Asking
     from intaglio.runs.compare import report as run_report
 
     original = located(original)
     with Bars() as bars:
-        evaluation = evaluation_of(text, eval_tokens, prompt, columns, references)
-        made = run_report(original, run_dir, evaluation=evaluation, progress=bars.progress)
+        made = run_report(
+            original,
+            run_dir,
+            evaluation=evaluation_of(text, eval_tokens, prompt, columns, references),
+            tasks=task_names(tasks) if tasks is not None else None,
+            asking=Asking(limit=limit, shots=shots, chat_template=chat_template, context_tokens=context),
+            progress=bars.progress,
+        )
     print_report(made, run_dir)
     if any(row.failure for row in made.comparisons):
         raise typer.Exit(RuntimeFailureError.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,11 @@ Columns = Annotated[
     ),
 ]
 EvalTokens = Annotated[int, typer.Option("--eval-tokens", help="Held-out tokens to measure on.")]
+Tasks = Annotated[str | None, typer.Option(help="Tasks of lm_eval, with commas between: names or .yaml files.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Of --tasks: questions of each.")]
+Shots = Annotated[int | None, typer.Option(min=0, help="Of --tasks: examples before a question.")]
+InChat = Annotated[bool, typer.Option("--chat-template", help="Of --tasks: ask in a chat.")]
+Context = Annotated[int, typer.Option(min=2, help="Of --tasks: tokens of a question and its answer.")]
 References = Annotated[
     str | None, typer.Option(help="Untrained models to measure beside it: none, stock, or all (default).")
 ]
@@ -49,6 +55,12 @@ def evaluation_of(
 
     held_out = source_of(text, columns)
     return Evaluation(text=held_out, tokens=tokens, prompts=tuple(prompts), references=references or "all")
+
+
+def task_names(tasks: str | None) -> list[str]:
+    """Names of a list with commas. lm_eval's bars are off from now on: ours show how far it is."""
+    os.environ["TQDM_DISABLE"] = "1"
+    return [name.strip() for name in (tasks or "").split(",") if name.strip()]
 
 
 def source_of(text: str | Path | None, columns: list[str]) -> Data | None:

@@ -14,7 +14,7 @@ from rich.text import Text as RichText
 
 from intaglio.cli.streams import Printer
 from intaglio.measure.metrics import Comparison
-from intaglio.measure.render import percent, size, with_ci
+from intaglio.measure.render import percent, size, with_ci, with_stderr
 from intaglio.measure.report import Report
 from intaglio.measure.tasks import TaskScore
 from intaglio.numerics.identify import NAMES
@@ -111,6 +111,8 @@ def print_report(report: Report, out: Path) -> None:
         else:
             table.add_row(row.label, *_figures(row.comparison), bytes_)
     console.print(table)
+    if report.tasks:
+        print_scores("Tasks", report.tasks)
     for row in report.comparisons:
         if row.failure:
             console.print(RichText(f"{row.label}: not measured: {row.failure}", style="bold yellow"), soft_wrap=True)
@@ -133,17 +135,13 @@ def print_scores(name: str, scores: list[TaskScore]) -> None:
     for row in scores:
         table.add_row(
             f"{row.task} ({row.samples:,}), {row.metric}",
-            _with_stderr(row.score, row.stderr),
-            _with_stderr(row.original_score, row.original_stderr),
-            _with_stderr(row.score - row.original_score, row.difference_stderr),
+            with_stderr(row.score, row.stderr),
+            with_stderr(row.original_score, row.original_stderr),
+            with_stderr(row.score - row.original_score, row.difference_stderr),
             "" if row.recovered is None else percent(row.recovered, 1),
         )
     console.print(table)
     console.print("± is the standard error; that of the difference is over pairs of answers", style="dim")
-
-
-def _with_stderr(value: float, stderr: float | None) -> str:
-    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
 
 
 WIDE = 100  # columns of a terminal that has room for the whole distribution

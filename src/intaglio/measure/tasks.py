@@ -162,4 +162,5 @@ def _paired(name: str, metric: str, filtered: str, mine: dict[str, Any], theirs:
     pairs = [(value, answers[1][question]) for question, value in answers[0].items()]
     if len(pairs) < 2 or not all(isinstance(value, int | float) for pair in pairs for value in pair):
         return None
-    return statistics.stdev(a - b for a, b in pairs) / math.sqrt(len(pairs))
+    spread: float = statistics.stdev(a - b for a, b in pairs)
+    return spread / math.sqrt(len(pairs))
