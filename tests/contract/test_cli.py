@@ -205,8 +205,8 @@ def test_report_measures_again_and_rewrites_nothing_else(
 def test_report_asks_tasks_of_the_run_s_artifact_and_the_card_has_them(
     finished: tuple[Path, str], gemma4: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ask(artifact: Path, original: Path, tasks: list[str], asking: Asking, **how: object) -> list[TaskScore]:
-        assert (artifact, original, tasks) == (run / "model.gguf", gemma4.checkpoint, ["arc_easy", "my.yaml"])
+    def ask(artifact: Path, original: Path, tasks: str, asking: Asking, **how: object) -> list[TaskScore]:
+        assert (artifact, original, tasks) == (run / "model.gguf", gemma4.checkpoint, "arc_easy,my.yaml")
         assert asking == Asking(limit=10, shots=2, chat_template=True, context_tokens=99)
         figures = {"score": 0.25, "stderr": 0.1, "original_score": 0.5, "original_stderr": 0.2}
         figures |= {"difference_stderr": 0.05, "recovered": 0.5}
@@ -216,7 +216,7 @@ def test_report_asks_tasks_of_the_run_s_artifact_and_the_card_has_them(
 
     monkeypatch.setattr(compare, "evaluate_tasks", ask)
     run = Path(shutil.copytree(finished[0], tmp_path / "run"))
-    options = ["--tasks=arc_easy, my.yaml", "--limit=10", "--shots=2", "--chat-template", "--context=99"]
+    options = ["--tasks=arc_easy,my.yaml", "--limit=10", "--shots=2", "--chat-template", "--context=99"]
     outcome = intaglio("report", run, f"--original={gemma4.checkpoint}", *options)
     assert outcome.code == 0 and re.search(r"arc_easy.* 0\.250 ± 0\.100 .* −0\.250 ± 0\.050 .*50\.0%", outcome.out)
     row = "| arc_easy | acc | 10 | 0.250 ± 0.100 | 0.500 ± 0.200 | −0.250 ± 0.050 | 50.0% |"

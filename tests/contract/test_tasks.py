@@ -187,18 +187,33 @@ def test_scores_have_errors_and_the_original_beside_them(scores: list[TaskScore]
     assert perplexity.recovered == pytest.approx(perplexity.original_score / perplexity.score)
 
 
-def test_the_difference_of_pairs() -> None:
-    mine, theirs = (
-        {
-            "results": {"t": {"alias": "t", "acc,none": score, "acc_stderr,none": 0.1, "sample_len": 4}},
-            "higher_is_better": {"t": {"acc": True}},
-            "samples": {"t": [{"doc_id": n, "filter": "none", "acc": value} for n, value in enumerate(values)]},
-        }
-        for score, values in ((0.5, (1, 0, 1, 0)), (0.75, (1, 1, 1, 0)))
-    )
-    (score,) = tasks_module._scores("t", "runtime", mine, theirs)
-    assert score.difference_stderr == pytest.approx(statistics.stdev([0, -1, 0, 0]) / 2)
-    assert (score.recovered, score.stderr) == (pytest.approx(2 / 3), 0.1)
+def results(scores: dict[str, float], **answers: tuple[float, ...]) -> dict[str, Any]:
+    """lm_eval's results of two tasks and their group."""
+    return {
+        "results": {
+            name: {"acc,none": score, "acc_stderr,none": "N/A", "sample_len": 4, "alias": name}
+            for name, score in scores.items()
+        },
+        "higher_is_better": {name: {"acc": True} for name in scores},
+        "group_subtasks": {"both": ["a", "b"]},
+        "samples": {
+            name: [{"doc_id": number, "filter": "none", "acc": value} for number, value in enumerate(values)]
+            for name, values in answers.items()
+        },
+    }
+
+
+def test_the_error_of_a_difference_is_that_of_pairs_also_in_groups() -> None:
+    mine = results({"a": 0.5, "b": 0.0, "both": 0.5 * 4 / 6}, a=(1, 0, 1, 0), b=(0, 0))
+    theirs = results({"a": 0.75, "b": 0.5, "both": 4 / 6}, a=(1, 1, 1, 0), b=(1, 0))
+    found = {name: tasks_module._scores(name, "runtime", mine, theirs)[0] for name in ("a", "b", "both")}
+    assert found["a"].difference_stderr == pytest.approx(statistics.stdev([0, -1, 0, 0]) / 2)
+    assert found["both"].difference_stderr == pytest.approx(statistics.stdev([0, -1, 0, 0, -1, 0]) / 6**0.5)
+    assert [found[name].group for name in found] == ["both", "both", ""]
+    assert [found[name].recovered for name in found] == [pytest.approx(2 / 3), None, pytest.approx(0.5)]
+    assert found["a"].stderr is None
+    mine["results"]["both"]["acc,none"] = 0.25  # the mean of the tasks, not of their questions
+    assert tasks_module._scores("both", "runtime", mine, theirs)[0].difference_stderr is None
 
 
 def test_the_verb_prints_both_measurements(gemma4: Case, files: dict[str, Path], text: Path) -> None:

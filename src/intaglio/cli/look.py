@@ -30,7 +30,6 @@ from intaglio.cli.options import (
     print_notes,
     say_folder,
     source_of,
-    task_names,
 )
 from intaglio.errors import RuntimeFailureError
 
@@ -184,7 +183,7 @@ def evaluate(
             result = compare(artifact, original, evaluation, bars.progress, int8_cache=int8_cache)
         if tasks is not None:
             asking = Asking(limit=limit, shots=shots, chat_template=chat_template, context_tokens=context)
-            scores = evaluate_tasks(artifact, original, task_names(tasks), asking, progress=bars.progress)
+            scores = evaluate_tasks(artifact, original, tasks, asking, progress=bars.progress)
     if as_json:
         rows = {} if scores is None else {"tasks": [asdict(score) for score in scores]}
         return print_json((result.to_dict() if result else {}) | rows)
@@ -231,7 +230,7 @@ def report(
             original,
             run_dir,
             evaluation=evaluation_of(text, eval_tokens, prompt, columns, references),
-            tasks=task_names(tasks) if tasks is not None else None,
+            tasks=tasks,
             asking=Asking(limit=limit, shots=shots, chat_template=chat_template, context_tokens=context),
             progress=bars.progress,
         )

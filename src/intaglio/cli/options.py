@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,12 +54,6 @@ def evaluation_of(
 
     held_out = source_of(text, columns)
     return Evaluation(text=held_out, tokens=tokens, prompts=tuple(prompts), references=references or "all")
-
-
-def task_names(tasks: str | None) -> list[str]:
-    """Names of a list with commas. lm_eval's bars are off from now on: ours show how far it is."""
-    os.environ["TQDM_DISABLE"] = "1"
-    return [name.strip() for name in (tasks or "").split(",") if name.strip()]
 
 
 def source_of(text: str | Path | None, columns: list[str]) -> Data | None:

@@ -132,7 +132,7 @@ def print_scores(name: str, scores: list[TaskScore]) -> None:
     """Print scores in tasks as a table, with standard errors."""
     table = new_table(f"{name} in {scores[0].runtime}", ("model", "score", "original", "difference", "recovered"))
     table.columns[0].header = "task (questions), metric"
-    for row in scores:
+    for row in (score for score in scores if not score.group):
         table.add_row(
             f"{row.task} ({row.samples:,}), {row.metric}",
             with_stderr(row.score, row.stderr),
@@ -141,7 +141,7 @@ def print_scores(name: str, scores: list[TaskScore]) -> None:
             "" if row.recovered is None else percent(row.recovered, 1),
         )
     console.print(table)
-    console.print("± is the standard error; that of the difference is over pairs of answers", style="dim")
+    console.print("± is the standard error; that of the difference is over pairs of answers.", style="dim")
 
 
 WIDE = 100  # columns of a terminal that has room for the whole distribution

@@ -82,7 +82,9 @@ def open_engine(path: Path, stack: ExitStack, *, context_tokens: int, device: to
         ends=frozenset(speech.end_ids),
     )
     runtime = transformers_runtime() + (", simulated" if packed else "")
-    return Transformers(model, speech.tokenizer, chat_format, runtime, context_tokens)
+    return Transformers(
+        path, model, speech.tokenizer, chat_format=chat_format, version=runtime, context_tokens=context_tokens
+    )
 
 
 def _open_folder(found: Found, dtype: torch.dtype, device: torch.device) -> TextModel:

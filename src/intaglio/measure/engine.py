@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from intaglio.errors import ConfigError
+from intaglio.errors import ConfigError, WeightError
 from intaglio.measure.metrics import label_nll
 from intaglio.packed.template import Renderer
 
@@ -112,10 +112,22 @@ def scored(engine: Engine, read: Sequence[int], continuations: Sequence[Sequence
 
 
 class Transformers:
-    """A transformers model with its tokenizer. chat_format: that of its folder."""
+    """A transformers model with its tokenizer. where, chat_format: its folder, and what that says.
 
-    def __init__(self, model: Any, tokenizer: Any, chat_format: ChatFormat, version: str, context_tokens: int):
-        self.model, self.tokenizer, self.chat_format = model, tokenizer, chat_format
+    `logits` and `following` raise WeightError for NaN or Inf.
+    """
+
+    def __init__(
+        self,
+        where: Path,
+        model: Any,
+        tokenizer: Any,
+        *,
+        chat_format: ChatFormat,
+        version: str,
+        context_tokens: int,
+    ):
+        self.where, self.model, self.tokenizer, self.chat_format = where, model, tokenizer, chat_format
         self.version, self.context_tokens = version, context_tokens
         self._read, self._cache = list[int](), None
 
@@ -132,8 +144,7 @@ class Transformers:
     def logits(self, tokens_T: Sequence[int], last: int | None = None) -> Tensor:
         """float32 [T, V], on the CPU, of one window without any history; of its `last` tokens alone if that is set."""
         output = self.model(input_ids=self._input(tokens_T), use_cache=False, logits_to_keep=last or 0)
-        logits_TV: Tensor = output.logits[0].float().cpu()
-        return logits_TV
+        return self._finite(output.logits[0])
 
     @torch.no_grad()
     def following(self, tokens: Sequence[int]) -> Tensor:
@@ -146,8 +157,12 @@ class Transformers:
         rest = self._input(tokens[len(self._read) :])
         output = self.model(input_ids=rest, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._read, self._cache = tokens, output.past_key_values
-        row_V: Tensor = output.logits[0, -1].float().cpu()
-        return row_V
+        return self._finite(output.logits[0, -1])
+
+    def _finite(self, logits: Tensor) -> Tensor:
+        if not logits.isfinite().all():
+            raise WeightError(f"{self.where}: NaN or Inf in the logits: look for NaN, Inf or overflow in its weights")
+        return logits.float().cpu()
 
     def _input(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor([list(tokens)], device=self.model.device)

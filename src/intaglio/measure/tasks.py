@@ -34,13 +34,15 @@ class Asking:
 class TaskScore:
     """A metric of a task or of a group of tasks, of the artifact and of the original.
 
-    metric: with lm_eval's filter behind it where it is not "none". runtime: the artifact's. samples: questions that
-    were asked. stderr: standard errors of the scores; None where lm_eval has none. difference_stderr: that of score -
-    original_score, from pairs of answers to the same question; None for groups. recovered: score / original_score, or
-    the inverse where less is better; None where a score is 0.
+    group: that the task is a part of; empty for what was asked for. metric: with lm_eval's filter behind it where it is
+    not "none". runtime: the artifact's. samples: questions that were asked. stderr: standard errors of the scores; None
+    where lm_eval has none. difference_stderr: that of score - original_score, from pairs of answers to the same
+    question; None for a score that is no mean over questions. recovered: score / original_score, or the inverse where
+    less is better; None where a score is 0.
     """
 
     task: str
+    group: str = ""
     metric: str
     runtime: str
     samples: int
@@ -56,7 +58,7 @@ class TaskScore:
 def evaluate_tasks(
     artifact: str | Path,
     original: str | Path,
-    tasks: Sequence[str],
+    tasks: str | Sequence[str],
     asking: Asking | None = None,
     *,
     progress: Progress | None = None,
@@ -65,7 +67,8 @@ def evaluate_tasks(
     """Scores of an artifact and of the original in tasks, one model after the other.
 
     artifact: a .gguf, which llama.cpp runs, or a packed model or folder, which transformers runs. tasks: names that
-    lm_eval knows, of tasks, groups or tags, and paths of task files, which need no network if their data are local.
+    lm_eval knows, of tasks, groups or tags, and paths of task files, which need no network if their data are local;
+    in one text, with commas between.
     Raises InputError without the extra `tasks`, for a task that is unknown or cannot be loaded, and for a question
     longer than the context; RuntimeFailureError where llama.cpp fails.
     """
@@ -77,7 +80,8 @@ def evaluate_tasks(
     except ImportError as error:
         raise InputError(f"tasks need lm-evaluation-harness ({error}): pip install 'intaglio[tasks]'") from error
     progress.stage("Loading tasks")
-    names = [str(Path(name).absolute()) if name.endswith(".yaml") else name for name in tasks]
+    given = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
+    names = [str(Path(name).absolute()) if name.endswith(".yaml") else name for name in given if name]
     _check(names)
     manager = TaskManager(include_defaults=not all(name.endswith(".yaml") for name in names))  # reads 14,000 files
     unknown = [name for name in names if not name.endswith(".yaml") and name not in manager.all_tasks]
@@ -133,9 +137,10 @@ def _scores(name: str, runtime: str, mine: dict[str, Any], theirs: dict[str, Any
         scores.append(
             TaskScore(
                 task=name,
+                group=next((group for group, members in mine["group_subtasks"].items() if name in members), ""),
                 metric=metric if filtered == "none" else f"{metric}, {filtered}",
                 runtime=runtime,
-                samples=int(first.get("sample_len") or mine["n-samples"].get(name, {}).get("effective", 0)),
+                samples=int(first["sample_len"]),
                 higher_is_better=more,
                 score=score,
                 stderr=stderr,
@@ -154,13 +159,24 @@ def _number(value: Any) -> float | None:
 
 
 def _paired(name: str, metric: str, filtered: str, mine: dict[str, Any], theirs: dict[str, Any]) -> float | None:
-    """Standard error of the mean difference of two models' answers to the same questions."""
-    answers = [
-        {row["doc_id"]: row.get(metric) for row in found["samples"].get(name, []) if row["filter"] == filtered}
-        for found in (mine, theirs)
-    ]
-    pairs = [(value, answers[1][question]) for question, value in answers[0].items()]
-    if len(pairs) < 2 or not all(isinstance(value, int | float) for pair in pairs for value in pair):
-        return None
-    spread: float = statistics.stdev(a - b for a, b in pairs)
-    return spread / math.sqrt(len(pairs))
+    """Standard error of the mean difference of two models' answers to the same questions.
+
+    None for scores that are no mean over questions, such as a perplexity, or the mean of tasks of different sizes.
+    """
+    answers = []
+    for found in (mine, theirs):
+        rows = [(task, row) for task in _leaves(name, found) for row in found["samples"].get(task, [])]
+        values = {(task, row["doc_id"]): row.get(metric) for task, row in rows if row["filter"] == filtered}
+        if len(values) < 2 or not all(isinstance(value, int | float) for value in values.values()):
+            return None
+        if not math.isclose(statistics.mean(values.values()), found["results"][name][f"{metric},{filtered}"]):
+            return None
+        answers.append(values)
+    spread: float = statistics.stdev(answers[0][question] - answers[1][question] for question in answers[0])
+    return spread / math.sqrt(len(answers[0]))
+
+
+def _leaves(name: str, found: dict[str, Any]) -> list[str]:
+    """The task itself, or the tasks of a group."""
+    members = found["group_subtasks"].get(name)
+    return [leaf for member in members for leaf in _leaves(member, found)] if members else [name]

@@ -36,7 +36,7 @@ class Answer:
 
 def chat(
     artifact: str | Path,
-    prompts: Iterable[str],
+    prompts: str | Iterable[str],
     *,
     beside: str | Path | None = None,
     tokens: int = 512,
@@ -46,7 +46,7 @@ def chat(
     device: Device = None,
     on_text: Callable[[str, str], bool] = lambda model, text: True,
 ) -> Iterator[Answer]:
-    """Answers of a model to one prompt after the other, in one conversation; with `beside`, two to each.
+    """Answers of a model to a prompt, or to several in one conversation; with `beside`, two to each.
 
     artifact: a .gguf, which llama.cpp runs, or a packed model or transformers folder. beside: the original, whose own
     conversation has the same prompts. tokens: most of an answer. temperature: 0 takes the likeliest token. raw:
@@ -62,7 +62,7 @@ def chat(
             engine = open_engine(path, stack, context_tokens=context_tokens, device=place)
             prompter = None if raw else stack.enter_context(Prompter(engine, path))
             speakers.append(_Speaker(path, engine, prompter))
-        for prompt in prompts:
+        for prompt in [prompts] if isinstance(prompts, str) else prompts:
             for speaker in speakers:
                 yield speaker.answer(prompt, tokens, temperature, on_text)
 

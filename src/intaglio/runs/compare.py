@@ -72,7 +72,7 @@ def report(
     run_dir: str | Path,
     *,
     evaluation: Evaluation | None = None,
-    tasks: Sequence[str] | None = None,
+    tasks: str | Sequence[str] | None = None,
     asking: Asking | None = None,
     progress: Progress | None = None,
     device: Device = None,
