@@ -178,12 +178,12 @@ def evaluate(
     artifact, original = located(artifact, *ARTIFACT), located(original)
     result, scores = None, None
     with Bars() as bars:
-        if text is not None:
-            evaluation = evaluation_of(text, eval_tokens, [], columns)
-            result = compare(artifact, original, evaluation, bars.progress, int8_cache=int8_cache)
         if tasks is not None:
             asking = Asking(limit=limit, shots=shots, chat_template=chat_template, context_tokens=context)
             scores = evaluate_tasks(artifact, original, tasks, asking, progress=bars.progress)
+        if text is not None:
+            evaluation = evaluation_of(text, eval_tokens, [], columns)
+            result = compare(artifact, original, evaluation, bars.progress, int8_cache=int8_cache)
     if as_json:
         rows = {} if scores is None else {"tasks": [asdict(score) for score in scores]}
         return print_json((result.to_dict() if result else {}) | rows)

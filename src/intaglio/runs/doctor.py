@@ -140,19 +140,18 @@ def _gpus(torch: dict[str, Any]) -> Iterator[Fact]:
 def _packages() -> Iterator[Fact]:
     """intaglio, what it must have, and a row for each extra of USES."""
     own = _version("intaglio")
-    yield Fact(PACKAGES, "intaglio", *((FINE, own) if own else (FAULT, "not installed", "pip install its folder")))
+    yield Fact(PACKAGES, "intaglio", *((FINE, own) if own else (FAULT, "not installed", "pip install intaglio")))
     wanted = [Requirement(line) for line in (own and requires("intaglio")) or []]
     for need in wanted:
         state, found = _fits(need)
-        if not need.marker and (need.name in TRIED or state != FINE):
-            advice = f"pip install '{need.name}{need.specifier}'" if state != FINE else _known(need.name)
-            yield Fact(
-                PACKAGES, need.name, FINE if state == FINE else FAULT, found.removeprefix(f"{need.name} "), advice
-            )
+        if not need.marker and state != FINE:
+            yield Fact(PACKAGES, need.name, FAULT, found, f"pip install '{need.name}{need.specifier}'")
+        elif not need.marker and need.name in TRIED:
+            yield Fact(PACKAGES, need.name, FINE, _version(need.name), _known(need.name))
     for extra in dict.fromkeys(extra for _, _, extra in USES if extra not in ("", "c++")):
         fits = [_fits(need) for need in wanted if need.marker and need.marker.evaluate({"extra": extra})]
-        state = next((state for state, _ in fits if state != FINE), FINE)
-        found = ", ".join(found for _, found in fits)
+        state = next((state for state, _ in fits if state != FINE), FINE if fits else MISSING)
+        found = ", ".join(found for _, found in fits) or "newer than the installed intaglio"
         yield Fact(PACKAGES, f"[{extra}]", state, found, "" if state == FINE else f"pip install 'intaglio[{extra}]'")
 
 
