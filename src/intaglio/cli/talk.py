@@ -68,7 +68,7 @@ class _Terminal:
         asks = sys.stdin.isatty()
         with suppress(ImportError):
             import readline  # noqa: F401 - so that a line can be edited
-        with suppress(EOFError, KeyboardInterrupt):
+        try:
             while line := input("> " if asks else ""):
                 before = signal.signal(signal.SIGINT, self._stop)
                 try:
@@ -76,6 +76,8 @@ class _Terminal:
                 finally:
                     signal.signal(signal.SIGINT, before)
                     self.stopped = False
+        except (EOFError, KeyboardInterrupt):
+            typer.echo("\n" if asks else "", err=True, nl=False)  # the shell goes on in a line of its own
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """End the answer after its next token. A second Ctrl-C ends the command."""

@@ -88,11 +88,15 @@ class Runtime:
     def chat_format(self) -> dict[str, Any]:
         """The file's chat template, its first and last token with their texts, and all tokens that end an answer."""
         lib, vocab = self._lib, self._words
-        first, last = lib.llama_vocab_bos(vocab), lib.llama_vocab_eos(vocab)
-        texts = [(lib.llama_vocab_get_text(vocab, token) or b"").decode() for token in (first, last) if token >= 0]
+        tokens = {"bos_token": lib.llama_vocab_bos(vocab), "eos_token": lib.llama_vocab_eos(vocab)}
+        found = {name: lib.llama_vocab_get_text(vocab, token) for name, token in tokens.items() if token >= 0}
         template = lib.llama_model_chat_template(self._model, None) or b""
-        ends = [token for token in range(self._vocabulary) if lib.llama_vocab_is_eog(vocab, token)]
-        return {"template": template.decode(), "first": first, "texts": texts, "ends": ends}
+        return {
+            "template": template.decode("utf-8", "replace"),
+            "first": tokens["bos_token"],
+            "special": {name: (text or b"").decode("utf-8", "replace") for name, text in found.items()},
+            "ends": [token for token in range(self._vocabulary) if lib.llama_vocab_is_eog(vocab, token)],
+        }
 
     def encode(self, text: str) -> dict[str, Any]:
         """Tokens of a text. Special tokens that stand in it are recognised, and none is added."""

@@ -110,10 +110,9 @@ class LlamaCpp:
     @cached_property
     def chat_format(self) -> ChatFormat:
         """The file's own chat template and special tokens."""
-        kinds = {"template": str, "first": int, "texts": list, "ends": list}
+        kinds = {"template": str, "first": int, "special": dict, "ends": list}
         said = self._ask("chat_format", kinds, where="while its tokenizer was read")
-        special = dict(zip(("bos_token", "eos_token"), said["texts"], strict=False))
-        return ChatFormat(said["template"], special, said["first"], frozenset(said["ends"]))
+        return ChatFormat(said["template"], said["special"], said["first"], frozenset(said["ends"]))
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text by llama.cpp's tokenizer; none is put before it."""

@@ -82,6 +82,7 @@ class _Speaker:
 
     def answer(self, prompt: str, most: int, temperature: float, on_text: Callable[[str, str], bool]) -> Answer:
         """The answer to a prompt, which joins the conversation with it."""
+        prompt = prompt.encode("utf-8", "replace").decode()  # a terminal may give halves of characters
         messages = [*self.messages, {"role": "user", "content": prompt}]
         said = prompt if self.prompter is None else self.prompter.prompt(messages)
         tokens = with_first(self.engine, self.engine.encode(said))
