@@ -9,12 +9,14 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import termios
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -210,22 +212,26 @@ def test_what_a_model_writes_does_not_steer_the_terminal(capsys: pytest.CaptureF
     assert capsys.readouterr().out == "a\ufffd[2Jb\ufffdc\td\n"
 
 
-def test_lines_of_a_pipe_are_prompts_until_its_end(gemma4: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    for lines in (["Who?", "Why?"], ["Who?", "", "Why?"], []):
-        left = iter(lines)
-        monkeypatch.setattr("builtins.input", lambda asked, left=left: _next(left))
-        outcome = intaglio("chat", gemma4.hf, "--tokens=3")
-        assert outcome.code == 0
-        assert outcome.err.count("3 tokens") == (2 if "" not in lines and lines else len(lines[:1]))
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+@pytest.mark.parametrize(("lines", "prompts"), [(["Who?", "Why?"], 2), (["Who?", "", "Why?"], 1), ([], 0)])
+def test_lines_are_prompts_until_their_end(
+    lines: list[str], prompts: int, end: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[Any] = [*lines, end]
+
+    def read(asked: str) -> str:
+        line = left.pop(0)
+        if line is end:
+            raise end
+        return str(line)
+
+    monkeypatch.setattr("builtins.input", read)
+    before = signal.getsignal(signal.SIGINT)
+    assert list(_Terminal(named=False, silent=False).prompts()) == lines[:prompts]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
-def _next(lines: Iterator[str]) -> str:
-    for line in lines:
-        return line
-    raise EOFError
-
-
-def test_on_a_terminal_ctrl_c_ends_an_answer_and_then_the_chat(gemma4: Case) -> None:
+def test_on_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(gemma4: Case) -> None:
     """The random model would write the same token until its context is full."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-c", "from intaglio.cli import main; main()"]
@@ -248,7 +254,7 @@ def test_on_a_terminal_ctrl_c_ends_an_answer_and_then_the_chat(gemma4: Case) -> 
             said = read_until(ours, b"> ")
             tokens = re.search(rb"(\d+) tokens, .* the first after", said)
             assert tokens and int(tokens[1]) < 99_000 and b"Traceback" not in said
-            os.write(ours, b"\x03")
+            os.write(ours, b"\x04")
             assert process.wait(60) == 0
         finally:
             process.kill()

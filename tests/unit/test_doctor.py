@@ -109,7 +109,7 @@ def test_what_is_missing_or_does_not_fit_says_what_to_install(works: None, monke
     assert facts["[onnx]"].state == FAULT and "onnx 1.10.0, not >=1.21" in facts["[onnx]"].found
     rows = [fact for fact in doctor() if fact.name == "transformers"]
     assert [fact.state for fact in rows] == [FAULT, FINE] and "<5.24" in rows[0].advice
-    assert "schedule.lora_rank [lora]" in facts["train, train-drafter"].advice
+    assert "schedule.lora_rank [lora]" in facts["train"].advice
     assert "onnx, web [onnx]" in facts["export"].advice
 
 
