@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from intaglio.cli.options import Json, app, print_json
+from intaglio.cli.options import HUB, Json, app, located, print_json
 
 if TYPE_CHECKING:
     from intaglio.runs.chat import Answer
@@ -24,8 +24,10 @@ HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(cod
 
 @app.command()
 def chat(
-    artifact: Annotated[Path, typer.Argument(help=".gguf, packed model or transformers folder.", show_default=False)],
-    beside: Annotated[Path | None, typer.Option(help="Another model that answers too, such as the original.")] = None,
+    artifact: Annotated[
+        Path, typer.Argument(help=f".gguf, packed model or transformers folder, {HUB}.", show_default=False)
+    ],
+    beside: Annotated[Path | None, typer.Option(help=f"The original or another model, {HUB}.")] = None,
     prompt: Annotated[
         list[str], typer.Option(help="Say this instead of asking on the terminal; several are one conversation.")
     ] = (),  # type: ignore[assignment]
@@ -36,13 +38,15 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Talk with a model in its runtime. Ctrl-D or an empty line ends the chat, Ctrl-C an answer or the chat."""
+    from intaglio.plan.hub import ARTIFACT
     from intaglio.runs.chat import chat as run_chat
 
     if as_json and not prompt:
         raise typer.BadParameter("--json prints the answers to --prompt: give one")
     terminal = _Terminal(named=beside is not None, silent=as_json)
+    beside = None if beside is None else located(beside, *ARTIFACT)
     answers = run_chat(
-        artifact,
+        located(artifact, *ARTIFACT),
         prompt or terminal.prompts(),
         beside=beside,
         tokens=tokens,

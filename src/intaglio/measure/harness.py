@@ -20,6 +20,7 @@ from intaglio.errors import InputError
 from intaglio.measure.candidates import open_engine
 from intaglio.measure.engine import Prompter, scored, with_first, written
 from intaglio.numerics.device import Device, device_for
+from intaglio.plan.hub import ARTIFACT, find_model
 
 CONTEXT_TOKENS = 4096
 NEW_TOKENS = 256  # of an answer, where the task does not say: as lm_eval's own classes
@@ -30,9 +31,9 @@ _Base: Any = TemplateLM
 class Harness(_Base):  # type: ignore[misc]
     """An artifact as lm_eval asks it: a .gguf in llama.cpp, a folder or a packed model in transformers.
 
-    context_tokens: what a request may have at most; nothing is cut off. batch_size, max_batch_size: taken, since
-    lm_eval passes them to every model, and not used. on_part: hears how many requests are done, and of how many.
-    Raises as `open_engine`.
+    path: of it, or a name of the Hub. context_tokens: what a request may have at most; nothing is cut off. batch_size,
+    max_batch_size: taken, since lm_eval passes them to every model, and not used. on_part: hears how many requests are
+    done, and of how many. Raises as `find_model` and `open_engine`.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Harness(_Base):  # type: ignore[misc]
         on_part: Callable[[int, int], None] = lambda done, total: None,
     ):
         super().__init__()
-        self.path, self.on_part, self.stack = Path(path), on_part, ExitStack()
+        self.path, self.on_part, self.stack = find_model(path, files=ARTIFACT), on_part, ExitStack()
         self.prompter: Prompter | None = None
         self.engine = open_engine(self.path, self.stack, context_tokens=int(context_tokens), device=device_for(device))
 

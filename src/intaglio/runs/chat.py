@@ -13,7 +13,8 @@ from intaglio.errors import InputError
 from intaglio.measure.candidates import open_engine
 from intaglio.measure.engine import Engine, Prompter, with_first, written
 from intaglio.numerics.device import Device, device_for
-from intaglio.packed.checkpoint import model_name
+from intaglio.packed.origin import model_name
+from intaglio.plan.hub import ARTIFACT, find_model
 
 CONTEXT_TOKENS = 4096
 
@@ -55,7 +56,7 @@ def chat(
     and ConfigError for a model without a chat template.
     """
     with ExitStack() as stack:
-        paths = [Path(path) for path in (artifact, beside) if path is not None]
+        paths = [find_model(path, files=ARTIFACT) for path in (artifact, beside) if path is not None]
         place = device_for(device)
         speakers = []
         for path in paths:

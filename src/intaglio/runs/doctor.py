@@ -34,7 +34,7 @@ AMX = "llama.cpp's kernels for AMX crash where gcc 12 built them; they are off h
 # What a verb does and the extra that it needs for it, or the compiler.
 USES = (
     ("plan, inspect, data", "everything", ""),
-    ("convert, verify, watch", "everything", ""),
+    ("convert, verify, watch, release", "everything", ""),
     ("quantize", "on {device}", ""),
     ("quantize", "--images", "vision"),
     ("train", "on {device}", ""),
