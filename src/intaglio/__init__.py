@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `_HOMES` sa
     from intaglio.formats.verify import verify
     from intaglio.formats.words.write_mlx import export_mlx
     from intaglio.formats.words.write_vllm import export_vllm
+    from intaglio.measure.tasks import Asking, evaluate_tasks
     from intaglio.packed.assets import load_tokenizer
     from intaglio.packed.checkpoint import load_model
     from intaglio.packed.decoded import load_packed
@@ -44,9 +45,11 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `_HOMES` sa
     from intaglio.plan.plan import Plan, make_plan
     from intaglio.plan.recipe import Recipe
     from intaglio.progress import Progress
+    from intaglio.runs.chat import chat
     from intaglio.runs.compare import compare as evaluate
     from intaglio.runs.compare import report
     from intaglio.runs.demo import run_demo, run_demo_drafter
+    from intaglio.runs.doctor import doctor
     from intaglio.runs.drafter import Texts
     from intaglio.runs.drafter import run as train_drafter
     from intaglio.runs.export import export
@@ -74,6 +77,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `_HOMES` sa
     from intaglio.train.start import plan_to_go_on
 
 __all__ = [
+    "Asking",
     "ConfigError",
     "CorpusError",
     "Evaluation",
@@ -97,8 +101,11 @@ __all__ = [
     "WeightError",
     "Wishes",
     "calibrate",
+    "chat",
     "convert",
+    "doctor",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "export_gguf",
     "export_hf",
@@ -154,6 +161,7 @@ _HOMES = {
     "formats.verify": ["verify"],
     "formats.words.write_mlx": ["export_mlx"],
     "formats.words.write_vllm": ["export_vllm"],
+    "measure.tasks": ["Asking", "evaluate_tasks"],
     "packed.assets": ["load_tokenizer"],
     "packed.checkpoint": ["load_model"],
     "packed.decoded": ["load_packed"],
@@ -161,8 +169,10 @@ _HOMES = {
     "plan.plan": ["Plan", "make_plan"],
     "plan.recipe": ["Recipe"],
     "progress": ["Progress"],
+    "runs.chat": ["chat"],
     "runs.compare": ["evaluate", "report"],
     "runs.demo": ["run_demo", "run_demo_drafter"],
+    "runs.doctor": ["doctor"],
     "runs.drafter": ["Texts", "train_drafter"],
     "runs.export": ["export"],
     "runs.finetune": ["finetune"],

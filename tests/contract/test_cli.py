@@ -13,15 +13,18 @@ from safetensors.torch import load_file, save_file
 
 from intaglio import errors
 from intaglio.formats.verify import verify
+from intaglio.measure.tasks import Asking, TaskScore
 from intaglio.packed.model import PackedModel
 from intaglio.packed.origin import model_name
 from intaglio.plan.plan import make_plan
+from intaglio.runs import compare
 from intaglio.sizing import planning
 from intaglio.tiny import HELDOUT_TEXT, MODEL_DIR, TRAIN_TEXT
 from tests.support.cases import Case
 from tests.support.cli import LOGS, contents, intaglio, names_of_folders
 
 VERBS = ["demo", "plan", "quantize", "train", "export", "inspect", "convert", "verify", "eval", "report"]
+VERBS += ["chat", "doctor"]
 SETTINGS = ["--set=schedule.tokens=512", "--set=schedule.batch_size=2", "--set=schedule.sequence_length=32"]
 REPORTS = {"report.html", "report.md", "report.json"}
 
@@ -197,6 +200,30 @@ def test_report_measures_again_and_rewrites_nothing_else(
     assert {name for name in after if after[name] != before.get(name)} <= REPORTS
     old, new = (json.loads(files["report.json"]) for files in (before, after))
     assert old["comparisons"] == new["comparisons"]
+
+
+def test_report_asks_tasks_of_the_run_s_artifact_and_the_card_has_them(
+    finished: tuple[Path, str], gemma4: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(artifact: Path, original: Path, tasks: str, asking: Asking, **how: object) -> list[TaskScore]:
+        assert (artifact, original, tasks) == (run / "model.gguf", gemma4.checkpoint, "arc_easy,my.yaml")
+        assert asking == Asking(limit=10, shots=2, chat_template=True, context_tokens=99)
+        figures = {"score": 0.25, "stderr": 0.1, "original_score": 0.5, "original_stderr": 0.2}
+        figures |= {"difference_stderr": 0.05, "recovered": 0.5}
+        return [
+            TaskScore(task="arc_easy", metric="acc", runtime="llama.cpp", samples=10, higher_is_better=True, **figures)
+        ]
+
+    monkeypatch.setattr(compare, "evaluate_tasks", ask)
+    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    options = ["--tasks=arc_easy,my.yaml", "--limit=10", "--shots=2", "--chat-template", "--context=99"]
+    outcome = intaglio("report", run, f"--original={gemma4.checkpoint}", *options)
+    assert outcome.code == 0 and re.search(r"arc_easy.* 0\.250 ± 0\.100 .* −0\.250 ± 0\.050 .*50\.0%", outcome.out)
+    row = "| arc_easy | acc | 10 | 0.250 ± 0.100 | 0.500 ± 0.200 | −0.250 ± 0.050 | 50.0% |"
+    assert row in (run / "report.md").read_text("utf-8") and "arc_easy" in (run / "report.html").read_text("utf-8")
+    assert json.loads((run / "report.json").read_text())["tasks"][0]["difference_stderr"] == 0.05
+    assert intaglio("export", run / "packed", "--to=gguf", f"--out={tmp_path / 'release'}").code == 0
+    assert row in (tmp_path / "release" / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

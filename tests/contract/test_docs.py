@@ -109,11 +109,12 @@ def inputs(
     chat = [{"role": "user", "content": "Who swam?"}, {"role": "assistant", "content": "The whale."}]
     (folder / "corpus.jsonl").write_text(f"{json.dumps({'text': text})}\n" * 20, "utf-8")
     (folder / "chats.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 200, "utf-8")
+    (folder / "heldout.txt").write_text(text * 2, "utf-8")
     (folder / "drafter").mkdir()
     pack(DRAFTER_DIR, folder / "drafter" / "packed", "drafter-q4_0")
     export_mobile(mobile_packed, folder / "mobile")
     run = gemma4.packed.path.parent  # a folder with packed/ in it, as a run leaves it
-    shared = {name: folder / name for name in ("corpus.jsonl", "chats.jsonl", "mobile")}
+    shared = {name: folder / name for name in ("corpus.jsonl", "chats.jsonl", "heldout.txt", "mobile")}
     return shared | {
         **{name: gemma4.checkpoint for name in ("MODEL", "OTHER", "path/to/checkpoint")},
         **{name: run for name in ("RUN", "run")},

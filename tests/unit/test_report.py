@@ -30,6 +30,7 @@ from intaglio.measure.report import (
     plan_rows,
     write_report,
 )
+from intaglio.measure.tasks import TaskScore
 from intaglio.plan.plan import make_plan
 from tests.support.browser import run_browser
 
@@ -73,6 +74,22 @@ def row(kind: Kind, kl: float | None, runtime: str = LLAMA, simulated: bool = Fa
     return ComparisonRow(label=label, kind=kind, comparison=measured, size_bytes=None if simulated else 5_450_000)
 
 
+def score(task: str, value: float, difference_stderr: float | None) -> TaskScore:
+    return TaskScore(
+        task=task,
+        metric="acc",
+        runtime=LLAMA,
+        samples=2376,
+        higher_is_better=True,
+        score=value,
+        stderr=0.009,
+        original_score=0.72,
+        original_stderr=0.009,
+        difference_stderr=difference_stderr,
+        recovered=value / 0.72,
+    )
+
+
 def full_report() -> Report:
     modules = {"self_attn.q_proj": "attention", "mlp.down_proj": "mlp", "input_layernorm": "norm"}
     layers = [
@@ -98,6 +115,7 @@ def full_report() -> Report:
             row("trained", 0.0238),
             row("trained", 0.0237, TRANSFORMERS, simulated=True),
         ],
+        tasks=[score("arc_easy", 0.71, 0.004), score("mmlu", 0.4, None)],
         loss_curve=[CurvePoint(step=i, tokens=i * 8192, value=0.02 + 0.04 / (1 + i)) for i in range(1000)],
         held_out_curve=[CurvePoint(step=i, tokens=i * 81920, value=0.02 + 0.04 / (1 + i)) for i in range(10)],
         codes_curve=[CurvePoint(step=i, tokens=i * 8192, value=0.03 * i / 100) for i in range(1, 101)],

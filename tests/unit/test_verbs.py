@@ -33,6 +33,9 @@ GIVEN = {  # options that Python gives otherwise, or by another name
     "everything": "metadata_bytes",  # survey_family
 }
 OF_VERB = {  # the same, of one verb
+    ("chat", "context"): "context_tokens",
+    ("eval", "context"): "context_tokens",
+    ("report", "context"): "context_tokens",
     ("data", "model"): "tokenizer",
     ("data", "tokens"): "max_tokens",
     ("demo", "drafter"): "out",  # run_demo_drafter
@@ -43,6 +46,7 @@ ONLY_PYTHON = {
     "progress",
     "on_tensor",
     "on_start",
+    "on_text",
     "device",
     "samples",
     "sample_tokens",
@@ -50,8 +54,24 @@ ONLY_PYTHON = {
     "top_clusters",
     "folder",
 }
-ONLY_PYTHON |= {"evaluation", "options", "wishes", "texts", "shape", "packed"}  # "packed" of finetune is the model
-SETTINGS = {intaglio.Evaluation, intaglio.Options, intaglio.Wishes, intaglio.Texts, intaglio.Shape, intaglio.Source}
+ONLY_PYTHON |= {
+    "asking",
+    "evaluation",
+    "options",
+    "wishes",
+    "texts",
+    "shape",
+    "packed",
+}  # "packed" of finetune is the model
+SETTINGS = {
+    intaglio.Asking,
+    intaglio.Evaluation,
+    intaglio.Options,
+    intaglio.Wishes,
+    intaglio.Texts,
+    intaglio.Shape,
+    intaglio.Source,
+}
 
 
 def kinds(hint: typing.Any) -> Iterator[typing.Any]:

@@ -13,12 +13,12 @@ from contextlib import suppress
 
 import typer
 
-from intaglio.cli import draft, look, make, ship, streams
+from intaglio.cli import draft, look, make, ship, streams, talk
 from intaglio.cli.options import app
 from intaglio.errors import IntaglioError
 from intaglio.train.signals import Stopped, stopping
 
-__all__ = ["app", "draft", "look", "main", "make", "ship"]
+__all__ = ["app", "draft", "look", "main", "make", "ship", "talk"]
 UNTIL_STOPPED = 10.0  # seconds that other processes wait before they speak
 RESUMED = "a training run continues from its last checkpoint with --resume"
 

@@ -10,12 +10,17 @@ import typer
 from intaglio.cli.options import (
     HUB,
     Columns,
+    Context,
     EvalTokens,
+    InChat,
     Json,
+    Limit,
     Overrides,
     RecipeName,
     References,
     Replace,
+    Shots,
+    Tasks,
     Text,
     TextOnly,
     app,
@@ -147,27 +152,45 @@ def evaluate(
         Path, typer.Argument(help=f"Packed model, .gguf or transformers folder, {HUB}.", show_default=False)
     ],
     original: Annotated[Path, typer.Option(help=f"The float checkpoint to compare with, {HUB}.", show_default=False)],
-    text: Annotated[Path, typer.Option("--text", help="Held-out text.", show_default=False)],
+    text: Text = None,
     columns: Columns = (),  # type: ignore[assignment]
     eval_tokens: EvalTokens = 65536,
     int8_cache: Annotated[
         bool, typer.Option("--int8-cache", help="Read a packed mobile model token by token, from a cache of int8.")
     ] = False,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    shots: Shots = None,
+    chat_template: InChat = False,
+    context: Context = 4096,
     as_json: Json = False,
 ) -> None:
-    """Measure an artifact's KL to the original: a .gguf in llama.cpp, the others in transformers."""
-    from intaglio.cli.terminal import Bars, print_comparison
+    """Measure an artifact's KL to the original, and scores in tasks: a .gguf in llama.cpp, others in transformers."""
+    from dataclasses import asdict
+
+    from intaglio.cli.terminal import Bars, print_comparison, print_scores
+    from intaglio.measure.tasks import Asking, evaluate_tasks
     from intaglio.plan.hub import ARTIFACT
     from intaglio.runs.compare import compare
 
+    if text is None and tasks is None:
+        raise typer.BadParameter("expected --text, --tasks or both")
     artifact, original = located(artifact, *ARTIFACT), located(original)
+    result, scores = None, None
     with Bars() as bars:
-        evaluation = evaluation_of(text, eval_tokens, [], columns)
-        result = compare(artifact, original, evaluation, bars.progress, int8_cache=int8_cache)
+        if tasks is not None:
+            asking = Asking(limit=limit, shots=shots, chat_template=chat_template, context_tokens=context)
+            scores = evaluate_tasks(artifact, original, tasks, asking, progress=bars.progress)
+        if text is not None:
+            evaluation = evaluation_of(text, eval_tokens, [], columns)
+            result = compare(artifact, original, evaluation, bars.progress, int8_cache=int8_cache)
     if as_json:
-        print_json(result.to_dict())
-    else:
+        rows = {} if scores is None else {"tasks": [asdict(score) for score in scores]}
+        return print_json((result.to_dict() if result else {}) | rows)
+    if result is not None:
         print_comparison(artifact.name, result)
+    if scores is not None:
+        print_scores(artifact.name, scores)
 
 
 @app.command()
@@ -190,15 +213,42 @@ def report(
     eval_tokens: EvalTokens = 65536,
     prompt: Annotated[list[str], typer.Option(help="Show continuations of this.")] = (),  # type: ignore[assignment]
     references: References = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    shots: Shots = None,
+    chat_template: InChat = False,
+    context: Context = 4096,
 ) -> None:
     """Measure a finished run again and rewrite report.html, report.md and report.json."""
     from intaglio.cli.terminal import Bars, print_report
+    from intaglio.measure.tasks import Asking
     from intaglio.runs.compare import report as run_report
 
     original = located(original)
     with Bars() as bars:
-        evaluation = evaluation_of(text, eval_tokens, prompt, columns, references)
-        made = run_report(original, run_dir, evaluation=evaluation, progress=bars.progress)
+        made = run_report(
+            original,
+            run_dir,
+            evaluation=evaluation_of(text, eval_tokens, prompt, columns, references),
+            tasks=tasks,
+            asking=Asking(limit=limit, shots=shots, chat_template=chat_template, context_tokens=context),
+            progress=bars.progress,
+        )
     print_report(made, run_dir)
     if any(row.failure for row in made.comparisons):
+        raise typer.Exit(RuntimeFailureError.exit_code)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is here: processor, GPUs, packages, runtimes, and what each verb can do. Exit code 1 for a fault."""
+    from dataclasses import asdict
+
+    from intaglio.cli.terminal_doctor import print_doctor
+    from intaglio.runs.doctor import FAULT
+    from intaglio.runs.doctor import doctor as run_doctor
+
+    facts = run_doctor()
+    print_json([asdict(fact) for fact in facts]) if as_json else print_doctor(facts)
+    if any(fact.state == FAULT for fact in facts):
         raise typer.Exit(RuntimeFailureError.exit_code)

@@ -36,6 +36,11 @@ Columns = Annotated[
     ),
 ]
 EvalTokens = Annotated[int, typer.Option("--eval-tokens", help="Held-out tokens to measure on.")]
+Tasks = Annotated[str | None, typer.Option(help="Tasks of lm_eval, with commas between: names or .yaml files.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Of --tasks: questions of each.")]
+Shots = Annotated[int | None, typer.Option(min=0, help="Of --tasks: examples before a question.")]
+InChat = Annotated[bool, typer.Option("--chat-template", help="Of --tasks: ask in a chat.")]
+Context = Annotated[int, typer.Option(min=2, help="Of --tasks: tokens of a question and its answer.")]
 References = Annotated[
     str | None, typer.Option(help="Untrained models to measure beside it: none, stock, or all (default).")
 ]

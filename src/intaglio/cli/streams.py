@@ -57,6 +57,8 @@ def prepare() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, which fill a log
     for name in ("torchao", "torch.utils._pytree"):  # they warn of their own parts wherever torchao is installed
         logging.getLogger(name).setLevel(logging.ERROR)
     codecs.register_error(HANDLER, _plain)

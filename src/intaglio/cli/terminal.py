@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -15,8 +14,9 @@ from rich.text import Text as RichText
 
 from intaglio.cli.streams import Printer
 from intaglio.measure.metrics import Comparison
-from intaglio.measure.render import percent, size, with_ci
+from intaglio.measure.render import percent, size, with_ci, with_stderr
 from intaglio.measure.report import Report
+from intaglio.measure.tasks import TaskScore
 from intaglio.numerics.identify import NAMES
 from intaglio.progress import Lines, Progress, StepInfo
 from intaglio.sources.convert import Conversion
@@ -42,8 +42,6 @@ class Bars:
     def __enter__(self) -> Bars:
         if self.bars is not None:
             self.bars.bars.start()
-        else:
-            os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, which fill a log
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:
@@ -113,6 +111,8 @@ def print_report(report: Report, out: Path) -> None:
         else:
             table.add_row(row.label, *_figures(row.comparison), bytes_)
     console.print(table)
+    if report.tasks:
+        print_scores("Tasks", report.tasks)
     for row in report.comparisons:
         if row.failure:
             console.print(RichText(f"{row.label}: not measured: {row.failure}", style="bold yellow"), soft_wrap=True)
@@ -126,6 +126,22 @@ def print_comparison(name: str, comparison: Comparison) -> None:
     table = new_table(f"{name} in {comparison.runtime}, {comparison.tokens:,} tokens", _headers())
     table.add_row(*_figures(comparison))
     console.print(table)
+
+
+def print_scores(name: str, scores: list[TaskScore]) -> None:
+    """Print scores in tasks as a table, with standard errors."""
+    table = new_table(f"{name} in {scores[0].runtime}", ("model", "score", "original", "difference", "recovered"))
+    table.columns[0].header = "task (questions), metric"
+    for row in (score for score in scores if not score.group):
+        table.add_row(
+            f"{row.task} ({row.samples:,}), {row.metric}",
+            with_stderr(row.score, row.stderr),
+            with_stderr(row.original_score, row.original_stderr),
+            with_stderr(row.score - row.original_score, row.difference_stderr),
+            "" if row.recovered is None else percent(row.recovered, 1),
+        )
+    console.print(table)
+    console.print("± is the standard error; that of the difference is over pairs of answers.", style="dim")
 
 
 WIDE = 100  # columns of a terminal that has room for the whole distribution

@@ -81,11 +81,47 @@ class Runtime:
         self._context = lib.llama_init_from_model(self._model, params)
         if not self._context:
             raise RefusedError(f"llama.cpp cannot make a context of {context_tokens} tokens: {self._last_words()}")
-        self._vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
+        self._words = lib.llama_model_get_vocab(self._model)
+        self._vocabulary = lib.llama_vocab_n_tokens(self._words)
         return {"vocabulary": self._vocabulary}
 
-    def decode(self, tokens: list[int], position: int) -> dict[str, Any]:
-        """Compute a row of logits for each token. Position 0 begins a text without history."""
+    def chat_format(self) -> dict[str, Any]:
+        """The file's chat template, its first and last token with their texts, and all tokens that end an answer."""
+        lib, vocab = self._lib, self._words
+        tokens = {"bos_token": lib.llama_vocab_bos(vocab), "eos_token": lib.llama_vocab_eos(vocab)}
+        found = {name: lib.llama_vocab_get_text(vocab, token) for name, token in tokens.items() if token >= 0}
+        template = lib.llama_model_chat_template(self._model, None) or b""
+        return {
+            "template": template.decode("utf-8", "replace"),
+            "first": tokens["bos_token"],
+            "special": {name: (text or b"").decode("utf-8", "replace") for name, text in found.items()},
+            "ends": [token for token in range(self._vocabulary) if lib.llama_vocab_is_eog(vocab, token)],
+        }
+
+    def encode(self, text: str) -> dict[str, Any]:
+        """Tokens of a text. Special tokens that stand in it are recognised, and none is added."""
+        data = text.encode("utf-8", "replace")
+        room = len(data) + 8
+        tokens = (ctypes.c_int * room)()
+        count = self._lib.llama_tokenize(self._words, data, len(data), tokens, room, False, True)
+        if count < 0:
+            raise RefusedError(f"llama.cpp cuts a text of {len(data)} bytes into {-count} tokens: expected no more")
+        return {"tokens": tokens[:count]}
+
+    def text(self, tokens: list[int]) -> dict[str, Any]:
+        """Text of tokens, without special ones. Bytes that end within a character become U+FFFD."""
+        pieces = []
+        for token in tokens:  # one by one: llama_detokenize would take spaces away before punctuation
+            room = 256
+            buffer = ctypes.create_string_buffer(room)
+            size = self._lib.llama_token_to_piece(self._words, token, buffer, room, 0, False)
+            if size < 0:
+                raise RefusedError(f"token {token} has {-size} bytes: expected at most {room}")
+            pieces.append(buffer.raw[:size])
+        return {"text": b"".join(pieces).decode("utf-8", "replace")}
+
+    def decode(self, tokens: list[int], position: int, rows: int) -> dict[str, Any]:
+        """Read tokens, with rows of logits for the last ones. Position 0 begins a text without history."""
         lib, count = self._lib, len(tokens)
         if position == 0:
             lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
@@ -95,7 +131,7 @@ class Runtime:
             for i, token in enumerate(tokens):
                 batch.token[i], batch.pos[i] = token, position + i
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = True
+                batch.logits[i] = i >= count - rows
             status = lib.llama_decode(self._context, batch)
         finally:
             lib.llama_batch_free(batch)

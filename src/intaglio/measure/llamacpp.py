@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from intaglio.errors import ConfigError, InputError, IntaglioError, RuntimeFailureError
 from intaglio.measure import llama_child
+from intaglio.measure.engine import ChatFormat
 from intaglio.measure.llama_child import BATCH_TOKENS
 from intaglio.measure.process import START_SECONDS, Child, has_amx, work_seconds
 
@@ -41,7 +42,7 @@ class LlamaCpp:
     """A GGUF file loaded in llama.cpp; a context manager. One context serves every call.
 
     path: the file. context_tokens: longest window.
-    threads: None for one a core. patience: a factor for the time limits; None for INTAGLIO_PATIENCE in the
+    threads: None for as many as torch takes. patience: a factor for the time limits; None for INTAGLIO_PATIENCE in the
     environment, or 1.
 
     Raises InputError without llama-cpp-python, ConfigError, with llama.cpp's last words, for a file that it does
@@ -56,7 +57,7 @@ class LlamaCpp:
         threads: int | None = None,
         patience: float | None = None,
     ):
-        self._path, self.context_tokens, self._windows = Path(path), context_tokens, 0
+        self._path, self.context_tokens, self._windows, self._read = Path(path), context_tokens, 0, list[int]()
         if not self._path.is_file():
             raise ConfigError(f"{path}: no such file: expected a GGUF model")
         self._bytes = self._path.stat().st_size
@@ -71,7 +72,7 @@ class LlamaCpp:
                 where=f"while it loaded {self._path.name}",
                 path=str(self._path.absolute()),
                 context_tokens=context_tokens,
-                threads=threads or os.cpu_count() or 1,
+                threads=threads or torch.get_num_threads(),
                 extra_buffers=extra_buffers,
             )
             self.vocabulary: int = found["vocabulary"]
@@ -84,8 +85,8 @@ class LlamaCpp:
             self.close()
             raise
 
-    def logits(self, tokens_T: Tensor | Sequence[int]) -> Tensor:
-        """float32 [T, V], on the CPU, of one window without any history.
+    def logits(self, tokens_T: Tensor | Sequence[int], last: int | None = None) -> Tensor:
+        """float32 [T, V], on the CPU, of one window without any history; of its `last` tokens alone if that is given.
 
         Raises InputError for a window that is empty or longer than the context, and for token ids
         outside the vocabulary; RuntimeFailureError also for NaN or Inf.
@@ -93,19 +94,33 @@ class LlamaCpp:
         tokens = self._check(tokens_T)
         self._windows += 1
         where = "at the first window" if self._windows == 1 else f"at window {self._windows}"
-        logits_TV = torch.empty(len(tokens), self.vocabulary)
-        for start in range(0, len(tokens), BATCH_TOKENS):
-            piece = tokens[start : start + BATCH_TOKENS]
-            seconds = work_seconds(self._bytes, len(piece))
-            self._ask("decode", {}, seconds=seconds, where=where, tokens=piece, position=start)
-            for first in range(0, len(piece), self._shared_rows):
-                last = min(first + self._shared_rows, len(piece))
-                self._ask("rows", {}, where=where, start=first, stop=last)
-                rows = self._shared_RV[: last - first]
-                if not math.isfinite(float(rows.sum())):
-                    raise RuntimeFailureError(f"{self._path}: llama.cpp computed NaN or Inf {where}")
-                logits_TV[start + first : start + first + len(rows)] = rows
-        return logits_TV
+        return self._logits(tokens, 0, last or len(tokens), where)
+
+    def following(self, tokens: Sequence[int]) -> Tensor:
+        """float32 [V]: logits of what follows these tokens. If they continue the last ones, only the rest is read.
+
+        Raises as `logits`.
+        """
+        checked, read = self._check(tokens), self._read
+        start = len(read) if read == checked[: len(read)] and len(read) < len(checked) else 0
+        row_V = self._logits(checked, start, 1, f"at token {len(checked)}")[0]
+        self._read = checked
+        return row_V
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        """The file's own chat template and special tokens."""
+        kinds = {"template": str, "first": int, "special": dict, "ends": list}
+        said = self._ask("chat_format", kinds, where="while its tokenizer was read")
+        return ChatFormat(said["template"], said["special"], said["first"], frozenset(said["ends"]))
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text by llama.cpp's tokenizer; none is put before it."""
+        return list(self._ask("encode", {"tokens": list}, where="at a text", text=text)["tokens"])
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, without special ones."""
+        return str(self._ask("text", {"text": str}, where="at an answer", tokens=list(tokens))["text"])
 
     def close(self) -> None:
         """End the process, and free the model's memory with it. Calling it twice is fine."""
@@ -116,6 +131,25 @@ class LlamaCpp:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _logits(self, tokens: list[int], start: int, last: int, where: str) -> Tensor:
+        """Logits [last, V] of the last tokens. Those before `start` are read already."""
+        self._read = []  # whatever happens now
+        logits_TV, skipped = torch.empty(last, self.vocabulary), len(tokens) - last
+        for at in range(start, len(tokens), BATCH_TOKENS):
+            piece = tokens[at : at + BATCH_TOKENS]
+            end = at + len(piece) - skipped  # in logits_TV
+            count = min(len(piece), max(0, end))
+            seconds = work_seconds(self._bytes, len(piece))
+            self._ask("decode", {}, seconds=seconds, where=where, tokens=piece, position=at, rows=count)
+            for first in range(0, count, self._shared_rows):
+                stop = min(first + self._shared_rows, count)
+                self._ask("rows", {}, where=where, start=first, stop=stop)
+                rows = self._shared_RV[: stop - first]
+                if not math.isfinite(float(rows.sum())):
+                    raise RuntimeFailureError(f"{self._path}: llama.cpp computed NaN or Inf {where}")
+                logits_TV[end - count + first : end - count + stop] = rows
+        return logits_TV
 
     def _check(self, tokens_T: Tensor | Sequence[int]) -> list[int]:
         """The window's tokens, which llama.cpp can take."""

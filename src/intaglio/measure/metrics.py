@@ -178,12 +178,16 @@ def recovered_share(kl: float, kl_stock: float) -> float:
 def _score(reference_TV: Tensor, candidate_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The columns of TokenStats for a chunk of rows, float32 [T] on the reference's device."""
     device = reference_TV.device
-    labels = labels_T.to(device).long().unsqueeze(-1)
+    labels_T = labels_T.to(device)
     log_p = reference_TV.float().log_softmax(-1)
     log_q = candidate_TV.to(device).float().log_softmax(-1)
     same_top = log_p.argmax(-1) == log_q.argmax(-1)
-    nll_p, nll_q = (-log.gather(-1, labels).squeeze(-1) for log in (log_p, log_q))
-    return _kl(log_p, log_q), nll_p, nll_q, same_top.float()
+    return _kl(log_p, log_q), label_nll(log_p, labels_T), label_nll(log_q, labels_T), same_top.float()
+
+
+def label_nll(log_p_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """Minus the log-probability of each row's label, in nats [T]."""
+    return -log_p_TV.gather(-1, labels_T.long().unsqueeze(-1)).squeeze(-1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def _environment(kind: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    formats = (nats, with_ci, percent, size, count, duration, decimals, snippet, fence)
+    formats = (nats, with_ci, with_stderr, percent, size, count, duration, decimals, snippet, fence)
     environment.filters |= {function.__name__: function for function in formats}
     return environment
 
@@ -124,6 +124,12 @@ def with_ci(value: float, ci: float | None, places: int = 4) -> str:
     if scientific:
         text = (f"({text})" if ci is not None else text) + f" × 10{str(exponent).translate(SUPERSCRIPTS)}"
     return text
+
+
+def with_stderr(value: float, stderr: float | None) -> str:
+    """A score with its standard error, or alone if it has none."""
+    text = f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
+    return text.replace("-", "−")
 
 
 def percent(share: float, places: int | None = None) -> str:

@@ -18,6 +18,7 @@ from intaglio.measure import charts
 from intaglio.measure.charts import CurvePoint, LayerRow
 from intaglio.measure.metrics import Comparison, recovered_share
 from intaglio.measure.render import finite, nats, percent, render_markdown, render_page
+from intaglio.measure.tasks import TaskScore
 from intaglio.packed.store import new_path
 from intaglio.plan.plan import Plan
 
@@ -128,7 +129,7 @@ class Provenance:
 class Report:
     """Everything a report may show. Only title, model, format and the recipe's name are required.
 
-    format: what the headline calls the rounding, for example "Q4_0".
+    tasks: scores of the trained artifact. format: what the headline calls the rounding, for example "Q4_0".
     loss_name: of LOSSES, what `loss_curve` holds, and on held-out text `held_out_curve`. codes_curve: share of codes
     that are not those which training began with.
     """
@@ -140,6 +141,7 @@ class Report:
     recipe_toml: str = ""
     plan: list[PlanRow] = field(default_factory=list)
     comparisons: list[ComparisonRow] = field(default_factory=list)
+    tasks: list[TaskScore] = field(default_factory=list)
     loss_name: str = LOSSES["kl"]
     loss_curve: list[CurvePoint] = field(default_factory=list)
     held_out_curve: list[CurvePoint] = field(default_factory=list)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 from intaglio.packed.checkpoint import TextModel
-from intaglio.packed.decoded import decode_into
+from intaglio.packed.decoded import decode_into, load_packed
 from intaglio.packed.model import PackedModel
 from intaglio.plan.static import StaticScale
 from intaglio.train.static import StaticScales, attach_static, fix_scales, switch_static
@@ -33,9 +33,21 @@ class Simulation:
         for module in self.model.modules():
             if isinstance(module, StaticScales):
                 module.fixed.clear()  # of the packed model before
-        fix_scales(self.model, plan, packed.read_static())
-        switch_static(self.model, activations=True, kv_cache=True)
-        return self.model
+        return _switched_on(self.model, packed)
+
+
+def load_simulated(packed: PackedModel) -> TextModel:
+    """The text model of a packed model, float32, that computes as it does: decoded weights, static scales."""
+    packed = packed.text_only()
+    model = load_packed(packed)
+    attach_static(model, packed.plan)
+    return _switched_on(model, packed)
+
+
+def _switched_on(model: TextModel, packed: PackedModel) -> TextModel:
+    fix_scales(model, packed.plan, packed.read_static())
+    switch_static(model, activations=True, kv_cache=True)
+    return model
 
 
 def decoded_model(original: TextModel, packed: PackedModel) -> TextModel:

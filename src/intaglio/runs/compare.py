@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from intaglio.measure.candidates import artifact_candidate, packed_candidate
 from intaglio.measure.metrics import Comparison
 from intaglio.measure.original import open_original
 from intaglio.measure.report import Report
+from intaglio.measure.tasks import Asking, evaluate_tasks
 from intaglio.numerics.device import Device, device_for
 from intaglio.packed.assets import load_tokenizer
 from intaglio.packed.identity import CHECKPOINT, COMPRESSED, GGUF, MOBILE, PACKED, QUANTIZED, expect
@@ -70,12 +72,15 @@ def report(
     run_dir: str | Path,
     *,
     evaluation: Evaluation | None = None,
+    tasks: str | Sequence[str] | None = None,
+    asking: Asking | None = None,
     progress: Progress | None = None,
     device: Device = None,
 ) -> Report:
     """Measure a finished run again and rewrite its report; on the run's own held-out text by default.
 
-    References that the evaluation asks for are measured if the run has them.
+    References that the evaluation asks for are measured if the run has them. tasks, asking: as of `evaluate_tasks`,
+    for the trained model's artifact; they are asked before anything else is measured.
     """
     progress, evaluation, out = progress or Progress(), evaluation or Evaluation(), Path(run_dir)
     original = find_model(original, progress)
@@ -92,4 +97,9 @@ def report(
         for export in bench.format.exports
         if export.kind == "trained"
     }
-    return prove(bench, windows_NT, evaluation, verified, progress, replace=True)
+    scores = []
+    if tasks is not None:
+        trained = [export for export in bench.format.exports if export.kind == "trained"]
+        artifact = bench.path(next((export for export in trained if export.runs), trained[0]))
+        scores = evaluate_tasks(artifact, original, tasks, asking, progress=progress, device=bench.device)
+    return prove(bench, windows_NT, evaluation, verified, progress, tasks=scores, replace=True)

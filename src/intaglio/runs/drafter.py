@@ -26,7 +26,7 @@ from intaglio.formats.checkpoint.write import export_hf
 from intaglio.formats.gguf.write import export_gguf
 from intaglio.formats.table import format_of
 from intaglio.measure.drafter_report import DrafterReport, Pair, measure_pair, write_report
-from intaglio.measure.simulate import decoded_model
+from intaglio.measure.simulate import load_simulated
 from intaglio.packed.assets import load_tokenizer
 from intaglio.packed.checkpoint import TextModel, load_model
 from intaglio.packed.decoded import load_packed
@@ -181,7 +181,7 @@ def open_target(path: str | Path) -> tuple[TextModel, str]:
         return load_model(path), str(path.resolve())
     packed = PackedModel.open(path)
     packed.check()
-    return decoded_model(load_packed(packed), packed.text_only()).eval(), packed.sha256()
+    return load_simulated(packed), packed.sha256()
 
 
 def _texts(

@@ -19,7 +19,7 @@ from intaglio.errors import InputError
 from intaglio.formats.table import format_of
 from intaglio.measure.evaluate import Candidate, evaluate_many, transformers_runtime, transformers_source
 from intaglio.measure.metrics import Comparison
-from intaglio.measure.simulate import decoded_model
+from intaglio.measure.simulate import load_simulated
 from intaglio.packed.assets import load_tokenizer
 from intaglio.packed.checkpoint import TextModel, load_model
 from intaglio.packed.decoded import load_packed
@@ -146,7 +146,7 @@ def _measure(
     progress: Progress,
 ) -> dict[str, Comparison]:
     """Both against the teacher, or without one against the model that training began with."""
-    before, after = (decoded_model(load_packed(start), of) for of in (start.text_only(), packed.text_only()))
+    before, after = (load_simulated(of) for of in (start, packed))
     candidates = {
         name: Candidate(source=transformers_source(model), runtime=transformers_runtime(), simulated=True)
         for name, model in (("before", before), ("after", after))

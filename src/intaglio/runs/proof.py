@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,6 +41,7 @@ from intaglio.measure.report import (
     write_report,
 )
 from intaglio.measure.simulate import Simulation
+from intaglio.measure.tasks import TaskScore
 from intaglio.packed.checkpoint import TextModel
 from intaglio.packed.model import PackedModel, file_sha256
 from intaglio.packed.origin import model_name
@@ -82,13 +83,14 @@ def prove(
     verifications: dict[str, Verification],
     progress: Progress,
     *,
+    tasks: Sequence[TaskScore] = (),
     began: float | None = None,
     replace: bool = False,
 ) -> Report:
     """Measure everything on the windows [N, T], and write and return the report. A row that fails says why.
 
-    verifications: what reading the trained model's files back said. began: when the run began, in seconds of
-    `time.perf_counter`; None when a finished run is measured again.
+    verifications: what reading the trained model's files back said. tasks: its scores, if it was asked any. began:
+    when the run began, in seconds of `time.perf_counter`; None when a finished run is measured again.
     """
     rows, samples, notes = _measure(bench, torch.from_numpy(windows_NT).long(), evaluation, progress)
     size = sum(2 * tensor.numel for tensor in bench.plan.model.tensors)
@@ -106,6 +108,7 @@ def prove(
             *rows,
             *_failed(bench, bench.failures),
         ],
+        tasks=list(tasks),
         loss_name=LOSSES[bench.plan.recipe.schedule.loss],
         loss_curve=curve_of(losses, "loss"),
         held_out_curve=curve_of(losses, "held_out_loss"),
