@@ -497,7 +497,8 @@ def test_codes_stand_still_from_the_first_step_in_a_tail_of_all(teacher: nn.Modu
         teacher, plan, CORPUS, tmp_path, options=PLAIN, on_start=lambda begun: first.update(codes_of(begun))
     )
     last = codes_of(latents)
-    assert first.keys() == last.keys() and all(torch.equal(codes, last[name]) for name, codes in first.items())
+    assert first.keys() == last.keys()
+    assert all(torch.equal(codes, last[name]) for name, codes in first.items())
 
 
 def codes_of(latents: Latents) -> dict[str, torch.Tensor]:
