@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,23 +246,26 @@ def test_scales_are_trained_alone_on_frozen_codes(checkpoint: Path, corpus: Corp
 def test_a_run_trains_layers_first_and_goes_on(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model")
     settings = ["schedule.stages=['layers', 'scales']", "schedule.layer_epochs=1", "schedule.tokens=1024"]
-    recipe = Recipe.load("q4_0", [*SCHEDULE, *settings, "schedule.gptq_tokens=0", "schedule.batch_size=8"])
-    how: dict[str, Any] = {"data": HELDOUT_TEXT, "options": OPTIONS, "evaluation": EVALUATION}
-    run(folder, recipe, tmp_path / "run", **how)
-    start, packed = (PackedModel.open(tmp_path / "run" / name) for name in ("start", "packed"))
-    assert "layers trained on" in start.provenance["method"]
+    recipe = Recipe.load("q4_0", [*SCHEDULE, *settings, "schedule.batch_size=8"])
+    evaluation = replace(EVALUATION, references="all")
+    how: dict[str, Any] = {"data": HELDOUT_TEXT, "options": OPTIONS, "evaluation": evaluation}
+    report = run(folder, recipe, tmp_path / "run", **how)
+    start, layers, packed = (PackedModel.open(tmp_path / "run" / name) for name in ("start", "layers", "packed"))
+    assert "layers trained on" in layers.provenance["method"]
+    assert "GPTQ on" in start.provenance["method"] and "layers" not in start.provenance["method"]
+    assert report is not None and "its GPTQ start alone" in report.headline()
     assert all(
         torch.equal(one.codes, other.codes)
-        for (_, one), (_, other) in zip(start, packed, strict=True)
+        for (_, one), (_, other) in zip(layers, packed, strict=True)
         if isinstance(one, Quantized) and isinstance(other, Quantized)
     )
     losses = (tmp_path / "run" / "losses.jsonl").read_bytes()
     run(folder, recipe, tmp_path / "run", resume=True, **how)
     assert (tmp_path / "run" / "losses.jsonl").read_bytes() == losses
     for path in (tmp_path / "run").iterdir():  # as if another recipe's run was cut before its first step
-        if path.name != "start":
+        if path.name != "layers":
             remove(path)
-    with pytest.raises(OutputError, match="start: was made by another recipe or from other text: remove it"):
+    with pytest.raises(OutputError, match="layers: was made by another recipe or from other text: remove it"):
         run(folder, recipe.with_schedule(layer_epochs=2), tmp_path / "run", **how)
 
 

@@ -488,3 +488,23 @@ def test_masked_tokens_teach_nothing_however_a_batch_is_cut(loss: str, teacher: 
     assert found["cut"] == pytest.approx(found["whole"], rel=1e-4)
     assert found["other"] == pytest.approx(found["whole"], rel=1e-5)
     assert losses(tmp_path / "all")[0] != pytest.approx(found["whole"][0], rel=1e-3)
+
+
+def test_codes_stand_still_from_the_first_step_in_a_tail_of_all(teacher: nn.Module, tmp_path: Path) -> None:
+    first: dict[str, torch.Tensor] = {}
+    plan = plan_of(2, frozen_tail=1.0)
+    latents = train(
+        teacher, plan, CORPUS, tmp_path, options=PLAIN, on_start=lambda begun: first.update(codes_of(begun))
+    )
+    last = codes_of(latents)
+    assert first.keys() == last.keys()
+    assert all(torch.equal(codes, last[name]) for name, codes in first.items())
+
+
+def codes_of(latents: Latents) -> dict[str, torch.Tensor]:
+    """Codes of the weights with learned scales, by name."""
+    return {
+        name: latent.grid.codes_of(latent.weight.detach(), latent.step)
+        for name, latent in latents.blocks.items()
+        if latent.scale_latent is not None
+    }

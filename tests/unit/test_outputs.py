@@ -16,6 +16,8 @@ import pytest
 from intaglio.errors import OutputError
 from intaglio.packed.outputs import MARKER, check_output, clear_leftovers, started_at, temporary_path, why_kept
 from intaglio.packed.store import new_path
+from intaglio.runs.bench import PACKED
+from intaglio.runs.demo import _remove_run
 from intaglio.train.run_folder import LOCK_FILE, check_run_dir, hold
 from tests.support.cases import Case
 from tests.support.cli import contents, intaglio
@@ -280,3 +282,16 @@ def test_a_setting_that_differs_is_named_with_both_values(
     with pytest.raises(OutputError) as refused:
         check_run_dir(tmp_path, IDENTITY | changes, True)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("other", [None, "thesis"])
+def test_a_demo_is_replaced_with_all_that_a_run_leaves(other: str | None, tmp_path: Path) -> None:
+    for name in filter(None, (*PACKED.values(), "checkpoints", other)):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run.json").write_text(json.dumps({"plan": "", "corpus": ""}), "utf-8")
+    if other:
+        with pytest.raises(OutputError, match="holds thesis, which is no demo's"):
+            _remove_run(tmp_path, True)
+    else:
+        _remove_run(tmp_path, True)
+        assert not list(tmp_path.iterdir())

@@ -26,7 +26,8 @@ SCHEDULE_RULES = {
     **dict.fromkeys(("layer_tokens", "layer_epochs", "layer_batch", "layer_window"), at_least(1)),
     **dict.fromkeys(("lr", "layer_lr", "scale_lr", "embedding_lr", "float_lr", "tail_lr"), FINITE),
     **dict.fromkeys(("weight_decay", "clip", "micro_batch", "gptq_tokens", "lora_rank", "seed"), FINITE),
-    **dict.fromkeys(("warmup", "frozen_tail"), SHARE),
+    "warmup": SHARE,
+    "frozen_tail": Rule(lambda value: 0 <= value <= 1, "a share in [0, 1]"),
 }
 
 
@@ -46,7 +47,7 @@ class Schedule:
         per-layer inputs, which stay floats.
     warmup: share of the steps. betas, weight_decay, clip: AdamW and gradient norm, as usual.
     frozen_tail: last share of the steps, in which codes stand still and only scales and float
-        leftovers move; tail_lr: multiple of the learning rates in it.
+        leftovers move, with 1 in all of them; tail_lr: multiple of the learning rates in it.
     stages: what is trained, in this order. "layers": the layers one after the other, each to give the original's
         outputs; "scales": the scales of all weights, with codes that stand still; "model": everything.
     layer_tokens: of the text that the stage "layers" learns from, layer_epochs times.

@@ -23,10 +23,9 @@ from intaglio.train.corpus import Corpus
 from intaglio.train.layerwise import quantize_on_text
 from intaglio.train.options import Options
 from intaglio.train.quantize import quantize
-from intaglio.train.run_folder import START
 
 # kind -> folder of the run, in the order of the report
-PACKED = {"stock": "stock", "fitted": "fitted", "start": START, "trained": "packed"}
+PACKED = {"stock": "stock", "fitted": "fitted", "start": "start", "trained": "packed"}
 FAILURES = (IntaglioError, torch.OutOfMemoryError)  # of references and measurements, which take no run down
 FIT_LABELS = {"mse": "MSE fit", "stock": "Stock fit", "absmax": "Absmax fit"}
 REFERENCES = {"none": (), "stock": ("stock",), "all": ("stock", "fitted", "start")}
@@ -65,14 +64,7 @@ class Bench:
     @property
     def labels(self) -> dict[str, str]:
         fit = FIT_LABELS[self.plan.recipe.fit]
-        start = "Layers" if "layers" in self.plan.recipe.schedule.stages else "GPTQ start"
-        return {"stock": self.format.stock_label, "fitted": fit, "start": start, "trained": "QAT"}
-
-    @property
-    def has_start(self) -> bool:
-        """Whether training began with other codes than the recipe's fit."""
-        schedule = self.plan.recipe.schedule
-        return bool(schedule.gptq_tokens) or "layers" in schedule.stages
+        return {"stock": self.format.stock_label, "fitted": fit, "start": "GPTQ start", "trained": "QAT"}
 
     def opened(self, kind: str) -> Bench:
         """The bench with the packed model of one more kind."""
@@ -110,13 +102,14 @@ def with_references(
 ) -> Bench:
     """The bench with the untrained models, each with its files; of one that fails the reason is kept.
 
-    "start" is the model that training began with. Training has packed it; without GPTQ it is the recipe's fit.
+    "start" is what GPTQ alone gives; without GPTQ training began with the recipe's fit.
     """
+    schedule = bench.plan.recipe.schedule
     for kind in REFERENCES[references]:
-        if kind in bench.failures or (kind == "start" and not bench.has_start):
+        if kind in bench.failures or (kind == "start" and not schedule.gptq_tokens):
             continue
         try:
-            if kind == "start":
+            if kind == "start" and "layers" not in schedule.stages:
                 bench = bench.opened(kind)  # training left it
                 continue
             progress.stage(f"Making {bench.labels[kind]}")
@@ -132,8 +125,11 @@ def _make_reference(bench: Bench, kind: str, corpus: Corpus, options: Options | 
     plan, path = bench.plan, bench.out / PACKED[kind]
     if kind == "stock":
         plan = make_plan(bench.model_dir, format_of(plan).stock_recipe(plan.recipe))
-    if plan.static_scales:
-        quantize_on_text(bench.model_dir, plan, corpus, path, options=options, device=bench.device, replace=replace)
+    if plan.static_scales or kind == "start":
+        gptq, device = kind == "start", bench.device
+        quantize_on_text(
+            bench.model_dir, plan, corpus, path, gptq=gptq, options=options, device=device, replace=replace
+        )
     else:
         quantize(bench.model_dir, plan, path, replace=replace, device=bench.device)
 

@@ -45,7 +45,7 @@ DRAFTER_SCHEDULE = {"tokens": 81_920, "batch_size": 4, "sequence_length": 256, "
 # Names of what a run leaves; a folder with anything else is not removed.
 IN_A_RUN = (
     r"(run|report|losses|speed|codes|heldout|model|stock)\.\w+"
-    r"|checkpoints|packed|stock|fitted|hf|mobile|stock-mobile|drafter|\..*"
+    r"|checkpoints|packed|stock|fitted|start|hf|mobile|stock-mobile|drafter|\..*"
 )
 PROMPTS = (
     "It was a bright morning, and the whole family",

@@ -7,11 +7,12 @@ Every stage is a public function of its own; this file only puts them in order. 
     packed/                               codes and scales: the result
     model.gguf  hf/                       a GGUF recipe's files, or
     mobile/                               the mobile format's folder, verified against packed/
+    layers/                               what the stage "layers" left, if it is one of the recipe's
     stock/  fitted/  start/               references without training, and stock's own files
     report.html report.md report.json     the proof
 
 in this order, so that a user has the files before anything is measured. start/ is there where GPTQ chose the
-first codes, or where layers were trained before the whole model.
+first codes.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ from intaglio.train.layerwise import quantize_on_text
 from intaglio.train.loop import check_stages, run_identity, train
 from intaglio.train.options import Options
 from intaglio.train.pack import pack_model
-from intaglio.train.run_folder import check_run_dir, hold
+from intaglio.train.run_folder import LAYERS, check_run_dir, hold
 from intaglio.train.sharding import dismiss_processes, is_main, load_own_rows, start_processes, world_size
 
 
@@ -179,7 +180,7 @@ def _layers(
     progress: Progress,
 ) -> PackedModel:
     """The packed model of the stage "layers", in the run's folder; a run that was cut after it has it already."""
-    path = out / PACKED["start"]
+    path = out / LAYERS
     if not path.is_dir():
         progress.stage("Training layers")
         quantize_on_text(

@@ -25,8 +25,8 @@ LOSSES_FILE = "losses.jsonl"
 SPEED_FILE = "speed.jsonl"
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
-START = "start"  # folder of the packed model that training begins with, where it is not the recipe's fit
-OF_THE_PROCESS = (LOCK_FILE, LOG_FILE, START)  # there before a run has begun
+LAYERS = "layers"  # folder of the packed model that the stage "layers" left
+OF_THE_PROCESS = (LOCK_FILE, LOG_FILE, LAYERS)  # there before a run has begun
 LONGEST_LOG = 1 << 30  # bytes
 
 
