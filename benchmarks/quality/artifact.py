@@ -2,7 +2,7 @@
 
 Each script is called as `python SCRIPT MODEL WORK OUT [OPTION ...]` and leaves in OUT
 
-    artifact.json    what it took: seconds of CPU time, peak memory, tokens, versions
+    artifact.json    what it took: CPU seconds, peak memory, tokens, versions
     checkpoint/      a transformers folder in float32: what the method's codes decode to, everything else as it was; or
     model.gguf       the tool's own file
 """
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -43,7 +44,7 @@ class Making:
         """The original; the clock starts when it is there."""
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=dtype).eval().to(DEVICE)
         self.start()
         return model
 
@@ -55,6 +56,7 @@ class Making:
         self.record: dict[str, Any] = {
             "cpu_seconds": round(time.process_time() - self.began, 1),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None,
         }
 
     def save(self, model: Any) -> None:
@@ -70,7 +72,7 @@ class Making:
     def finish(self, *packages: str, **facts: Any) -> None:
         """Write artifact.json. packages: whose versions count."""
         versions = {name: version(name) for name in ("torch", "transformers", *packages)}
-        record = self.record | {"versions": versions, "threads": torch.get_num_threads()} | facts
+        record = self.record | {"versions": versions, "threads": torch.get_num_threads(), "device": DEVICE} | facts
         (self.out / "artifact.json").write_text(json.dumps(record, indent=1), "utf-8")
 
 

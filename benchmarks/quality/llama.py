@@ -53,13 +53,13 @@ def importance(making: Making) -> tuple[dict[str, torch.Tensor], float]:
     sums: dict[str, torch.Tensor] = {}
 
     def add(name: str, x: torch.Tensor) -> None:
-        sums[name] = sums.get(name, 0) + x.flatten(0, -2).square().sum(0)
+        sums[name] = sums.get(name, 0) + x.flatten(0, -2).square().sum(0).cpu()
 
     for name, module in linears(model).items():
         named = gguf_name(f"{name}.weight")
         module.register_forward_pre_hook(lambda _, x, named=named: add(named, x[0]))
     for rows in text_NT.split(8):
-        model(input_ids=rows, use_cache=False)
+        model(input_ids=rows.to(model.device), use_cache=False)
     means = {name: (total / text_NT.numel()).contiguous() for name, total in sums.items()}
     torch.save((means, time.process_time() - making.began), kept)
     return means, time.process_time() - making.began

@@ -54,6 +54,7 @@ from intaglio.packed.checkpoint import load_quantized
 
 Source = Callable[[Tensor], Tensor]
 HELD_OUT = "held-out"
+LINEARS = {"attention", "mlp", "ple_linear"}  # roles
 PROMPT, WRITTEN, TEXTS = 32, 512, 8
 KEEP_BYTES = 1 << 28  # of the original's logits, for each domain: 16384 tokens of a vocabulary of 4096
 KEPT = ("tokens", "windows", "kl_mean_nats", "kl_mean_ci_nats", "kl_median_nats", "kl_99_nats")
@@ -117,7 +118,11 @@ class Bench:
         packed, gguf, checkpoint = (folder / part for part in ("packed", "model.gguf", "checkpoint"))
         if checkpoint.is_dir() and not packed.is_dir():
             pack(method, checkpoint, packed)
-        if packed.is_dir() and not gguf.is_file() and (method.script == "ours" or method.grid):
+        if (
+            packed.is_dir()
+            and not gguf.is_file()
+            and ((method.script == "ours" and method.recipe != "mobile") or method.grid)
+        ):
             export_gguf(PackedModel.open(packed), gguf)
         if gguf.is_file():
             with LlamaCpp(gguf, threads=torch.get_num_threads()) as llama:
@@ -147,12 +152,13 @@ class Bench:
 
 
 def pack(method: Method, checkpoint: Path, packed: Path) -> None:
-    """A method's linears as they are, with embeddings on the grid of recipe q4_0."""
+    """A method's linears as they are, with the embeddings of its recipe."""
     if method.grid:
         result = convert(checkpoint, packed, recipe=Recipe.load(method.grid))
         assert result.recovered == result.blocks, f"{method.label}: {result.recovered} of {result.blocks} blocks"
     else:
-        recipe = Recipe.load("q4_0", [f"weights.{rule}.grid=f32" for rule in ("linear", "ple_linear")])
+        rules = [rule.name for rule in Recipe.load(method.recipe).rules if LINEARS & set(rule.roles)]
+        recipe = Recipe.load(method.recipe, [f"weights.{rule}.grid=f32" for rule in rules])
         quantize(checkpoint, make_plan(checkpoint, recipe), packed)
 
 

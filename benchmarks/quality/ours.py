@@ -1,10 +1,10 @@
 """intaglio: one row of the table.
 
-    python ours.py MODEL WORK OUT HOW [RECIPE [TOKENS]]
+    python ours.py MODEL WORK OUT HOW RECIPE TOKENS
 
 HOW   stock, absmax or mse: that fit, without text
       gptq: `quantize` with GPTQ. layers: GPTQ and the stage "layers", windows of two layers
-      qat: GPTQ as a start, then TOKENS tokens of training in batches of 4 x 256, with the settings of the demo
+      qat: GPTQ as a start, then TOKENS tokens of training, else 0, in batches of 4 x 256, with the settings of the demo
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def text(plan: Plan, model: Path, tokens: int) -> Corpus:
 
 def main() -> None:
     making = Making()
-    how, recipe, tokens = [*making.options, "q4_0", "0"][:3] if len(making.options) < 3 else making.options
+    how, recipe, tokens = making.options
     plan = plan_of(making, how, recipe, int(tokens))
     packed, looks = making.out / "packed", making.calibration().numel()
     making.start()

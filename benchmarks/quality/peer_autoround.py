@@ -7,27 +7,31 @@ python peer_autoround.py MODEL WORK OUT gguf                its own export to GG
 from __future__ import annotations
 
 import torch
-from artifact import Making, linears
+from artifact import DEVICE, Making, linears
 from auto_round import AutoRound
+from auto_round.special_model_handler import _attach_gemma4_rotary_emb
 from transformers import AutoTokenizer
 
 
 def main() -> None:
     making = Making()
-    gguf = making.options == ["gguf"]
-    bits, group = (4, 32) if gguf else map(int, making.options or ("4", "32"))
+    gguf, two = making.options == ["gguf"], making.options == ["two"]
     model, text_NT = making.load(), making.calibration()
+    if model.config.model_type == "gemma4_text":  # AutoRound does so for "gemma4" alone, a checkpoint with towers
+        _attach_gemma4_rotary_emb(model)
     text = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in text_NT.split(8)]
-    scheme = "gguf:q4_0" if gguf else {"bits": bits, "group_size": group, "sym": True, "data_type": "int"}
+    scheme = "gguf:q4_0" if gguf else {"bits": 4, "group_size": 32, "sym": True, "data_type": "int"}
+    mlps = {name: {"bits": 2, "group_size": 64} for name in linears(model) if ".mlp." in name}
     rounding = AutoRound(
         model,
         AutoTokenizer.from_pretrained(making.model_dir),
         scheme=scheme,
+        layer_config=mlps if two else None,
         dataset=text,
         nsamples=len(text_NT),
         seqlen=text_NT.shape[1],
         seed=0,
-        device_map="cpu",
+        device_map=DEVICE,
     )
     making.start()
     if gguf:
@@ -42,7 +46,7 @@ def main() -> None:
         for name, module in linears(plain).items():
             module.weight.data = modules[name].weight.data.float()
         making.save(plain)
-    facts = {"calibration_tokens": text_NT.numel(), "training_tokens": 0, "bits_a_weight": bits + 16 / group}
+    facts = {"calibration_tokens": text_NT.numel(), "training_tokens": 0, "bits_a_weight": "mixed" if two else 4.5}
     making.finish("auto-round", **facts)
 
 

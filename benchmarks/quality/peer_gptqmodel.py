@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 import torch
-from artifact import Making, linears
+from artifact import DEVICE, Making, linears
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with one core it asks itself for two workers, and refuses
 
@@ -17,8 +17,7 @@ from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
 def main() -> None:
     making = Making()
-    bits, group = map(int, making.options or ("4", "32"))
-    config = QuantizeConfig(bits=bits, group_size=group, sym=True, desc_act=False, device="cpu")
+    config = QuantizeConfig(bits=4, group_size=32, sym=True, desc_act=False, device=DEVICE)
     model = GPTQModel.load(str(making.model_dir), config, backend=BACKEND.TORCH, dtype=torch.float32)
     making.start()
     text_NT = making.calibration()
@@ -30,7 +29,7 @@ def main() -> None:
     for name, module in linears(plain).items():
         module.weight.data = modules[name].dequantize_weight().T.float()
     making.save(plain)
-    making.finish("gptqmodel", calibration_tokens=text_NT.numel(), training_tokens=0, bits_a_weight=bits + 16 / group)
+    making.finish("gptqmodel", calibration_tokens=text_NT.numel(), training_tokens=0, bits_a_weight=4.5)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,20 @@ python peer_hqq.py MODEL WORK OUT [BITS GROUP]        4 32 by default
 from __future__ import annotations
 
 import torch
-from artifact import Making, linears
+from artifact import DEVICE, Making, linears
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
 
 def main() -> None:
     making = Making()
-    bits, group = map(int, making.options or ("4", "32"))
     model = making.load()
-    config = BaseQuantizeConfig(nbits=bits, group_size=group, axis=1)
+    config = BaseQuantizeConfig(nbits=4, group_size=32, axis=1)
     for module in linears(model).values():
-        layer = HQQLinear(module, config, compute_dtype=torch.float16, device="cpu", del_orig=False)
+        layer = HQQLinear(module, config, compute_dtype=torch.float16, device=DEVICE, del_orig=False)
         module.weight.data = layer.dequantize().float()
     making.stop()
     making.save(model)
-    making.finish("hqq", calibration_tokens=0, training_tokens=0, bits_a_weight=bits + 32 / group)
+    making.finish("hqq", calibration_tokens=0, training_tokens=0, bits_a_weight=5.0)
 
 
 if __name__ == "__main__":

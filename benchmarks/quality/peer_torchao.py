@@ -45,7 +45,7 @@ def train(model: nn.Module, teacher: nn.Module | None, text_NT: Tensor, rate: fl
     for step in range(steps):
         share = min(1, (step + 1) / max(1, 0.03 * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.param_groups[0]["lr"] = rate * share
-        loss = loss_of(model, teacher, text_NT[order[step * BATCH : (step + 1) * BATCH]])
+        loss = loss_of(model, teacher, text_NT[order[step * BATCH : (step + 1) * BATCH]].to(model.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

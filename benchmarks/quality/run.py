@@ -7,13 +7,14 @@
 
 MODEL is a transformers folder: src/intaglio/tiny/model, or that of Gemma 3 270M that `benchmarks/gemma3_270m.py` leaves.
 The environments are folders of INTAGLIO_PEERS (default .peers); each is made from requirements/NAME.txt when it is
-first needed. A method that fails leaves the last line that it printed in WORK/methods/NAME/failure.txt.
+first needed. A method that fails leaves its error in WORK/methods/NAME/failure.txt.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,8 +50,9 @@ def make(name: str, method: Method, model: Path, work: Path) -> bool:
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.txt").write_text(done.stdout + done.stderr, "utf-8")
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        (out / "failure.txt").write_text(f"exit code {done.returncode}: {last}\n", "utf-8")
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        errors = [text for text in lines if re.match(r"[\w.]*(Error|Exception)\b", text)]  # a progress bar may be last
+        (out / "failure.txt").write_text((errors or lines)[-1] + "\n", "utf-8")
     return not done.returncode
 
 
