@@ -56,7 +56,7 @@ def tables(result: dict[str, Any]) -> list[str]:
         rest = (f"{figures['kl_99_nats']:.3f}", f"{figures['same_top_share']:.1%}")
         rest += (f"{figures['perplexity_candidate']:.3f}", f"{greedy['median']:.0f}, {greedy['same_share']:.1%}")
         lines.append(line(row["label"], *kls, *rest))
-    lines += ["", "Cost:", "", *head("method", "size", "embeddings", "tokens", "CPU seconds", "peak memory")]
+    lines += ["", "Cost:", "", *head("method", "size", "its own embeddings", "tokens", "CPU seconds", "peak memory")]
     for row in made:
         cost = (f"{row['cpu_seconds']:.0f}", f"{row['peak_rss_bytes'] / 1e9:.2f} GB")
         lines.append(line(row["label"], bits(row), row["embeddings"], tokens(row), *cost))
