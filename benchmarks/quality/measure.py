@@ -34,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import environment, write_result
 from llama import llama_quantize
-from methods import METHODS, Method
+from methods import METHODS, Method, embedding_settings
 from table import write_table
 from torch import Tensor
 
@@ -153,12 +153,13 @@ class Bench:
 
 def pack(method: Method, checkpoint: Path, packed: Path) -> None:
     """A method's linears as they are, with the embeddings of its recipe."""
+    settings = embedding_settings(checkpoint) if method.recipe == "q4_0" else []
     if method.grid:
-        result = convert(checkpoint, packed, recipe=Recipe.load(method.grid))
+        result = convert(checkpoint, packed, recipe=Recipe.load(method.grid, settings))
         assert result.recovered == result.blocks, f"{method.label}: {result.recovered} of {result.blocks} blocks"
     else:
         rules = [rule.name for rule in Recipe.load(method.recipe).rules if LINEARS & set(rule.roles)]
-        recipe = Recipe.load(method.recipe, [f"weights.{rule}.grid=f32" for rule in rules])
+        recipe = Recipe.load(method.recipe, [*settings, *(f"weights.{rule}.grid=f32" for rule in rules)])
         quantize(checkpoint, make_plan(checkpoint, recipe), packed)
 
 

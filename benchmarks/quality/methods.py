@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 MAIN = ""  # the environment that this runs in: intaglio's own, with llama-cpp-python and torchao
 SHORT, LONG = "131072", "2097152"  # training tokens; the long ones take hours on a CPU
@@ -25,6 +27,13 @@ class Method:
     recipe: str = "q4_0"
     grid: str | None = None
     latents_of: str | None = None
+
+
+def embedding_settings(model: Path, stock: bool = False) -> list[str]:
+    """Settings of a recipe of GGUF for this model: rows that Q6_K cannot hold, such as Gemma 3 270M's, are in Q8_0."""
+    if json.loads((model / "config.json").read_text("utf-8"))["hidden_size"] % 256 == 0:
+        return []
+    return [f"weights.token_embedding.grid=q8_0{'-free' if stock else ''}"]
 
 
 def llama(label: str, *options: str, **how: str) -> Method:

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from artifact import Making
+from methods import embedding_settings
 
 from intaglio import Recipe, load_corpus, load_model, load_tokenizer, make_plan, pack_model, quantize
 from intaglio.plan.plan import Plan
@@ -33,7 +34,8 @@ LAYERS = {"stages": ("layers",), "layer_window": 2}
 def plan_of(making: Making, how: str, recipe: str, tokens: int) -> Plan:
     count, length = making.calibration().numel(), making.calibration().shape[1]
     fit = {"stock": "stock", "absmax": "absmax"}.get(how, "mse")
-    made = Recipe.load("q4_0-stock" if how == "stock" else recipe, [f"fit={fit}"])
+    settings = embedding_settings(making.model_dir, how == "stock") if recipe == "q4_0" else []
+    made = Recipe.load("q4_0-stock" if how == "stock" else recipe, [f"fit={fit}", *settings])
     if how in ("stock", "absmax", "mse"):
         return make_plan(making.model_dir, made.with_schedule(sequence_length=length))
     made = made.with_schedule(gptq_tokens=count, layer_tokens=count, sequence_length=length)
