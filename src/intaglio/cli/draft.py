@@ -20,7 +20,7 @@ def train_drafter(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.", show_default=False)],
     drafter: Annotated[
-        Path | None, typer.Option(help="Drafter to begin with; None for a new one.", show_default=False)
+        Path | None, typer.Option(help="Drafter to begin with; by default a new one.", show_default=False)
     ] = None,
     original: Annotated[
         Path | None, typer.Option(help="Float checkpoint that --drafter was made for, to compare.", show_default=False)
@@ -29,12 +29,12 @@ def train_drafter(
         str, typer.Option("--recipe", "-r", help="drafter (floats), drafter-q4_0, drafter-mobile, or a TOML file.")
     ] = "drafter-q4_0",
     overrides: Overrides = (),  # type: ignore[assignment]
-    data: Annotated[str | None, typer.Option(help="Text, as for train. None: the target writes it.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text, as for train; by default the target writes it.")] = None,
     columns: Columns = (),  # type: ignore[assignment]
-    width: Annotated[int | None, typer.Option(min=32, help="Of a new drafter; by default Google's.")] = None,
-    mlp: Annotated[int | None, typer.Option(min=32, help="Width of its MLPs.")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Heads of its queries.")] = None,
-    clusters: Annotated[int, typer.Option(min=0, help="Clusters of its head; 0: none.")] = 0,
+    width: Annotated[int | None, typer.Option(min=32, help="Width of a new drafter; by default Google's.")] = None,
+    mlp: Annotated[int | None, typer.Option(min=32, help="Width of a new drafter's MLPs.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Query heads of a new drafter.")] = None,
+    clusters: Annotated[int, typer.Option(min=0, help="Clusters of a new drafter's head; 0: none.")] = 0,
     text: Text = None,
     prompts: Annotated[int, typer.Option(help="Prompts to measure acceptance on.")] = 32,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 32,

@@ -49,14 +49,20 @@ def plan(
     context: Annotated[str, typer.Option(help="Tokens in the KV cache of a sequence.")] = "32k",
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     drafter: Annotated[
-        str | None, typer.Option(help="A drafter beside it: folder or name.", show_default=False)
+        str | None, typer.Option(help="Drafter to plan beside the model: folder or name.", show_default=False)
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that training is sharded over.")] = 1,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="In training.")] = False,
-    budget: Annotated[str | None, typer.Option(help="Say what fits this, for example 8GB.", show_default=False)] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Plan training that recomputes layers.")
+    ] = False,
+    budget: Annotated[
+        str | None, typer.Option(help="Say what fits into this memory, for example 8GB.", show_default=False)
+    ] = None,
     metadata_bytes: Annotated[str, typer.Option(help="Keys and values of the GGUF: its tokenizer.")] = "15.8MB",
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor instead.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="The family beside Google's published figures.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Compare all five models with Google's published figures.")
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with charts.", show_default=False)] = None,
     replace: Replace = False,
     as_json: Json = False,
@@ -124,7 +130,9 @@ def show_data(
     data: Annotated[str, typer.Argument(help="A file, a folder, or a dataset's name.", show_default=False)],
     model: Annotated[Path, typer.Option(help="Model whose tokenizer and chat template are used.", show_default=False)],
     columns: Columns = (),  # type: ignore[assignment]
-    assistant_only: Annotated[bool, typer.Option("--assistant-only", help="As schedule.assistant_only.")] = False,
+    assistant_only: Annotated[
+        bool, typer.Option("--assistant-only", help="Learn from assistant turns only, as schedule.assistant_only.")
+    ] = False,
     tokens: Annotated[int, typer.Option(min=2, help="Read so many tokens at most.")] = 10_000_000,
     as_json: Json = False,
 ) -> None:

@@ -59,14 +59,14 @@ def quantize(
     overrides: Overrides = (),  # type: ignore[assignment]
     data: Annotated[
         str | None,
-        typer.Option(help="Text to calibrate static scales on (None: they are off), and for schedule.gptq_tokens."),
+        typer.Option(help="Text for static scales, which are off without it, and for schedule.gptq_tokens."),
     ] = None,
     columns: Columns = (),  # type: ignore[assignment]
     images: Annotated[
         Path | None, typer.Option(help="Folder of images, for the scales of the vision tower.", show_default=False)
     ] = None,
     audio: Annotated[
-        Path | None, typer.Option(help="Folder of .wav files, for those of the audio tower.", show_default=False)
+        Path | None, typer.Option(help="Folder of .wav files, for the scales of the audio tower.", show_default=False)
     ] = None,
     text_only: TextOnly = False,
     trained: Annotated[
@@ -116,7 +116,9 @@ def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.", show_default=False)],
     data: Annotated[
         str | None,
-        typer.Option(help="Text or chats: a file, a folder (its train split), or a dataset's name. None: its own."),
+        typer.Option(
+            help="Text or chats: file, folder (its train split) or name of a dataset; by default the model writes text."
+        ),
     ] = None,
     columns: Columns = (),  # type: ignore[assignment]
     recipe: Annotated[
@@ -133,8 +135,12 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     checkpoint_every: Annotated[int, typer.Option(help="Optimizer steps between checkpoints; 0: none.")] = 100,
     precision: Annotated[str | None, typer.Option(help="bf16 or no; by default bf16 on a GPU.")] = None,
-    compiled: Annotated[bool | None, typer.Option("--compile/--no-compile", help="By default on a GPU.")] = None,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile layers; by default on a GPU.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute layers: less memory, more time.")
+    ] = False,
     eval_every: Annotated[int, typer.Option(help="Steps between measurements on held-out text; 0: none.")] = 0,
     track: Annotated[
         list[str], typer.Option(help="Tell every step to wandb, trackio, tensorboard or mlflow; commas between.")
@@ -215,7 +221,9 @@ def convert(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the packed model.", show_default=False)],
-    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="None: the grids that are found.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A preset or TOML file; by default the grids that are found.")
+    ] = None,
     overrides: Overrides = (),  # type: ignore[assignment]
     config: Annotated[
         Path | None, typer.Option(help="Folder of config.json and tokenizer, for a .gguf or .safetensors.")

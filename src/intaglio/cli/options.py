@@ -32,13 +32,13 @@ Text = Annotated[Path | None, typer.Option("--text", help="Held-out text (.txt, 
 Columns = Annotated[
     list[str],
     typer.Option(
-        "--column", help="What a column of --data or --text is: text=NAME, messages=NAME, prompt=, completion=, tools=."
+        "--column", help="Name of a column: text=NAME, messages=NAME, prompt=NAME, completion=NAME, tools=NAME."
     ),
 ]
 EvalTokens = Annotated[int, typer.Option("--eval-tokens", help="Held-out tokens to measure on.")]
 Tasks = Annotated[str | None, typer.Option(help="Tasks of lm_eval, with commas between: names or .yaml files.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Of --tasks: questions of each.")]
-Shots = Annotated[int | None, typer.Option(min=0, help="Of --tasks: examples before a question.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Questions of each task.")]
+Shots = Annotated[int | None, typer.Option(min=0, help="Examples before a question of a task.")]
 InChat = Annotated[bool, typer.Option("--chat-template", help="Of --tasks: ask in a chat.")]
 Context = Annotated[int, typer.Option(min=2, help="Of --tasks: tokens of a question and its answer.")]
 References = Annotated[

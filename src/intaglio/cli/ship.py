@@ -35,13 +35,13 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="File or folder to write.", show_default=False)],
     target: Annotated[str | None, typer.Argument(help=f"One of {TARGETS}.", show_default=False)] = None,
     to: Annotated[
-        str | None, typer.Option(help="Instead of a target: a release for these, with commas between, or for all.")
+        str | None, typer.Option(help="Write a release instead: targets with commas between, or all.")
     ] = None,
-    draft: Annotated[Path | None, typer.Option(help="Of ollama: GGUF of a drafter that goes along.")] = None,
-    python: Annotated[Path | None, typer.Option(help="Of litert: interpreter of its environment.")] = None,
-    context: Annotated[int | None, typer.Option(help="Of litert: tokens that the KV cache holds.")] = None,
+    draft: Annotated[Path | None, typer.Option(help="For ollama: GGUF of a drafter that goes along.")] = None,
+    python: Annotated[Path | None, typer.Option(help="For litert: interpreter of its environment.")] = None,
+    context: Annotated[int | None, typer.Option(help="For litert: tokens that the KV cache holds.")] = None,
     transformers_js: Annotated[
-        Path | None, typer.Option(help="Of web: node_modules with @huggingface/transformers.", show_default=False)
+        Path | None, typer.Option(help="For web: node_modules with @huggingface/transformers.", show_default=False)
     ] = None,
     text_only: TextOnly = False,
     replace: Replace = False,

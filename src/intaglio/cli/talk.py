@@ -27,7 +27,9 @@ def chat(
     artifact: Annotated[
         Path, typer.Argument(help=f".gguf, packed model or transformers folder, {HUB}.", show_default=False)
     ],
-    beside: Annotated[Path | None, typer.Option(help=f"The original or another model, {HUB}.")] = None,
+    beside: Annotated[
+        Path | None, typer.Option(help=f"Answer with this model too: the original or another one, {HUB}.")
+    ] = None,
     prompt: Annotated[
         list[str], typer.Option(help="Say this instead of asking on the terminal; several are one conversation.")
     ] = (),  # type: ignore[assignment]
