@@ -64,7 +64,7 @@ FOUR_BITS = {
     "torchao-ce": torchao("torchao QAT, cross-entropy, 0.13 M tokens", "cross_entropy", "int4", SHORT),
     "torchao-kl": torchao("torchao QAT, KL, 0.13 M tokens", "kl", "int4", SHORT),
     "torchao-kl-intx": torchao("torchao QAT, KL, symmetric, 0.13 M tokens", "kl", "intx", SHORT),
-    "torchao-kl-gguf": llama("the second of these, then llama.cpp Q4_0", "Q4_0", latents_of="torchao-kl"),
+    "torchao-kl-gguf": llama("torchao QAT, KL, 0.13 M tokens, then llama.cpp Q4_0", "Q4_0", latents_of="torchao-kl"),
     "torchao-ce-long": torchao("torchao QAT, cross-entropy, 2 M tokens", "cross_entropy", "int4", LONG),
     "torchao-kl-long": torchao("torchao QAT, KL, 2 M tokens", "kl", "int4", LONG),
     "ours-mse": ours("intaglio, MSE fit", "mse"),
