@@ -214,6 +214,9 @@ def test_start_and_training_are_told_apart(kls: dict[Kind, float], headline: str
     texts = written(report, tmp_path)
     path = report.path()
     assert path is not None and path.summary == summary
+    curved = dataclasses.replace(report, codes_curve=[CurvePoint(step=1, tokens=8, value=0.041)])
+    page = " ".join(html.unescape(written(curved, tmp_path / "curve")["html"]).split())
+    assert f". {summary} Training changed 4.1% of the codes." in page
     assert summary in texts["md"] and html.escape(summary, quote=False).replace("'", "&#39;") in texts["html"]
 
 
