@@ -15,6 +15,7 @@ from hypothesis import settings
 from intaglio.packed.model import PackedModel
 from intaglio.train import distill
 from tests.support.cases import CONFIGS, Case, make_case
+from tests.support.hub import Hub, serve_hub
 from tests.support.onnx import traced
 from tests.support.tiny import GEMMA4, make_checkpoint, pack
 
@@ -35,6 +36,15 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
     return report
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A stand-in of the Hub that nobody is logged in to, with an empty cache; the test runs in its own folder."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with serve_hub(tmp_path / "cache") as hub:
+        yield hub
 
 
 @pytest.fixture(scope="session", autouse=True)

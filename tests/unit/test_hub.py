@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,7 +18,7 @@ from intaglio.sources.open import open_source
 from intaglio.train.loop import run_identity
 from intaglio.train.run_folder import check_run_dir, claim
 from tests.support.cli import intaglio
-from tests.support.hub import TOKEN, Hub, serve_hub
+from tests.support.hub import TOKEN, Hub
 from tests.support.tiny import make_checkpoint
 
 NAME = "user/tiny-gemma"
@@ -31,14 +30,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "packed").mkdir()
     (folder / "packed" / "packed.safetensors").touch()
     return make_checkpoint(folder / "checkpoint")
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.chdir(tmp_path)
-    with serve_hub(tmp_path / "cache") as hub:
-        yield hub
 
 
 class Notes:

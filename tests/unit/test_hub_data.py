@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,15 +15,7 @@ from intaglio.tiny import MODEL_DIR
 from intaglio.train.data.sources import Source, record_of
 from tests.support.cli import intaglio
 from tests.support.corpora import BOS, EOS, byte_tokenizer, ids, load
-from tests.support.hub import TOKEN, Hub, serve_hub
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.chdir(tmp_path)
-    with serve_hub(tmp_path / "cache") as hub:
-        yield hub
+from tests.support.hub import TOKEN, Hub
 
 
 def parquet(**columns: list[object]) -> bytes:

@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from intaglio.cli.options import HUB, Columns, Json, Overrides, Text, app, located, print_json, source_of
+from intaglio.cli.options import (
+    HUB,
+    CheckpointEvery,
+    Columns,
+    Json,
+    Overrides,
+    Precision,
+    Resume,
+    Text,
+    app,
+    located,
+    print_json,
+    source_of,
+)
 
 if TYPE_CHECKING:
     from intaglio.drafter.model import Shape
@@ -39,9 +52,9 @@ def train_drafter(
     prompts: Annotated[int, typer.Option(help="Prompts to measure acceptance on.")] = 32,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 32,
     written_tokens: Annotated[int, typer.Option(help="Tokens that the target writes after each.")] = 96,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
-    checkpoint_every: Annotated[int, typer.Option(help="Optimizer steps between checkpoints; 0: none.")] = 100,
-    precision: Annotated[str | None, typer.Option(help="bf16 or no; by default bf16 on a GPU.")] = None,
+    resume: Resume = False,
+    checkpoint_every: CheckpointEvery = 100,
+    precision: Precision = None,
     as_json: Json = False,
 ) -> None:
     """Train a drafter on a quantized model, export it, and measure what the model accepts of its drafts."""
@@ -54,8 +67,7 @@ def train_drafter(
     if original is not None and drafter is None:
         raise typer.BadParameter("--original is compared with the drafter that was made for it: name that by --drafter")
     target = located(target)
-    drafter = None if drafter is None else located(drafter)
-    original = None if original is None else located(original)
+    drafter, original = (None if path is None else located(path) for path in (drafter, original))
     shape = _shape_of_a_new_one(target, drafter, width=width, mlp=mlp, heads=heads, clusters=clusters or None)
     with Bars() as bars:
         report = run(

@@ -33,6 +33,17 @@ from intaglio.cli.options import (
 )
 from intaglio.errors import RuntimeFailureError
 
+PlannedDrafter = Annotated[
+    str | None, typer.Option(help="Drafter to plan beside the model: folder or name.", show_default=False)
+]
+PlannedRecomputation = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Plan training that recomputes layers.")
+]
+WholeFamily = Annotated[bool, typer.Option("--all", help="Compare all five models with Google's published figures.")]
+Budget = Annotated[
+    str | None, typer.Option(help="Say what fits into this memory, for example 8GB.", show_default=False)
+]
+
 
 @app.command()
 def plan(
@@ -48,21 +59,13 @@ def plan(
     text_only: TextOnly = False,
     context: Annotated[str, typer.Option(help="Tokens in the KV cache of a sequence.")] = "32k",
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    drafter: Annotated[
-        str | None, typer.Option(help="Drafter to plan beside the model: folder or name.", show_default=False)
-    ] = None,
+    drafter: PlannedDrafter = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that training is sharded over.")] = 1,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Plan training that recomputes layers.")
-    ] = False,
-    budget: Annotated[
-        str | None, typer.Option(help="Say what fits into this memory, for example 8GB.", show_default=False)
-    ] = None,
+    gradient_checkpointing: PlannedRecomputation = False,
+    budget: Budget = None,
     metadata_bytes: Annotated[str, typer.Option(help="Keys and values of the GGUF: its tokenizer.")] = "15.8MB",
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor instead.")] = False,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Compare all five models with Google's published figures.")
-    ] = False,
+    everything: WholeFamily = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with charts.", show_default=False)] = None,
     replace: Replace = False,
     as_json: Json = False,

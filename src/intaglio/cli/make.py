@@ -9,14 +9,17 @@ import typer
 
 from intaglio.cli.options import (
     HUB,
+    CheckpointEvery,
     Columns,
     EvalTokens,
     Json,
     ModelDir,
     Overrides,
+    Precision,
     RecipeName,
     References,
     Replace,
+    Resume,
     Text,
     TextOnly,
     app,
@@ -107,6 +110,19 @@ def quantize(
     print_towers_off(packed)
 
 
+TrainingText = Annotated[
+    str | None,
+    typer.Option(
+        help="Text or chats: file, folder (its train split) or name of a dataset; by default the model writes text."
+    ),
+]
+Compiled = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile layers; by default on a GPU.")]
+Recomputed = Annotated[bool, typer.Option("--gradient-checkpointing", help="Recompute layers: less memory, more time.")]
+Track = Annotated[
+    list[str], typer.Option(help="Tell every step to wandb, trackio, tensorboard or mlflow; commas between.")
+]
+
+
 @app.command()
 def train(
     model: Annotated[
@@ -114,12 +130,7 @@ def train(
         typer.Argument(help=f"Folder of a transformers checkpoint or of a packed model, {HUB}.", show_default=False),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.", show_default=False)],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Text or chats: file, folder (its train split) or name of a dataset; by default the model writes text."
-        ),
-    ] = None,
+    data: TrainingText = None,
     columns: Columns = (),  # type: ignore[assignment]
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="A preset (q4_0 by default), or the path of a TOML file.")
@@ -132,19 +143,13 @@ def train(
     eval_tokens: EvalTokens = 65536,
     prompt: Annotated[list[str], typer.Option(help="Show continuations of this in the report.")] = (),  # type: ignore[assignment]
     references: References = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
-    checkpoint_every: Annotated[int, typer.Option(help="Optimizer steps between checkpoints; 0: none.")] = 100,
-    precision: Annotated[str | None, typer.Option(help="bf16 or no; by default bf16 on a GPU.")] = None,
-    compiled: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Compile layers; by default on a GPU.")
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Recompute layers: less memory, more time.")
-    ] = False,
+    resume: Resume = False,
+    checkpoint_every: CheckpointEvery = 100,
+    precision: Precision = None,
+    compiled: Compiled = None,
+    gradient_checkpointing: Recomputed = False,
     eval_every: Annotated[int, typer.Option(help="Steps between measurements on held-out text; 0: none.")] = 0,
-    track: Annotated[
-        list[str], typer.Option(help="Tell every step to wandb, trackio, tensorboard or mlflow; commas between.")
-    ] = (),  # type: ignore[assignment]
+    track: Track = (),  # type: ignore[assignment]
 ) -> None:
     """Train a checkpoint to its grids, or a packed model on them; leaves artifacts, packed model and report."""
     from intaglio.packed.model import FILE_NAME

@@ -39,8 +39,11 @@ EvalTokens = Annotated[int, typer.Option("--eval-tokens", help="Held-out tokens 
 Tasks = Annotated[str | None, typer.Option(help="Tasks of lm_eval, with commas between: names or .yaml files.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Questions of each task.")]
 Shots = Annotated[int | None, typer.Option(min=0, help="Examples before a question of a task.")]
-InChat = Annotated[bool, typer.Option("--chat-template", help="Of --tasks: ask in a chat.")]
-Context = Annotated[int, typer.Option(min=2, help="Of --tasks: tokens of a question and its answer.")]
+InChat = Annotated[bool, typer.Option("--chat-template", help="Ask tasks in a chat.")]
+Context = Annotated[int, typer.Option(min=2, help="Tokens of a task's question and answer.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")]
+CheckpointEvery = Annotated[int, typer.Option(help="Optimizer steps between checkpoints; 0: none.")]
+Precision = Annotated[str | None, typer.Option(help="bf16 or no; by default bf16 on a GPU.")]
 References = Annotated[
     str | None, typer.Option(help="Untrained models to measure beside it: none, stock, or all (default).")
 ]

@@ -1,4 +1,4 @@
-"""What a chat and a task need of a runtime: text to tokens, logits, and tokens to text.
+"""Engines run a model for chats and tasks: text to tokens, logits, and tokens to text.
 
 Shape suffixes: T tokens, V vocabulary.
 

@@ -20,8 +20,10 @@ HINT = "`lm_eval ls tasks` lists the names; a file of your own ends in .yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """How tasks are asked. limit: questions of each task; None for all. shots: examples before a question; None for
-    what the task says. chat_template: whether questions are put into the model's chat template.
+    """Settings of an evaluation in tasks.
+
+    limit: questions of each task; None for all. shots: examples before a question; None for what the task says.
+    chat_template: whether questions are put into the model's chat template.
     """
 
     limit: int | None = None

@@ -58,7 +58,7 @@ class Look:
         return None if self.recipe is None else Phases.of(self.recipe.schedule)
 
     def figures(self) -> dict[str, Any]:
-        """What the page says in numbers; None for what is not known."""
+        """The numbers of the page by name; None for one that is not known."""
         total = self.phases.total if self.phases else None
         recent = [row for row in self.speeds[1:][-RECENT:] if row["tokens_per_s"] > 0]  # the first step also compiles
         speed = len(recent) / sum(1 / row["tokens_per_s"] for row in recent) if recent else None
@@ -196,7 +196,7 @@ def samples_of(path: Path) -> list[Sample]:
 
 
 def rendered(watched: Watched) -> dict[str, Any]:
-    """What the page is told at each look: {title, figures, parts}; parts are HTML by name.
+    """The answer to each look of the page: {title, figures, parts}; parts are HTML by name.
 
     A folder that is damaged in the meantime, or gone, gives a part that says so.
     """

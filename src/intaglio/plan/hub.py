@@ -104,7 +104,7 @@ def _download(repo: str, revision: str | None, patterns: list[str], nested: list
 
 
 def _one_model(name: str, names: list[str]) -> list[str]:
-    """Of files that hold weights, those of safetensors; else the one file that is a whole model."""
+    """Drop single-file models beside safetensors; without safetensors expect one such file at most."""
     single = [file for file in names if file.endswith(SINGLE_FILES)]
     if any(file.endswith(".safetensors") for file in names):
         return [file for file in names if file not in single]
@@ -155,7 +155,7 @@ def explained(name: str) -> Iterator[None]:
 
 
 def reason(error: BaseException, kind: str) -> str:
-    """What is wrong and what to do about an error of huggingface_hub, or of what called it; without the token.
+    """Say what is wrong and what to do about an error of huggingface_hub, or of its caller; without the token.
 
     kind: of the repository, "model" or "dataset".
     """

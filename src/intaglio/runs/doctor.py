@@ -31,7 +31,7 @@ TRIAL_SECONDS, VERSION_SECONDS = 5 * START_SECONDS, 10.0
 NUMBER = re.compile(r"\d+(?:\.\d+)+|(?<=version: )\d+")
 NVIDIA = Path("/proc/driver/nvidia/version")
 AMX = "llama.cpp's kernels for AMX crash where gcc 12 built them; they are off here, see docs/gguf.md"
-# What a verb does and the extra that it needs for it, or the compiler.
+# Verb, a thing that it does, and the extra that this needs, or the compiler.
 USES = (
     ("plan, inspect, data", "everything", ""),
     ("convert, verify, watch, release", "everything", ""),
@@ -198,7 +198,7 @@ def _runtimes(tried: dict[str, dict[str, Any]]) -> Iterator[Fact]:
 
 
 def _program_version(program: str) -> str:
-    """What a program says of its version, or else its path; empty if it is not on the PATH."""
+    """The version that a program tells, or else its path; empty if it is not on the PATH."""
     path = shutil.which(program) or ""
     if not path:
         return ""
@@ -211,7 +211,7 @@ def _program_version(program: str) -> str:
 
 
 def _verbs(tried: dict[str, dict[str, Any]], packages: list[Fact]) -> Iterator[Fact]:
-    """What each verb does here, and what it needs for the rest."""
+    """Each verb with the things that it does here, and with what it needs for the rest."""
     broken = next((name for name in TRIED[:2] if FAULT in tried.get(name, {})), "")
     gpus = tried["torch"].get("gpus", [])
     device = f"{len(gpus)} x {gpus[0]['name']}" if gpus else "the processor"

@@ -142,11 +142,10 @@ def _run(
     if not main:
         return None
     save_windows(windows_NT, out)
-    del latents
-    gc.collect()  # a session and its model hold each other, and a GPU's memory with them
     # on a GPU it is loaded again, without what training left in it; of several processes none has all of it
     given = teacher if device.type == "cpu" and alone else None
-    del teacher
+    del latents, teacher
+    gc.collect()  # a session and its model hold each other, and a GPU's memory with them
     bench = Bench.open(model_dir, out, tokenizer, ["trained"], device=device, given=given, failures=failures)
     progress.stage("Writing files")
     verified = make_files(bench.packed["trained"], out, "trained", replace=resume, device=device)

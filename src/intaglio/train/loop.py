@@ -74,13 +74,10 @@ def train(
     without a teacher: a packed model has no original.
     """
     options, progress, run_dir = options or Options(), progress or Progress(), Path(run_dir)
-    device = start_processes()
-    check_stages(plan.recipe.schedule, start is not None)
+    device, schedule = start_processes(), plan.recipe.schedule
+    check_stages(schedule, start is not None)
     identity = run_identity(plan, start, options, source) | {"corpus": corpus.digest}
-    check_run_dir(run_dir, identity, resume)
-    # on every process alike, and before sharding: one that failed alone would leave the others waiting
-    check_together(plan.recipe.schedule.batch_size, identity)
-    check_shared(run_dir)
+    _check_run(run_dir, identity, resume, schedule.batch_size)
     with explained(plan, run_dir, device, gradient_checkpointing=options.gradient_checkpointing):
         original = original.to(device)
         if world_size() > 1 and not isinstance(original, FSDPModule):
@@ -91,13 +88,13 @@ def train(
         saved = checkpoint.latest(run_dir)
         if start is None:  # else its codes and static scales are the packed model's
             _first_values(latents, original, corpus, device, saved, progress)
-        # after GPTQ, which moves the codes that are fixed here
-        if "scales" in plan.recipe.schedule.stages:
-            latents.leave_scales()
-        if plan.recipe.schedule.gathered:
+        if "scales" in schedule.stages:
+            latents.leave_scales()  # after GPTQ, which moves the codes that are fixed here
+        if schedule.gathered:
             keep_gathered(student, teacher)
-        lesson, teach = _lesson(student, teacher, device, options)
-        session = Session(latents, lesson, teach, corpus, run_dir, device, options, held_out)
+        session = Session(
+            latents, *_lesson(student, teacher, device, options), corpus, run_dir, device, options, held_out
+        )
         if is_main():
             claim(run_dir, identity)  # last: a model that is refused leaves no run behind
         if saved is None:
@@ -105,6 +102,13 @@ def train(
         session.run(saved, progress, on_step)
         switch_static(student, activations=True, kv_cache=True)  # the last step's dropout may have left them off
         return latents
+
+
+def _check_run(run_dir: Path, identity: dict[str, str], resume: bool, batch_size: int) -> None:
+    """Raise on every process alike, before sharding: one that failed alone would leave the others waiting."""
+    check_run_dir(run_dir, identity, resume)
+    check_together(batch_size, identity)
+    check_shared(run_dir)
 
 
 def check_stages(schedule: Schedule, started: bool) -> None:

@@ -65,7 +65,7 @@ def path_of(data: Data | None) -> Path | None:
 
 
 def record_of(data: Data | None) -> dict[str, Any]:
-    """What a provenance says of the text: its name, and the dataset of the Hub where it is one."""
+    """Record of the text for a provenance: its name, and the dataset of the Hub where it is one."""
     path, name = path_of(data), str(data)
     if path is None:
         return {"data": "the model's own samples"}
